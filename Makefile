@@ -1,0 +1,99 @@
+# ngkernels: every command sets up what it needs; `make help` lists them.
+#
+#   make test PYTHON=python3.12       the interpreter that .venv is made from
+#   make test PY=/env/bin/python      an environment of your own: this package is installed into it, in place, and nothing else
+#   make build NGKERNELS_BUILD=none   without the C++ library, as on a machine without a compiler
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help venv build test test-full demo bench lint format wheel clean distclean FORCE
+
+PYTHON ?= python3
+VENV ?= .venv
+LIBRARY := ngkernels/_C.abi3.so
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+ifdef PY
+  BUILD := FORCE
+  INSTALL := --no-deps -e .
+else
+  PY := $(VENV)/bin/python
+  BUILD := $(VENV)/.build
+  INSTALL := -e '.[dev,demo]'
+endif
+BIN := $(if $(findstring /,$(PY)),$(dir $(PY)))
+PIP := $(PY) -m pip --disable-pip-version-check
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(BUILD)  ## make .venv: PyTorch, all that the tests and the demo need, this package in place
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "ngkernels needs Python 3.10 or newer; name one with: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.dependencies: | $(VENV)/bin/python
+	$(PY) -m pip install torch==2.13.0
+	$(PIP) install numpy ninja 'setuptools>=77' wheel
+	@touch $@
+
+# The stamp vouches for the library only: where there is none, each call looks for a compiler again.
+$(VENV)/.build: $(VENV)/.dependencies setup.py pyproject.toml $(SOURCES) \
+                $(if $(wildcard $(LIBRARY)),,FORCE) $(if $(filter none,$(NGKERNELS_BUILD)),FORCE)
+	$(PIP) install $(if $(wildcard $@),--quiet) --no-build-isolation $(INSTALL)
+	@$(PY) -m ngkernels.env --library
+	@touch $@
+
+build: $(BUILD)  ## compile csrc/ and install the package in place; only what changed is compiled again
+ifeq ($(BUILD),FORCE)
+	$(PIP) install --quiet --no-build-isolation $(INSTALL)
+	@$(PY) -m ngkernels.env --library
+endif
+
+test: build lint  ## lint and the quick tests: every feature once, under 30 minutes on 2 cores
+	@$(call with_backends,$(PY) -m pytest -m 'not slow and not big')
+
+test-full: build lint  ## lint and the whole test matrix
+	@$(call with_backends,$(PY) -m pytest)
+
+# The backends that a run must cover: NGKERNELS_TEST_BACKENDS, else reference and cpp. A library that does not compile has failed
+# in `make build`; where there is no compiler, the run says that it leaves cpp out.
+define with_backends
+backends=$${NGKERNELS_TEST_BACKENDS:-}; \
+if [ -z "$$backends" ]; then \
+    backends=reference,cpp; \
+    [ -e $(LIBRARY) ] || { backends=reference; echo "NOT TESTED: the cpp backend, because the library was not built"; }; \
+fi; \
+echo "backends that must run: $$backends"; \
+NGKERNELS_TEST_BACKENDS=$$backends $(1)
+endef
+
+lint: build  ## check Python with ruff
+	$(PY) -m ruff check .
+
+demo: build  ## the main job, small: real images, INRs, neural graphs, training with fused kernels, report and plots
+	$(BIN)ngk demo
+
+bench: build  ## measure every backend and every baseline, record the results, renew the tables of the README
+	$(PY) -m benchmarks
+	$(PY) -m benchmarks.report
+
+format: build  ## format Python and C++
+	$(PY) -m ruff check --fix --select I .
+	$(PY) -m ruff format .
+	$(if $(SOURCES),$(BIN)clang-format -i $(SOURCES))
+
+wheel: build  ## build a wheel into dist/
+	rm -rf build/lib* build/bdist*
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info python/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(LIBRARY) ngkernels/_build_info.json $(VENV)/.build
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv as well
+	rm -rf $(VENV)

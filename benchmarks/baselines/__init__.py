@@ -1,0 +1,1 @@
+"""What the kernels are compared with: NG-GNN on PyTorch Geometric, eager and compiled."""

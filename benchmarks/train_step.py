@@ -1,0 +1,159 @@
+"""Seconds per training step, this project and the baselines in one run, interleaved."""
+
+from __future__ import annotations
+
+import gc
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks import machine, records, work
+from benchmarks.cases import Case
+from benchmarks.gate import Gate
+from benchmarks.providers import DTYPES, PROVIDERS, Provider, Runner, new_oracle, select
+from benchmarks.timing import Samples, interleave
+
+LAYOUTS = "2x16x32x3,2x64x128x3,2x32x32x1@64,2x256x512x3,2x512x1024x3"
+QUICK = "2x16x32x3,2x32x32x1@8"
+console = Console()
+
+
+def set_threads(threads: int) -> None:
+    """Threads of PyTorch and of the code that torch.compile writes."""
+    import torch._inductor.config as inductor
+
+    torch.set_num_threads(threads)
+    inductor.cpp.threads = threads
+    torch._dynamo.reset()
+
+
+def choices(text: str, allowed: tuple[str, ...], option: str) -> list[str]:
+    """Values of a comma-separated option."""
+    values = [v.strip() for v in text.split(",") if v.strip()]
+    wrong = [v for v in values if v not in allowed]
+    if wrong or not values:
+        raise typer.BadParameter(f"{option}: expected some of {', '.join(allowed)}, got {text!r}")
+    return values
+
+
+def candidates(case: Case, providers: list[Provider], dtypes: list[str], grads: list[str], status) -> tuple[dict, dict]:
+    """Warm steps to time, by (provider, dtype, weight gradients), and the gate's errors by (provider, dtype)."""
+    oracle = new_oracle(case)
+    gate, steps, errors = Gate(case, oracle), {}, {}
+    for provider in providers:
+        runner = Runner(provider, case, oracle)
+        for dtype in dtypes:
+            status(f"{case.label}: gate, {provider.name} {dtype}")
+            errors[provider.name, dtype] = gate.check(runner, dtype)
+            for grad in grads:
+                status(f"{case.label}: warm-up, {provider.name} {dtype}, weight gradients {grad}")
+                weights, biases, labels = case.inputs()
+                for weight in weights:
+                    weight.requires_grad_(grad == "on")
+
+                def step(runner=runner, weights=weights, biases=biases, labels=labels, dtype=dtype):
+                    runner.step(weights, biases, labels, dtype)
+
+                step()
+                step()
+                steps[provider.name, dtype, grad] = step
+    return steps, errors
+
+
+def record(run: str, case: Case, key: tuple, samples: Samples, threads: int, rates: dict, error) -> dict:
+    """One measurement as it is stored."""
+    provider, dtype, grad = key
+    todo = work.train_step(case, weight_grads=grad == "on")
+    peak = rates["gemm_bf16" if dtype == "bf16" else "gemm_fp32"]
+    bound = todo.bound_seconds(peak, rates["copy"])
+    measurement = {
+        "provider": provider,
+        "layout": list(case.layout),
+        "batch": case.batch,
+        "edges": case.edges,
+        "nodes": case.nodes,
+        "threads": threads,
+        "dtype": dtype,
+        "weight_grads": grad == "on",
+        "seconds": samples.seconds,
+        "foreign_cores": samples.foreign,
+        "calls_per_sample": samples.calls,
+        "median": samples.median,
+        "noisy": samples.noisy,
+        "flops": todo.flops,
+        "bytes": todo.bytes,
+        "rates": rates,
+        "bound_seconds": bound,
+        "share": bound / samples.median,
+        "errors": error,
+    }
+    return records.append("train_step", run, measurement)
+
+
+def show(case: Case, threads: int, rows: list[dict]) -> None:
+    """The table of one case: seconds, roofline share, and how many times faster than the fastest baseline."""
+    table = Table(title=f"{case.label}: {case.edges:,} edges, {threads} thread{'s' * (threads > 1)}", title_justify="left")
+    for column in ("provider", "dtype", "weight grads", "s / step", "s / M edges", "roofline", "x best baseline", ""):
+        table.add_column(column, justify="left" if column in ("provider", "dtype") else "right")
+    for row in rows:
+        rivals = [r["median"] for r in rows if not PROVIDERS[r["provider"]].ours and r["weight_grads"] == row["weight_grads"]]
+        rivals = rivals if row["dtype"] == "bf16" else [
+            r["median"] for r in rows
+            if not PROVIDERS[r["provider"]].ours and r["weight_grads"] == row["weight_grads"] and r["dtype"] == "fp32"
+        ]  # fmt: skip
+        ratio = f"{min(rivals) / row['median']:.2f}" if rivals and PROVIDERS[row["provider"]].ours else ""
+        table.add_row(
+            row["provider"], row["dtype"], "on" if row["weight_grads"] else "off", f"{row['median']:.4g}",
+            f"{row['median'] / row['edges'] * 1e6:.3f}", f"{row['share']:.1%}", ratio, "noisy" if row["noisy"] else "",
+        )  # fmt: skip
+    console.print(table)
+
+
+def main(
+    layouts: Annotated[str, typer.Option(help="Layouts, e.g. 2x64x128x3; @64 sets that layout's own batch size.")] = LAYOUTS,
+    batch: Annotated[int, typer.Option(help="Batch size of layouts that have none of their own.")] = 1,
+    threads: Annotated[str, typer.Option(help="Numbers of threads to measure with, e.g. 1,2.")] = "1",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or both; bf16 is torch.autocast on the CPU.")] = "fp32",
+    weight_grads: Annotated[str, typer.Option(help="Gradients of the input weights: on, off or both.")] = "off,on",
+    providers: Annotated[str, typer.Option(help=f"Who is timed: default, or some of {', '.join(PROVIDERS)}.")] = "default",
+    samples: Annotated[int, typer.Option(help="Quiet samples wanted of each; a sample lasts 0.3 s or one step.")] = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="Two small layouts, short samples: does everything run?")] = False,
+) -> None:
+    """Times forward + cross-entropy + backward of NG-GNN and appends one JSON line per measurement.
+
+    Before a provider is timed, its logits, its gradients of the input weights and of the parameters must agree with the published
+    baseline in float64. Compile time is not counted. Read `x best baseline` as: so many times faster than the fastest baseline of the
+    same run; in bf16 rows a baseline may use fp32 or autocast, whichever is faster. Below 1 the baseline wins.
+    """
+    grads, dtypes = choices(weight_grads, ("off", "on"), "--weight-grads"), choices(dtype, DTYPES, "--dtype")
+    cases = [Case.parse(text, batch) for text in (QUICK if quick and layouts == LAYOUTS else layouts).split(",")]
+    counts = [int(n) for n in choices(threads, tuple(map(str, range(1, 1025))), "--threads")]
+    chosen, missing = select(providers)
+    for name, reason in missing.items():
+        console.print(f"[yellow]left out: {name}: {reason}")
+    run = records.new_run()
+    bar = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    for count in counts:
+        set_threads(count)
+        rates = machine.rates(dtypes, quick)
+        console.print(f"{count} threads: " + ", ".join(f"{k} {v / 1e9:.0f} G{'B' if k == 'copy' else 'FLOP'}/s" for k, v in rates.items()))
+        for case in cases:
+            rounds = 5 if quick else 4 * samples
+            with Progress(*bar, console=console, transient=True) as progress:
+                task = progress.add_task(case.label, total=rounds)
+                steps, errors = candidates(case, chosen, dtypes, grads, lambda text: progress.update(task, description=text))  # noqa: B023
+                progress.update(task, description=f"{case.label}: timing")
+                found = interleave(steps, 2 if quick else samples, rounds, 0.05 if quick else 0.3, tick=lambda: progress.advance(task))  # noqa: B023
+            rows = [record(run, case, key, s, count, rates, errors[key[:2]]) for key, s in found.items()]
+            show(case, count, rows)
+            del steps, found
+            gc.collect()
+            torch._dynamo.reset()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,279 @@
+// Stable-ABI bindings of the CPU kernels: the only kind of file that knows torch. Checks and allocation of outputs
+// are done in Python (ngkernels/ops); what is checked here protects memory.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "edge_program.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+using Tensors = std::vector<Tensor>;
+
+namespace ngk {
+namespace {
+
+constexpr int HEADER = 10, RECORD = 10;
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return F32;
+    case ScalarType::Double: return F64;
+    case ScalarType::BFloat16: return BF16;
+    case ScalarType::Half: return F16;
+    default: STD_TORCH_CHECK(false, "ngkernels: expected float32, float64, bfloat16 or float16 edge values"); return F32;
+  }
+}
+
+// (copies, d0, d1, C), (copies, n, C) or packed (E, C).
+EdgeTensor edge_tensor(const Tensor& t, bool packed) {
+  EdgeTensor e;
+  if (t.numel() == 0) return e;
+  e.data = const_cast<void*>(t.const_data_ptr());
+  e.dtype = dtype_of(t);
+  const int64_t dim = t.dim();
+  STD_TORCH_CHECK(t.is_cpu() && (packed ? dim == 2 : dim == 3 || dim == 4), "ngkernels: expected CPU edge tensors of rank ", packed ? "2" : "3 or 4", ", got rank ", dim);
+  e.channels = static_cast<int>(t.size(dim - 1));
+  e.stride[3] = t.stride(dim - 1);
+  if (packed) {
+    e.stride[2] = t.stride(0);
+  } else {
+    e.stride[0] = t.stride(0);
+    e.stride[1] = t.stride(1);
+    if (dim == 4) e.stride[2] = t.stride(2);
+  }
+  return e;
+}
+
+void* data(const Tensor& t, ScalarType type, const char* name) {
+  if (t.numel() == 0) return nullptr;
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type, "ngkernels: expected ", name, " contiguous, on the CPU, of the compute dtype");
+  return const_cast<void*>(t.const_data_ptr());
+}
+
+struct Problem {
+  Call call;
+  bool f64 = false, packed = false;
+
+  Problem(const Tensors& weights, const Tensors& xs, const Tensor& params, const Tensor& table, const Tensor& topology, const Ints& program) {
+    const ScalarType type = table.scalar_type();
+    f64 = type == ScalarType::Double;
+    STD_TORCH_CHECK(program.size() >= HEADER && program[8] == RECORD && program.size() == static_cast<size_t>(HEADER + RECORD * program[1]), "ngkernels: malformed program");
+    call.directions = static_cast<int>(program[0]);
+    call.combine = static_cast<int>(program[2]);
+    call.width = static_cast<int>(program[3]);
+    call.mask = static_cast<int>(program[4]);
+    call.message_start = static_cast<int>(program[5]);
+    call.tie_bytes = static_cast<int>(program[9]);
+    for (size_t k = HEADER; k < program.size(); k += RECORD) {
+      const int64_t* r = program.data() + k;
+      call.instrs.push_back({static_cast<int>(r[0]), static_cast<int>(r[1]), static_cast<int>(r[2]), r[3], r[4], static_cast<int>(r[5]), r[6], r[7], r[8], r[9]});
+    }
+    STD_TORCH_CHECK(topology.dim() == 2 && topology.size(1) == ROW_COLUMNS && topology.is_contiguous() && topology.scalar_type() == ScalarType::Long, "ngkernels: malformed topology table");
+    call.rows.resize(static_cast<size_t>(topology.size(0)));
+    if (!call.rows.empty()) std::memcpy(static_cast<void*>(call.rows.data()), topology.const_data_ptr(), call.rows.size() * sizeof(Row));
+    packed = !call.rows.empty() && call.rows[0].emit_offset >= 0;
+    for (const Tensor& w : weights) call.weights.push_back(edge_tensor(w, packed));
+    for (const Tensor& x : xs) {
+      call.xs.push_back(data(x, type, "x"));
+      call.x_width.push_back(static_cast<int>(x.size(1)));
+      call.nodes = x.size(0);
+    }
+    call.params = data(params, type, "params");
+    call.n_params = params.numel();
+    call.table = data(table, type, "table");
+    if (call.table) call.table_nodes = table.size(1);
+    check();
+  }
+
+  // What would let a kernel leave its memory.
+  void check() const {
+    for (const Row& r : call.rows) {
+      STD_TORCH_CHECK(r.weight >= 0 && r.weight < static_cast<int64_t>(call.weights.size()), "ngkernels: a block names a weight tensor that is not there");
+      const int64_t last = (r.copies - 1) * r.node_stride;
+      STD_TORCH_CHECK(call.xs.empty() || (r.src + last + r.n_src <= call.nodes && r.dst + last + r.n_dst <= call.nodes), "ngkernels: a block names nodes that x does not have");
+    }
+    for (size_t k = 0; k < call.instrs.size(); ++k) {
+      const Instr& in = call.instrs[k];
+      STD_TORCH_CHECK(in.x < static_cast<int>(call.xs.size()), "ngkernels: an instruction names a node state that is not there");
+      STD_TORCH_CHECK(k == 0 ? in.op == LOAD : in.op != LOAD, "ngkernels: a program starts with one LOAD");
+      for (int64_t offset : {in.w, in.b, in.wd, in.ws}) STD_TORCH_CHECK(offset < call.n_params || offset <= 0, "ngkernels: an instruction names parameters that are not there");
+      if (in.op == TABLE) STD_TORCH_CHECK(call.table_nodes >= 3, "ngkernels: expected a table");
+    }
+  }
+
+  void want(const Tensors& grads, const Tensors& weights) {
+    const ScalarType type = f64 ? ScalarType::Double : ScalarType::Float;
+    const size_t nw = weights.size(), nx = call.xs.size();
+    for (size_t k = 0; k < nw; ++k) {
+      call.grad_weights.push_back(edge_tensor(grads[k], packed));
+      call.need_weights |= call.grad_weights.back().data != nullptr;
+    }
+    for (size_t k = 0; k < nx; ++k) {
+      call.grad_xs.push_back(data(grads[nw + k], type, "grad x"));
+      call.need_nodes |= call.grad_xs.back() != nullptr;
+    }
+    call.grad_params = data(grads[nw + nx], type, "grad params");
+    call.grad_table = data(grads[nw + nx + 1], type, "grad table");
+    for (size_t k = nw + nx + 2; k < grads.size(); ++k) call.grad_carriers.push_back(edge_tensor(grads[k], packed));
+  }
+
+  // Gradients that blocks add to, or do not cover (a restricted packed graph, a skipped block), start at zero.
+  void clear(const Tensors& grads) const {
+    std::vector<int64_t> covered(call.weights.size(), 0), carried(call.grad_carriers.size(), 0);
+    for (size_t r = 0; r < call.rows.size(); ++r) {
+      const Row& row = call.rows[r];
+      const bool skipped = call.combine == EMIT && !call.values[packed ? 0 : r].data;
+      if (skipped) continue;
+      if (!row.shared) covered[static_cast<size_t>(row.weight)] += row.copies * row.edges();
+      if (!carried.empty()) carried[packed ? 0 : static_cast<size_t>(row.block)] += row.copies * row.edges();
+    }
+    const auto zero = [&](const Tensor& g, const EdgeTensor& e, int64_t edges) {
+      if (e.data && edges * e.channels < g.numel()) torch::stable::zero_(const_cast<Tensor&>(g));
+    };
+    for (size_t k = 0; k < covered.size(); ++k) zero(grads[k], call.grad_weights[k], covered[k]);
+    const size_t first = grads.size() - carried.size();
+    for (size_t k = 0; k < carried.size(); ++k) zero(grads[first + k], call.grad_carriers[k], carried[k]);
+  }
+};
+
+std::string forced;
+
+bool supports(const char* name) {
+#if defined(__x86_64__)
+  if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (!std::strcmp(name, "avx512")) return wide;
+  if (!std::strcmp(name, "avx512_bf16")) return wide && __builtin_cpu_supports("avx512bf16");
+#endif
+  return !std::strcmp(name, "scalar");
+}
+
+// The best instruction set for the compute mode (1: bf16 operands allowed). The bf16 dot product pays on AMD only: on
+// Intel cores without AMX it runs at half the rate of float32 products (measured: 86 against 176 GFLOP/s a core).
+const Isa& isa_for(int64_t compute) {
+#if defined(__x86_64__)
+  const bool pays = __builtin_cpu_is("amd");
+  if (forced == "avx512_bf16" || (forced.empty() && compute == 1 && pays && supports("avx512_bf16"))) {
+    if (compute == 1) return isa_avx512_bf16();
+    return isa_avx512();
+  }
+  if (forced == "avx512" || (forced.empty() && supports("avx512"))) return isa_avx512();
+  if (forced == "avx2" || (forced.empty() && supports("avx2"))) return isa_avx2();
+#endif
+  return isa_scalar();
+}
+
+std::string isa() { return forced.empty() ? isa_for(0).name : forced; }
+
+// "" chooses again; anything else is used from now on.
+void set_isa(std::string name) {
+  STD_TORCH_CHECK(name.empty() || supports(name.c_str()), "ngkernels: this processor does not run ", name);
+  forced = name;
+}
+
+void parallel(int64_t n, void* ctx, void (*body)(void*, int64_t, int64_t)) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(ctx, begin, end); });
+}
+
+const Kernels& kernels(const Problem& p, int64_t compute) {
+  const Isa& isa = isa_for(compute);
+  return p.f64 ? isa.f64 : isa.f32;
+}
+
+int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+void bind_reduced(Problem& p, const Tensor& out, const Tensor& aux, const Tensor& ties) {
+  const ScalarType type = p.f64 ? ScalarType::Double : ScalarType::Float;
+  p.call.out = data(out, type, "out");
+  p.call.aux = data(aux, type, "aux");
+  p.call.ties = ties.numel() ? const_cast<void*>(ties.const_data_ptr()) : nullptr;
+  p.call.out_rows = out.size(0);
+  for (const Row& r : p.call.rows) STD_TORCH_CHECK(r.out + (r.copies - 1) * r.out_stride + r.n_dst <= p.call.out_rows, "ngkernels: a block names output rows that are not there");
+}
+
+void aggregate(Tensors weights, Tensors xs, Tensor params, Tensor table, Tensor topology, Ints program, int64_t compute, Tensor out, Tensor aux, Tensor ties) {
+  Problem p(weights, xs, params, table, topology, program);
+  bind_reduced(p, out, aux, ties);
+  if (out.numel()) kernels(p, compute).aggregate(p.call, parallel, threads());
+}
+
+void aggregate_backward(Tensor grad, Tensor out, Tensor aux, Tensor ties, Tensors weights, Tensors xs, Tensor params, Tensor table, Tensor topology, Ints program, int64_t compute, Tensors grads) {
+  Problem p(weights, xs, params, table, topology, program);
+  bind_reduced(p, out, aux, ties);
+  p.call.grad_out = data(grad, p.f64 ? ScalarType::Double : ScalarType::Float, "grad");
+  p.want(grads, weights);
+  p.clear(grads);
+  kernels(p, compute).backward(p.call, parallel, threads());
+}
+
+void bind_values(Problem& p, const Tensors& values) {
+  for (const Tensor& v : values) p.call.values.push_back(edge_tensor(v, p.packed));
+  STD_TORCH_CHECK(p.packed ? values.size() == 1 : values.size() == p.call.rows.size(), "ngkernels: expected one tensor of values for each block");
+}
+
+void evaluate(Tensors weights, Tensors xs, Tensor params, Tensor table, Tensor topology, Ints program, int64_t compute, Tensors out) {
+  Problem p(weights, xs, params, table, topology, program);
+  bind_values(p, out);
+  kernels(p, compute).evaluate(p.call, parallel, threads());
+}
+
+void evaluate_backward(Tensors values, Tensors weights, Tensors xs, Tensor params, Tensor table, Tensor topology, Ints program, int64_t compute, Tensors grads) {
+  Problem p(weights, xs, params, table, topology, program);
+  bind_values(p, values);
+  p.want(grads, weights);
+  p.clear(grads);
+  kernels(p, compute).backward(p.call, parallel, threads());
+}
+
+}  // namespace
+}  // namespace ngk
+
+#define NGK_EXPRESSION "Tensor[] weights, Tensor[] xs, Tensor params, Tensor table, Tensor topology, int[] program, int compute"
+
+STABLE_TORCH_LIBRARY(ngkernels_C, m) {
+  m.def("aggregate(" NGK_EXPRESSION ", Tensor(a!) out, Tensor(b!) aux, Tensor(c!) ties) -> ()");
+  m.def("aggregate_backward(Tensor grad, Tensor out, Tensor aux, Tensor ties, " NGK_EXPRESSION ", Tensor(a!)[] grads) -> ()");
+  m.def("evaluate(" NGK_EXPRESSION ", Tensor(a!)[] out) -> ()");
+  m.def("evaluate_backward(Tensor[] values, " NGK_EXPRESSION ", Tensor(a!)[] grads) -> ()");
+  m.def("isa() -> str");
+  m.def("set_isa(str name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ngkernels_C, CPU, m) {
+  m.impl("aggregate", TORCH_BOX(&ngk::aggregate));
+  m.impl("aggregate_backward", TORCH_BOX(&ngk::aggregate_backward));
+  m.impl("evaluate", TORCH_BOX(&ngk::evaluate));
+  m.impl("evaluate_backward", TORCH_BOX(&ngk::evaluate_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ngkernels_C, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&ngk::isa));
+  m.impl("set_isa", TORCH_BOX(&ngk::set_isa));
+}
+
+// `import ngkernels._C` runs the registrations above; the module itself is empty. These few declarations are CPython's
+// stable ABI (3.10 on), written out so that building needs a compiler and torch, but no Python headers.
+extern "C" {
+struct NgkModuleDef {
+  intptr_t refcount = 1;  // PyModuleDef_HEAD_INIT
+  void *type = nullptr, *init = nullptr;
+  intptr_t index = 0;
+  void* copy = nullptr;
+  const char *name = "_C", *doc = nullptr;
+  intptr_t size = -1;
+  void *methods = nullptr, *slots = nullptr, *traverse = nullptr, *clear = nullptr, *free = nullptr;
+};
+void* PyModule_Create2(NgkModuleDef*, int);
+__attribute__((visibility("default"))) void* PyInit__C(void) {
+  static NgkModuleDef def;
+  return PyModule_Create2(&def, 3);  // 3: PYTHON_ABI_VERSION of the stable ABI
+}
+}

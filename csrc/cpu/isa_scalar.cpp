@@ -1,0 +1,14 @@
+// The engine compiled for one instruction set. Standard headers come before the target pragma, so that nothing
+// shared with other files is compiled with these instructions.
+#include "schedule.h"
+
+#include <cmath>
+#include <cstring>
+#include "engine.h"
+
+namespace ngk {
+const Isa& isa_scalar() {
+  static const Isa isa{"scalar", kernels_of<Scalar<float>>(), kernels_of<Scalar<double>>()};
+  return isa;
+}
+}  // namespace ngk

@@ -1,0 +1,156 @@
+// Parameters of a call in the layouts kernels read, and where each one's gradient accumulates.
+#pragma once
+
+#include "gemm.h"
+#include "schedule.h"
+
+namespace ngk {
+
+// Hands out pieces of one buffer; with a null base it only measures.
+struct Arena {
+  char* base = nullptr;
+  size_t used = 0;
+  template <class X>
+  X* take(size_t n) {
+    X* p = base ? reinterpret_cast<X*>(base + used) : nullptr;
+    used += (n * sizeof(X) + 63) / 64 * 64;
+    return p;
+  }
+};
+
+template <class V>
+struct Step {
+  using T = typename V::T;
+  Matrix<V> fwd[2], bwd[2];  // LIN: [n_in, n_out] and its transpose, by direction
+  Matrix<V> wd, ws, wd_t, ws_t;  // node term: [d_x, n_out] and transposes
+  T* bias = nullptr;             // [ld], zero where none
+  int ld = 0;                    // of the result
+  int64_t g_w[2] = {-1, -1}, g_b = -1, g_wd = -1, g_ws = -1;  // offsets into the padded parameter gradients
+  bool node = false;
+};
+
+template <class V>
+struct Prepared {
+  using T = typename V::T;
+  const Call& call;
+  std::vector<Step<V>> steps;
+  const T *params, *table = nullptr;  // table: [directions, nodes, 2, table_ld]
+  int table_step = -1, table_ld = 0, tile = 96, max_ld = 0;
+  size_t grad_size = 0;  // of the padded parameter gradients
+
+  explicit Prepared(const Call& c) : call(c), steps(c.instrs.size()), params(static_cast<const T*>(c.params)) {
+    Arena measure;
+    build(measure);
+    Arena arena;
+    arena.base = static_cast<char*>(scratch(0, measure.used));
+    grad_size = 0;
+    build(arena);
+    tile = max_ld <= 64 ? 96 : 48;
+  }
+
+  Matrix<V> matrix(Arena& arena, int64_t offset, int rows, int cols, bool transpose) {
+    Matrix<V> m;
+    m.K = transpose ? rows : cols;  // params hold [n_out, n_in]; a forward product reads [n_in, n_out]
+    m.N = transpose ? cols : rows;
+    m.ld = padded<V>(m.N);
+    T* p = arena.take<T>(static_cast<size_t>(m.K) * m.ld);
+    const T* src = params + offset;
+    if (p)
+      for (int k = 0; k < m.K; ++k)
+        for (int n = 0; n < m.ld; ++n) p[k * m.ld + n] = n >= m.N ? T(0) : (transpose ? src[k * cols + n] : src[static_cast<int64_t>(n) * cols + k]);
+    m.p = p;
+    if constexpr (V::BF16) {
+      uint32_t* q = arena.take<uint32_t>(static_cast<size_t>((m.K + 1) / 2) * m.ld);
+      if (p)
+        for (int k = 0; k < m.K; k += 2)
+          for (int n = 0; n < m.ld; ++n) q[k / 2 * m.ld + n] = to_bf16(p[k * m.ld + n]) | (k + 1 < m.K ? static_cast<uint32_t>(to_bf16(p[(k + 1) * m.ld + n])) << 16 : 0u);
+      m.pairs = q;
+    }
+    return m;
+  }
+
+  int64_t grads(size_t n) {
+    const int64_t at = static_cast<int64_t>(grad_size);
+    grad_size += (n + 15) / 16 * 16;
+    return at;
+  }
+
+  void build(Arena& arena) {
+    for (size_t k = 0; k < steps.size(); ++k) {
+      const Instr& in = call.instrs[k];
+      Step<V>& s = steps[k];
+      const bool same = in.op == ACT || in.op == ADD || in.op == MARK;
+      s.ld = in.op == LOAD ? in.n_out : same ? steps[k - 1].ld : padded<V>(in.n_out);
+      if (s.ld > max_ld) max_ld = s.ld;
+      if (in.op != LIN && in.op != TABLE) continue;
+      if (in.op == LIN && in.n_in)
+        for (int v = 0; v < (in.arg0 ? call.directions : 1); ++v) {
+          s.fwd[v] = matrix(arena, in.w + v * in.arg0, in.n_out, in.n_in, false);
+          s.bwd[v] = matrix(arena, in.w + v * in.arg0, in.n_out, in.n_in, true);
+          s.g_w[v] = grads(static_cast<size_t>(in.n_in) * s.ld);
+        }
+      if (in.op == LIN && !in.arg0) s.fwd[1] = s.fwd[0], s.bwd[1] = s.bwd[0], s.g_w[1] = s.g_w[0];
+      s.bias = arena.take<T>(s.ld);
+      if (s.bias)
+        for (int n = 0; n < s.ld; ++n) s.bias[n] = in.b >= 0 && n < in.n_out ? params[in.b + n] : T(0);
+      s.g_b = grads(s.ld);
+      s.node = in.x >= 0;
+      if (s.node) {
+        const int dx = call.x_width[in.x];
+        s.wd = matrix(arena, in.wd, in.n_out, dx, false);
+        s.ws = matrix(arena, in.ws, in.n_out, dx, false);
+        s.wd_t = matrix(arena, in.wd, in.n_out, dx, true);
+        s.ws_t = matrix(arena, in.ws, in.n_out, dx, true);
+        s.g_wd = grads(static_cast<size_t>(dx) * s.ld);
+        s.g_ws = grads(static_cast<size_t>(dx) * s.ld);
+      }
+      if (in.op == TABLE) prepare_table(arena, static_cast<int>(k));
+    }
+  }
+
+  void prepare_table(Arena& arena, int k) {
+    const Instr& in = call.instrs[k];
+    Step<V>& s = steps[k];
+    table_step = k;
+    table_ld = s.ld;
+    s.fwd[0] = matrix(arena, in.w, in.n_out, 2 * in.n_in, false);  // weights beyond the table
+    s.bwd[0] = matrix(arena, in.w, in.n_out, 2 * in.n_in, true);
+    s.g_w[0] = grads(static_cast<size_t>(2) * in.n_in * s.ld);
+    const T* src = static_cast<const T*>(call.table);
+    if (in.n_out == s.ld) {
+      table = src;
+      return;
+    }
+    const int64_t lines = 2 * call.table_nodes * call.directions;
+    T* p = arena.take<T>(static_cast<size_t>(lines) * s.ld);
+    if (p)
+      for (int64_t r = 0; r < lines; ++r)
+        for (int n = 0; n < s.ld; ++n) p[r * s.ld + n] = n < in.n_out ? src[r * in.n_out + n] : T(0);
+    table = p;
+  }
+
+  // Adds the padded gradients into grad_params, in its [n_out, n_in] form.
+  void write_grads(const T* g) const {
+    T* out = static_cast<T*>(call.grad_params);
+    for (int64_t k = 0; k < call.n_params; ++k) out[k] = T(0);
+    const auto put = [&](int64_t from, int64_t to, int rows, int cols, int ld) {
+      for (int o = 0; o < rows; ++o)
+        for (int i = 0; i < cols; ++i) out[to + static_cast<int64_t>(o) * cols + i] = g[from + static_cast<int64_t>(i) * ld + o];
+    };
+    for (size_t k = 0; k < steps.size(); ++k) {
+      const Instr& in = call.instrs[k];
+      const Step<V>& s = steps[k];
+      if (in.op != LIN && in.op != TABLE) continue;
+      if (in.op == TABLE) put(s.g_w[0], in.w, in.n_out, 2 * in.n_in, s.ld);
+      if (in.op == LIN && in.n_in)
+        for (int v = 0; v < (in.arg0 ? call.directions : 1); ++v) put(s.g_w[v], in.w + v * in.arg0, in.n_out, in.n_in, s.ld);
+      if (in.b >= 0) put(s.g_b, in.b, in.n_out, 1, 0);
+      if (s.node) {
+        put(s.g_wd, in.wd, in.n_out, call.x_width[in.x], s.ld);
+        put(s.g_ws, in.ws, in.n_out, call.x_width[in.x], s.ld);
+      }
+    }
+  }
+};
+
+}  // namespace ngk

@@ -1,0 +1,41 @@
+// Work is cut into pieces (a rectangle of one block) and items (one large piece, or whole small networks). The cut
+// depends on the graph alone. Items are computed in any order on any number of threads and committed in their own
+// order, so every sum has one order: results are bitwise independent of the thread count.
+#pragma once
+
+#include "../edge_program.h"
+
+namespace ngk {
+
+struct Piece {
+  const Row* row;
+  int64_t index;  // of the row
+  int64_t copy, i0, i1, j0, j1;  // destinations, sources; diagonal: j0 = i0, j1 = i1
+  int rows() const { return static_cast<int>(i1 - i0); }
+  int cols() const { return static_cast<int>(j1 - j0); }
+  int64_t edges() const { return row->kind == DIAGONAL ? rows() : static_cast<int64_t>(rows()) * cols(); }
+};
+
+struct Item {
+  int64_t first, last;  // range of pieces
+  bool exclusive;       // whole networks: no other item touches their nodes
+};
+
+struct Plan {
+  std::vector<Piece> pieces;
+  std::vector<Item> items;
+  int max_rows = 0, max_cols = 0;  // over pieces
+};
+
+Plan make_plan(const Call& call);
+
+// In-degree of every output row, counting the call's blocks.
+std::vector<int32_t> degrees(const Call& call);
+
+// process(ctx, worker, item) concurrently; commit(ctx, worker, item) one at a time, in the order of the items.
+void run_items(const Plan& plan, Parallel parallel, int threads, void* ctx, void (*process)(void*, int, const Item&), void (*commit)(void*, int, const Item&));
+
+// Memory of one worker, kept between calls; 64-byte aligned, content unspecified. slot 0: shared by a call, 1: worker.
+void* scratch(int slot, size_t bytes);
+
+}  // namespace ngk

@@ -1,0 +1,89 @@
+// Plain-data description of an edge expression, its blocks and the tensors around it. No torch, no ISA.
+// The numbers are those of ngkernels/program.py and ngkernels/graph.py.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace ngk {
+
+enum Op : int { LOAD, FOURIER, TABLE, LIN, ACT, ADD, MARK };
+enum Combine : int { PLAIN, FILM, GATE, PRODUCT, EMIT };
+enum Activation : int { SILU, RELU, GELU, TANH, SIGMOID, LEAKY_RELU, IDENTITY };
+enum Reduce : int { SUM = 1, MEAN = 2, MIN = 4, MAX = 8, STD = 16, VAR = 32 };
+enum Kind : int { DENSE, DIAGONAL };
+enum Dtype : int { F32, BF16, F16, F64 };
+
+constexpr double STD_THRESHOLD = 1e-5;  // a variance up to here counts as 0, with gradient 0
+constexpr double LEAKY_SLOPE = 0.01;
+
+// One step on the register of an edge. n_in == 0: the register starts at the node term (message register).
+struct Instr {
+  int op, n_in, n_out;
+  int64_t w, b;    // offsets into params: matrix [n_out, n_in], bias [n_out]; -1: none
+  int x;           // node term: index into xs, -1: none
+  int64_t wd, ws;  // [n_out, d_x] each
+  int64_t arg0, arg1;
+  // LOAD arg0: offset of (scale, shift) pairs by weight tensor, -1: none. TABLE arg0: log2 of steps a unit,
+  // arg1: offset of the frequencies; w: matrix [n_out, 2 n_in] for weights beyond the table.
+  // LIN arg0: elements from one direction's matrix to the next (0: one matrix). ACT arg0: activation.
+  // ADD arg0: the instruction whose result is added.
+};
+
+// One block of the graph: ngkernels/graph.py COLUMNS, in its order.
+struct Row {
+  int64_t kind, weight, variant, src, n_src, dst, n_dst, copies, node_stride, out, out_stride, src_axis, shared, offset, edge_stride,
+      block, emit_offset, emit_stride, part;
+  int64_t edges() const { return kind == DIAGONAL ? n_src : n_src * n_dst; }
+};
+constexpr int ROW_COLUMNS = sizeof(Row) / sizeof(int64_t);
+
+// A tensor of edge values seen from one block: element (copy, d0, d1, channel) or (copy, n, channel).
+struct EdgeTensor {
+  void* data = nullptr;  // null: not there, or no gradient wanted
+  Dtype dtype = F32;
+  int64_t stride[4] = {0, 0, 0, 0};  // copy, d0, d1, channel (diagonal: d1 unused); packed: edge in d1
+  int channels = 0;
+};
+
+struct Call {
+  int directions = 1, combine = 0, width = 0, mask = 0, message_start = 0, tie_bytes = 2;
+  std::vector<Instr> instrs;
+  std::vector<Row> rows;
+  std::vector<EdgeTensor> weights, grad_weights;  // by weight tensor
+  std::vector<EdgeTensor> values;                 // by row: what evaluate writes, or reads as gradient
+  std::vector<EdgeTensor> grad_carriers;          // by block
+  std::vector<const void*> xs;
+  std::vector<void*> grad_xs;
+  std::vector<int> x_width;
+  int64_t nodes = 0, n_params = 0, out_rows = 0, table_nodes = 0;
+  const void *params = nullptr, *table = nullptr;
+  void *grad_params = nullptr, *grad_table = nullptr;
+  void *out = nullptr, *aux = nullptr, *ties = nullptr;  // aggregate: [rows, K, F], [rows, 0..1, F], [rows, 0..2, F]
+  const void* grad_out = nullptr;
+  bool need_weights = false, need_nodes = false;  // any of grad_weights, any of grad_xs
+};
+
+// Runs body(ctx, begin, end) over [0, n) on the caller's threads.
+using Parallel = void (*)(int64_t n, void* ctx, void (*body)(void* ctx, int64_t begin, int64_t end));
+
+struct Kernels {
+  void (*aggregate)(const Call&, Parallel, int threads);
+  void (*evaluate)(const Call&, Parallel, int threads);
+  void (*backward)(const Call&, Parallel, int threads);  // of either, by Call::combine
+};
+
+struct Isa {
+  const char* name;
+  Kernels f32, f64;
+};
+
+const Isa& isa_scalar();
+#if defined(__x86_64__)
+const Isa& isa_avx2();
+const Isa& isa_avx512();
+const Isa& isa_avx512_bf16();
+#endif
+
+}  // namespace ngk

@@ -1,0 +1,12 @@
+"""ngkernels: edge-feature message passing over neural graphs, with edge states that are never stored."""
+
+from . import encoders
+from .backends import use_backend
+from .edges import EdgeState, Message, NodeTerm
+from .graph import Block, NeuralGraph
+from .ops.aggregate import aggregate
+from .ops.checkpoint import checkpoint
+from .ops.readout import readout
+
+__version__ = "0.1.0"
+__all__ = ["Block", "EdgeState", "Message", "NeuralGraph", "NodeTerm", "aggregate", "checkpoint", "encoders", "readout", "use_backend"]

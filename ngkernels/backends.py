@@ -1,0 +1,99 @@
+"""Which implementation of an op runs: chosen by what is there, or forced. Never a silent fallback."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+OPS = ("aggregate", "readout", "checkpoint")
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+_NOT_BUILT = {"triton": "the Triton kernels are not built yet", "cuda": "the CUDA kernels are not built yet"}
+
+_forced: list[str] = []
+_load_error: str | None = None
+_loaded = False
+_warned = False
+
+
+def _library() -> str | None:
+    """None when the C++ library is loaded, else the reason why not."""
+    global _loaded, _load_error
+    if not _loaded:
+        _loaded = True
+        try:
+            importlib.import_module("ngkernels._C")
+        except ImportError as error:
+            _load_error = f"the C++ library is not there ({error}); install with a C++ compiler and without NGKERNELS_BUILD=none"
+    return _load_error
+
+
+def why_not(backend: str, device: torch.device | None = None) -> str | None:
+    """None when `backend` can run on `device`, else the reason why not."""
+    if backend == "reference":
+        return None
+    if backend == "cpp":
+        if device is not None and device.type != "cpu":
+            return f"it runs on cpu tensors, got {device}"
+        return _library()
+    return _NOT_BUILT[backend]
+
+
+def availability() -> dict[str, dict[str, str | None]]:
+    """For each op and backend: None when it runs on this machine, else the reason why not."""
+    return {op: {b: why_not(b) for b in BACKENDS} for op in OPS}
+
+
+def isa() -> str:
+    """Instruction set the C++ kernels use: avx512_bf16, avx512, avx2 or scalar; "none" without the library."""
+    return "none" if _library() else torch.ops.ngkernels_C.isa()
+
+
+def _check_name(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend inside the context, in every thread (a backward pass may run in another one).
+
+    The environment variable NGKERNELS_BACKEND does the same for a process.
+
+    Raises:
+        ValueError: an unknown name. NotImplementedError: from the first op, when it cannot run there.
+    """
+    _forced.append(_check_name(name))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def choose(op: str, device: torch.device) -> str:
+    """The backend that runs `op` on `device`.
+
+    Raises:
+        NotImplementedError: the forced backend cannot run; lists every backend with its reason.
+    """
+    global _warned
+    forced = _forced[-1] if _forced else os.environ.get("NGKERNELS_BACKEND")
+    if forced:
+        reason = why_not(_check_name(forced), device)
+        if reason:
+            table = "; ".join(f"{b}: {why_not(b, device) or 'runs'}" for b in BACKENDS)
+            raise NotImplementedError(f"{op}: backend {forced!r} was forced but {reason} ({table})")
+        return forced
+    if device.type == "cpu":
+        reason = _library()
+        if reason is None:
+            return "cpp"
+        if not _warned:
+            _warned = True
+            warnings.warn(f"ngkernels runs on its reference backend, slowly and with [E, d] tensors: {reason}", RuntimeWarning, stacklevel=3)
+    return "reference"

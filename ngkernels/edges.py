@@ -1,0 +1,260 @@
+"""EdgeState: an edge's hidden state as an expression of its raw weight and its two neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .encoders import Fourier, Identity, Linear
+from .graph import NeuralGraph
+
+ACTIVATIONS = ("silu", "relu", "gelu", "tanh", "sigmoid", "leaky_relu", "identity")
+Affine = tuple[torch.Tensor, torch.Tensor | None]  # weight [out, in], bias [out]
+
+
+def _check_activation(op: str, name: str) -> None:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{op}: expected activation in {', '.join(ACTIVATIONS)}, got {name!r}")
+
+
+def _check_matrix(op: str, name: str, w: torch.Tensor, columns: int | None) -> None:
+    if w.dim() != 2 or (columns is not None and w.shape[1] != columns):
+        raise ValueError(f"{op}: expected {name} of shape (*, {'*' if columns is None else columns}), got {tuple(w.shape)}")
+
+
+@dataclass(frozen=True)
+class NodeTerm:
+    """weight_dst x_i + weight_src x_j + bias, projected inside the kernels. x [N, d_x], weights [out, d_x]."""
+
+    x: torch.Tensor
+    weight_dst: torch.Tensor
+    weight_src: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def check(self, op: str, graph: NeuralGraph, width: int) -> None:
+        if self.x.dim() != 2 or self.x.shape[0] != graph.num_nodes:
+            raise ValueError(f"{op}: expected x of shape ({graph.num_nodes}, d) (the graph's nodes), got {tuple(self.x.shape)}")
+        for name in ("weight_dst", "weight_src"):
+            w = getattr(self, name)
+            if tuple(w.shape) != (width, self.x.shape[1]):
+                raise ValueError(f"{op}: expected {name} of shape ({width}, {self.x.shape[1]}), got {tuple(w.shape)}")
+        if self.bias is not None and tuple(self.bias.shape) != (width,):
+            raise ValueError(f"{op}: expected bias of shape ({width},), got {tuple(self.bias.shape)}")
+
+
+@dataclass(frozen=True)
+class Update:
+    """z = weight_edge e + node term; e' = [e +] weight_out act(z) + bias_out. Without node: a plain MLP step."""
+
+    weight_edge: torch.Tensor  # [H, D]
+    bias: torch.Tensor | None  # [H], for steps without a node term
+    node: NodeTerm | None
+    activation: str
+    weight_out: torch.Tensor  # [D', H]
+    bias_out: torch.Tensor | None
+    residual: bool
+
+
+@dataclass(frozen=True)
+class Activate:
+    """e' = weight act(e) + bias: one more layer of an encoder MLP."""
+
+    activation: str
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A virtual checkpoint: gradients of what follows arrive in `carriers` instead of going further back."""
+
+    carriers: tuple[torch.Tensor, ...]
+
+
+def _encoder_width(encoder, channels: int) -> int:
+    expanded = 3 * channels if encoder.reciprocal else channels
+    if isinstance(encoder, Identity):
+        return expanded
+    if isinstance(encoder, Linear):
+        _check_matrix("EdgeState", "encoder.weight", encoder.weight, expanded)
+        return encoder.weight.shape[0]
+    if isinstance(encoder, Fourier):
+        _check_matrix("EdgeState", "encoder.frequencies", encoder.frequencies, expanded)
+        _check_matrix("EdgeState", "encoder.weight", encoder.weight, 2 * encoder.frequencies.shape[0])
+        return encoder.weight.shape[0]
+    raise TypeError(f"EdgeState: expected encoder Linear, Fourier or Identity, got {type(encoder).__name__}")
+
+
+def _canonical(graph: NeuralGraph, weights) -> tuple[torch.Tensor, ...]:
+    """Weight tensors as (copies, n_src, n_dst, C) views; 2-D (n_src, n_dst) is taken as one copy, one channel."""
+    weights = (weights,) if isinstance(weights, torch.Tensor) else tuple(weights)
+    if len(weights) != graph.num_weights:
+        raise ValueError(f"EdgeState: expected {graph.num_weights} weight tensors (one for each forward block), got {len(weights)}")
+    if not weights:
+        raise ValueError("EdgeState: expected a graph with at least one block, got none")
+    weights = tuple(w[None, :, :, None] if w.dim() == 2 and not graph.packed else w for w in weights)
+    channels = weights[0].shape[-1] if weights[0].dim() else 0
+    for k, (w, shape) in enumerate(zip(weights, graph.weight_shapes(channels), strict=True)):
+        if tuple(w.shape) != shape:
+            raise ValueError(f"EdgeState: expected weights[{k}] of shape {shape} (copies, n_src, n_dst, channels), got {tuple(w.shape)}")
+        if not w.is_floating_point():
+            raise TypeError(f"EdgeState: expected weights[{k}] of a floating dtype, got {w.dtype}")
+        if w.device != weights[0].device:
+            raise TypeError(f"EdgeState: expected weights[{k}] on {weights[0].device}, got {w.device}")
+    return weights
+
+
+@dataclass(frozen=True)
+class EdgeState:
+    """The hidden state of every edge, as an expression: nothing of shape [E, D] exists until a consumer asks.
+
+        e0 = encoder(scale w + shift);   e(l+1) = update_l(e(l), x_i, x_j)
+
+    Args:
+        graph: the neural graph.
+        weights: one tensor for each forward block, (copies, n_src, n_dst, C) dense, (copies, n, C) diagonal, any
+            strides (a transposed view of an (out, in) parameter is free), float32/bfloat16/float16/float64; or one
+            tensor [E, C] for a packed graph.
+        encoder: encoders.Linear, encoders.Fourier or encoders.Identity.
+        affine: None, or (scale, shift), each one number per weight tensor: input statistics, no gradient.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+
+    Note: `update` and `checkpoint` return new states. Memory: the weights, the node states x, small matrices.
+    """
+
+    graph: NeuralGraph
+    weights: tuple[torch.Tensor, ...]
+    encoder: Linear | Fourier | Identity
+    affine: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    steps: tuple[Update | Activate | Mark, ...] = ()
+    width: int = field(default=-1)
+
+    def __post_init__(self):
+        if self.width >= 0:
+            return
+        object.__setattr__(self, "weights", _canonical(self.graph, self.weights))
+        channels = self.weights[0].shape[-1]
+        object.__setattr__(self, "width", _encoder_width(self.encoder, channels))
+        if self.affine is not None:
+            for name, values in zip(("scale", "shift"), self.affine, strict=True):
+                if len(values) != len(self.weights):
+                    raise ValueError(f"EdgeState: expected {len(self.weights)} affine {name} values, got {len(values)}")
+
+    def then(self, activation: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> EdgeState:
+        """e' = weight act(e) + bias: a further layer of the encoder. weight [D', D], bias [D']."""
+        _check_activation("EdgeState.then", activation)
+        _check_matrix("EdgeState.then", "weight", weight, self.width)
+        return replace(self, steps=(*self.steps, Activate(activation, weight, bias)), width=weight.shape[0])
+
+    def update(
+        self,
+        x: torch.Tensor,
+        weight_edge: torch.Tensor,
+        weight_dst: torch.Tensor,
+        weight_src: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight_out: torch.Tensor,
+        bias_out: torch.Tensor | None,
+        activation: str = "silu",
+        residual: bool = False,
+    ) -> EdgeState:
+        """e' = [e +] weight_out act(weight_edge e + weight_dst x_i + weight_src x_j + bias) + bias_out.
+
+        Args:
+            x: node states [N, d_x]; i is the destination of the edge, j its source.
+            weight_edge: [H, D]. weight_dst, weight_src: [H, d_x]. bias: [H]. weight_out: [D', H]. bias_out: [D'].
+            activation: one of silu, relu, gelu, tanh, sigmoid, leaky_relu, identity.
+            residual: add e (D' = D).
+
+        Returns:
+            EdgeState: of width D'. Computes nothing.
+
+        Raises:
+            ValueError: shapes that do not fit, an unknown activation.
+
+        Reference: Kofinas et al., ICLR 2024, section 3 (edge updates of NG-GNN).
+        """
+        op = "EdgeState.update"
+        _check_activation(op, activation)
+        _check_matrix(op, "weight_edge", weight_edge, self.width)
+        _check_matrix(op, "weight_out", weight_out, weight_edge.shape[0])
+        if residual and weight_out.shape[0] != self.width:
+            raise ValueError(f"{op}: expected weight_out with {self.width} rows (residual), got {weight_out.shape[0]}")
+        node = NodeTerm(x, weight_dst, weight_src, bias)
+        node.check(op, self.graph, weight_edge.shape[0])
+        step = Update(weight_edge, None, node, activation, weight_out, bias_out, residual)
+        return replace(self, steps=(*self.steps, step), width=weight_out.shape[0])
+
+    def checkpoint(self, store: torch.dtype | None = None) -> EdgeState:
+        """The same state, restarted: from stored values (`store` a dtype), or virtually (None).
+
+        Stored: the state is evaluated once, [E, D] in `store`, and later consumers start from it. Virtual:
+        nothing is stored; forward evaluation still starts at the weights, while gradients stop here, meet in
+        one transient buffer [E, D] and go on to the weights once. Both give the gradients of `self`.
+        """
+        from .ops.checkpoint import checkpoint  # ops import this module
+
+        return checkpoint(self, store)
+
+    def restrict(self, layer: int = -1) -> EdgeState:
+        """The same state on the edges into node layer `layer` only."""
+        return replace(self, graph=self.graph.restrict(layer))
+
+
+@dataclass(frozen=True)
+class Message:
+    """How edge (j -> i) turns e_ij, x_i and x_j into a message of F numbers; build it with a class method.
+
+    q = mlp(weight_dst x_i + weight_src x_j + bias);  [s | t] = weight_edge e + bias_edge
+    film: s q + t    gate: sigmoid(s) q    product: s q    concat: mlp(s + weight_dst x_i + weight_src x_j + bias)
+    """
+
+    kind: str
+    weight_edge: torch.Tensor
+    bias_edge: torch.Tensor | None
+    node: NodeTerm
+    mlp: tuple[Affine, ...] = ()
+    activation: str = "relu"
+
+    @classmethod
+    def film(cls, x, weight_edge, bias_edge, weight_dst, weight_src, bias=None, mlp: Sequence[Affine] = (), activation: str = "relu") -> Message:
+        """m = s q + t. weight_edge [2F, D] (scale rows first), weight_dst/src [F, d_x]; mlp: further (W, b) after act."""
+        return cls("film", weight_edge, bias_edge, NodeTerm(x, weight_dst, weight_src, bias), tuple(mlp), activation)
+
+    @classmethod
+    def gate(cls, x, weight_edge, bias_edge, weight_dst, weight_src, bias=None, mlp: Sequence[Affine] = (), activation: str = "relu") -> Message:
+        """m = sigmoid(s) q. weight_edge [F, D]."""
+        return cls("gate", weight_edge, bias_edge, NodeTerm(x, weight_dst, weight_src, bias), tuple(mlp), activation)
+
+    @classmethod
+    def product(cls, x, weight_edge, bias_edge, weight_dst, weight_src, bias=None, mlp: Sequence[Affine] = (), activation: str = "relu") -> Message:
+        """m = s q. weight_edge [F, D]."""
+        return cls("product", weight_edge, bias_edge, NodeTerm(x, weight_dst, weight_src, bias), tuple(mlp), activation)
+
+    @classmethod
+    def concat(cls, x, weight_edge, bias_edge, weight_dst, weight_src, bias=None, mlp: Sequence[Affine] = (), activation: str = "relu") -> Message:
+        """m = mlp(weight_edge e + bias_edge + weight_dst x_i + weight_src x_j + bias). weight_edge [F, D]."""
+        return cls("concat", weight_edge, bias_edge, NodeTerm(x, weight_dst, weight_src, bias), tuple(mlp), activation)
+
+    @property
+    def width(self) -> int:
+        """F."""
+        return self.mlp[-1][0].shape[0] if self.mlp else self.node.weight_dst.shape[0]
+
+    def check(self, op: str, edges: EdgeState) -> None:
+        """Raises ValueError when the matrices do not fit `edges`."""
+        _check_activation(op, self.activation)
+        _check_matrix(op, "weight_edge", self.weight_edge, edges.width)
+        hidden = self.node.weight_dst.shape[0]
+        self.node.check(op, edges.graph, hidden)
+        width = hidden
+        for k, (w, _) in enumerate(self.mlp):
+            _check_matrix(op, f"mlp[{k}] weight", w, width)
+            width = w.shape[0]
+        rows = {"film": 2 * width, "concat": hidden}.get(self.kind, width)
+        if self.weight_edge.shape[0] != rows:
+            raise ValueError(f"{op}: expected weight_edge with {rows} rows for a {self.kind} message, got {self.weight_edge.shape[0]}")

@@ -1,0 +1,99 @@
+"""Encoders: how an edge's raw features become its first hidden state e0."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+MAX_TABLE_NODES = 1 << 14  # beyond this |w|, weights take the direct path one by one
+
+
+@dataclass(frozen=True)
+class Linear:
+    """e0 = weight w + bias. weight [D, C], bias [D]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    reciprocal: bool = False
+
+
+@dataclass(frozen=True)
+class Fourier:
+    """e0 = weight [cos(2 pi b w), sin(2 pi b w)] + bias: Gaussian Fourier features and a linear map.
+
+    frequencies b [m, C] (frozen), weight [D, 2m], bias [D]. With one channel and enough edges the map
+    w -> e0 is tabulated: cubic Hermite on a grid of step 2^-k, built from `frequencies` in float64;
+    `table_range` is the largest |w| in the table (None: measured; under torch.compile, 2.0).
+
+    Reference: Tancik et al., NeurIPS 2020, as used by Kofinas et al., ICLR 2024.
+    """
+
+    frequencies: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    reciprocal: bool = False
+    table_range: float | None = None
+    table: str = "auto"  # "auto" | "always" | "never"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """e0 = w: the raw features, C wide, are the hidden state."""
+
+    reciprocal: bool = False
+
+
+def expansion(channels: int, direction: int, like: torch.Tensor) -> torch.Tensor:
+    """[3C, C] matrix X with X w = [e, e_reversed, e + e_reversed] of a forward (0) or reversed (1) edge.
+
+    In a layered network only one of the two directions carries the weight, so the other entry is 0.
+    """
+    eye, zero = torch.eye(channels, dtype=like.dtype, device=like.device), like.new_zeros(channels, channels)
+    return torch.cat([eye, zero, eye] if direction == 0 else [zero, eye, eye])
+
+
+def table_step(frequencies: torch.Tensor) -> int:
+    """k of the grid step 2^-k: values to about 6e-8 of the curve's size (2^-9 at sigma = 3)."""
+    rms = frequencies.double().pow(2).mean().sqrt().item()
+    return max(0, 7 + round(math.log2(max(rms, 1e-3))))
+
+
+_basis_cache: dict = {}
+
+
+def table_basis(frequencies: torch.Tensor, direction: int | None, k: int, half: int, dtype: torch.dtype) -> torch.Tensor:
+    """[nodes, 2, 2m]: Fourier features and h times their derivative at the 2 half + 1 nodes of the grid.
+
+    `direction`: None, or that of a reciprocal encoder. Depends on the frozen frequencies only, so it is kept
+    for the next step.
+    """
+    key = (frequencies.data_ptr(), frequencies._version, tuple(frequencies.shape), frequencies.dtype, direction, k, half, dtype)
+    hit = _basis_cache.get(key)
+    if hit is not None and hit[0] is frequencies:
+        return hit[1]
+    step = 2.0**-k
+    b = frequencies.detach().double()
+    b = 2 * math.pi * (b if direction is None else b @ expansion(1, direction, b)).reshape(1, -1)
+    arg = torch.arange(-half, half + 1, dtype=torch.float64, device=b.device)[:, None] * step * b
+    cos, sin = arg.cos(), arg.sin()
+    basis = torch.stack([torch.cat([cos, sin], 1), torch.cat([-sin * b, cos * b], 1) * step], 1).to(dtype)
+    if len(_basis_cache) >= 8:
+        _basis_cache.pop(next(iter(_basis_cache)))
+    _basis_cache[key] = (frequencies, basis)
+    return basis
+
+
+def table_half(weights: tuple[torch.Tensor, ...], affine, k: int, limit: float | None) -> int:
+    """Half the number of grid nodes that covers |scale w + shift|, a power of two so that grids are reused."""
+    if limit is None:
+        if torch.compiler.is_compiling():
+            limit = 2.0
+        else:
+            scale, shift = affine or ((1.0,) * len(weights), (0.0,) * len(weights))
+            ends = [(w.detach().aminmax(), a, c) for w, a, c in zip(weights, scale, shift, strict=True) if w.numel()]
+            limit = max((abs(float(v) * a + c) for pair, a, c in ends for v in pair), default=0.0)
+            limit = limit if math.isfinite(limit) else 2.0
+    nodes = max(1.0, math.ceil(limit * 2.0**k) + 1)
+    return min(MAX_TABLE_NODES, 1 << math.ceil(math.log2(nodes)))

@@ -1,0 +1,297 @@
+"""The input network as a graph: layers of neurons and blocks of weights between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+DENSE, DIAGONAL = "dense", "diagonal"
+KINDS = (DENSE, DIAGONAL)
+
+# Columns of the topology table that kernels read (csrc/edge_program.h holds the same list).
+COLUMNS = (
+    "kind",  # index into KINDS
+    "weight",  # index into the list of the weight tensors in use
+    "variant",  # which variant of the encoder this block uses (1: reversed block)
+    "src",  # first source node of copy 0
+    "n_src",
+    "dst",  # first destination node of copy 0
+    "n_dst",
+    "copies",  # equal graphs, one behind the other
+    "node_stride",  # nodes from one copy to the next
+    "out",  # first output row of copy 0; equals dst unless the graph is restricted
+    "out_stride",
+    "src_axis",  # axis of the weight tensor (copies, d0, d1, C) that runs over sources
+    "shared",  # 1 when another block reads the same weights: gradients add up
+    "offset",  # packed weights: first edge of copy 0, else -1
+    "edge_stride",  # packed weights: edges from one copy to the next
+    "block",  # index into the list of the blocks in use: of its carrier
+    "emit_offset",  # packed: first edge of copy 0 in a stored state (reversed blocks own their values there)
+    "emit_stride",
+    "part",  # which part of the disjoint union
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Weights between node layer `src` and node layer `dst` of one network.
+
+    `kind` is "dense" (every pair; weights (n_src, n_dst, C)) or "diagonal" (neuron c to neuron c, c below
+    the smaller width; weights (n, C)). `weight` is the position in the graph's weight list and `reverse`
+    marks a block that reads another block's weights against their direction.
+    """
+
+    kind: str
+    src: int
+    dst: int
+    weight: int
+    reverse: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """`copies` networks of one architecture: layer widths and blocks."""
+
+    layers: tuple[int, ...]
+    blocks: tuple[Block, ...]
+    copies: int = 1
+
+    @property
+    def num_nodes(self) -> int:
+        return sum(self.layers)
+
+    def edges_of(self, block: Block) -> int:
+        n_src, n_dst = self.layers[block.src], self.layers[block.dst]
+        return min(n_src, n_dst) if block.kind == DIAGONAL else n_src * n_dst
+
+    @property
+    def num_weights(self) -> int:
+        return 1 + max((b.weight for b in self.blocks), default=-1)
+
+
+def _check_part(part: Part) -> None:
+    for width in part.layers:
+        if not isinstance(width, int) or width < 1:
+            raise ValueError(f"NeuralGraph: expected layer widths to be integers of at least 1, got {width!r} in {part.layers}")
+    if part.copies < 1:
+        raise ValueError(f"NeuralGraph: expected copies of at least 1, got {part.copies}")
+    owners = set()
+    for b in part.blocks:
+        if b.kind not in KINDS:
+            raise NotImplementedError(f"NeuralGraph: block kind {b.kind!r} is not built; available: {', '.join(KINDS)}")
+        for name, layer in (("src", b.src), ("dst", b.dst)):
+            if not 0 <= layer < len(part.layers):
+                raise ValueError(f"NeuralGraph: expected block {name} below {len(part.layers)} (number of layers), got {layer}")
+        if not b.reverse:
+            if b.weight in owners:
+                raise ValueError(f"NeuralGraph: expected one forward block for each weight, got two for weight {b.weight}")
+            owners.add(b.weight)
+    if owners != set(range(part.num_weights)):
+        raise ValueError(f"NeuralGraph: expected weights 0..{part.num_weights - 1} to have a forward block each, got {sorted(owners)}")
+
+
+class NeuralGraph:
+    """A disjoint union of networks: node layers and blocks of weights. Immutable; holds no weights.
+
+    Nodes are numbered network by network, layer by layer, inputs first. Messages flow from `src` (j) to
+    `dst` (i). A batch of equal networks is one part with `copies` > 1 and weights of leading size `copies`.
+
+    Args:
+        parts: the architectures of the union.
+        rows: None, or the node layer (negative counts from the end) that outputs are restricted to: only
+            edges into that layer are then computed and outputs have its nodes' rows only.
+        packed: weights come as one tensor [forward edges, C] in edge order instead of one tensor a block.
+
+    Raises:
+        ValueError, NotImplementedError: a width below 1, a block that names no layer, an unknown kind.
+    """
+
+    def __init__(self, parts: Sequence[Part], rows: int | None = None, packed: bool = False):
+        self.parts = tuple(parts)
+        self.rows = rows
+        self.packed = packed
+        for part in self.parts:
+            _check_part(part)
+        self.num_nodes = sum(p.copies * p.num_nodes for p in self.parts)
+        self.num_edges = sum(p.copies * sum(p.edges_of(b) for b in p.blocks) for p in self.parts)
+        self.num_weights = 1 if packed else sum(p.num_weights for p in self.parts)
+        self.num_graphs = sum(p.copies for p in self.parts)
+        self.has_reverse = any(b.reverse for p in self.parts for b in p.blocks)
+        table, self.num_rows = self._table()
+        # A restricted graph names only the weight tensors and blocks it reads, so gradients of the others do not exist.
+        self.used_weights = self._renumber(table, "weight")
+        self.used_blocks = self._renumber(table, "block")
+        self.topology = torch.tensor(table, dtype=torch.int64).reshape(-1, len(COLUMNS))
+        self.max_in_degree = self._in_degrees(real=True).max().item() if self.num_nodes else 0
+        self._cache: dict = {}
+
+    # ---- constructors ----
+    @classmethod
+    def mlp(cls, layout: Sequence[int], batch_size: int = 1, reverse: bool = False) -> NeuralGraph:
+        """The graph of `batch_size` MLPs of widths `layout`: block l joins layer l to layer l + 1.
+
+        With `reverse`, every block is followed (after all forward blocks) by its reversal. Weights are
+        `len(layout) - 1` tensors (batch_size, d_l, d_(l+1), C).
+
+        Raises:
+            ValueError: fewer than two layers, or a width below 1.
+        """
+        layout = tuple(int(d) for d in layout)
+        if len(layout) < 2:
+            raise ValueError(f"NeuralGraph.mlp: expected a layout of at least 2 layers, got {layout}")
+        blocks = [Block(DENSE, k, k + 1, k) for k in range(len(layout) - 1)]
+        return cls.from_blocks(layout, blocks, batch_size, reverse)
+
+    @classmethod
+    def from_blocks(cls, layers: Sequence[int], blocks: Sequence[Block], batch_size: int = 1, reverse: bool = False) -> NeuralGraph:
+        """A graph from its node layers' widths and its blocks; `reverse` adds every block's reversal."""
+        blocks = list(blocks)
+        if reverse:
+            blocks += [Block(b.kind, b.dst, b.src, b.weight, True) for b in blocks if not b.reverse]
+        return cls([Part(tuple(layers), tuple(blocks), batch_size)])
+
+    @classmethod
+    def from_edge_index(cls, edge_index: torch.Tensor, num_nodes: int) -> NeuralGraph:
+        """Not built yet: sparse blocks. Dense and diagonal blocks cover layered networks."""
+        raise NotImplementedError("NeuralGraph.from_edge_index: sparse blocks are not built yet; use NeuralGraph.mlp or from_blocks (dense, diagonal)")
+
+    @classmethod
+    def batch(cls, graphs: Sequence[NeuralGraph], packed: bool = False) -> NeuralGraph:
+        """The disjoint union of `graphs`, unequal ones too; nodes and weights follow one another.
+
+        With `packed` the weights are one tensor [forward edges, C] (see `pack`): for thousands of small
+        networks, where a list of tensors would cost more than the work.
+
+        Raises:
+            ValueError: no graphs, or restricted ones.
+        """
+        graphs = list(graphs)
+        if not graphs:
+            raise ValueError("NeuralGraph.batch: expected at least one graph, got none")
+        if any(g.rows is not None for g in graphs):
+            raise ValueError("NeuralGraph.batch: expected unrestricted graphs; batch first, then restrict")
+        parts: list[Part] = []
+        for p in (p for g in graphs for p in g.parts):
+            if packed and parts and (parts[-1].layers, parts[-1].blocks) == (p.layers, p.blocks):
+                parts[-1] = Part(p.layers, p.blocks, parts[-1].copies + p.copies)
+            else:
+                parts.append(p)
+        return cls(parts, packed=packed)
+
+    # ---- derived graphs ----
+    def restrict(self, layer: int = -1) -> NeuralGraph:
+        """The same graph with outputs only for node layer `layer` of every network (dead edges dropped)."""
+        key = ("restrict", layer)
+        if key not in self._cache:
+            self._cache[key] = NeuralGraph(self.parts, layer, self.packed)
+        return self._cache[key]
+
+    def without_sharing(self) -> NeuralGraph:
+        """The same edges with a weight tensor for each block: the graph of a stored edge state."""
+        key = "without_sharing"
+        if key not in self._cache:
+            parts = [Part(p.layers, tuple(Block(b.kind, b.src, b.dst, k) for k, b in enumerate(p.blocks)), p.copies) for p in self.parts]
+            self._cache[key] = NeuralGraph(parts, self.rows, self.packed)
+        return self._cache[key]
+
+    # ---- tables ----
+    @staticmethod
+    def _renumber(table: list[list[int]], column: str) -> tuple[int, ...]:
+        """Replaces a column's values by their ranks and returns the values."""
+        at = COLUMNS.index(column)
+        used = sorted({row[at] for row in table})
+        rank = {value: k for k, value in enumerate(used)}
+        for row in table:
+            row[at] = rank[row[at]]
+        return tuple(used)
+
+    def _table(self) -> tuple[list[list[int]], int]:
+        table, node, weight, edge, out, block, emit = [], 0, 0, 0, 0, 0, 0
+        for number, p in enumerate(self.parts):
+            starts = [sum(p.layers[:k]) for k in range(len(p.layers))]
+            layer = None if self.rows is None else range(len(p.layers))[self.rows]
+            out_stride = p.num_nodes if layer is None else p.layers[layer]
+            owned = {b.weight: edge + sum(p.edges_of(c) for c in p.blocks[:k] if not c.reverse) for k, b in enumerate(p.blocks) if not b.reverse}
+            edges_per_copy = sum(p.edges_of(b) for b in p.blocks if not b.reverse)
+            emitted_per_copy = sum(p.edges_of(b) for b in p.blocks)
+            used = [b.weight for b in p.blocks]
+            for k, b in enumerate(p.blocks):
+                if layer is not None and b.dst != layer:
+                    continue
+                emitted = emit + sum(p.edges_of(c) for c in p.blocks[:k])
+                n_src, n_dst = p.layers[b.src], p.layers[b.dst]
+                if b.kind == DIAGONAL:
+                    n_src = n_dst = min(n_src, n_dst)
+                table.append([
+                    KINDS.index(b.kind), 0 if self.packed else weight + b.weight, int(b.reverse), node + starts[b.src], n_src,
+                    node + starts[b.dst], n_dst, p.copies, p.num_nodes, out + (starts[b.dst] if layer is None else 0), out_stride,
+                    2 if b.reverse else 1, int(used.count(b.weight) > 1), owned[b.weight] if self.packed else -1, edges_per_copy,
+                    block + k, emitted if self.packed else -1, emitted_per_copy, number,
+                ])  # fmt: skip
+            node += p.copies * p.num_nodes
+            weight += p.num_weights
+            edge += p.copies * edges_per_copy
+            emit += p.copies * emitted_per_copy
+            block += len(p.blocks)
+            out += p.copies * out_stride
+        return table, out
+
+    def _in_degrees(self, real: bool) -> torch.Tensor:
+        pieces = [torch.zeros(0, dtype=torch.int64)]
+        for p in self.parts:
+            deg = [torch.zeros(d, dtype=torch.int64) for d in p.layers]
+            for b in p.blocks:
+                if b.kind == DIAGONAL:
+                    deg[b.dst][: min(p.layers[b.src], p.layers[b.dst])] += 1
+                else:
+                    deg[b.dst] += p.layers[b.src]
+            pieces.append(torch.cat(deg).repeat(1 if real else p.copies))
+        return torch.cat(pieces)
+
+    @property
+    def in_degree(self) -> torch.Tensor:
+        """In-degree of every node, int64 [num_nodes]."""
+        if "in_degree" not in self._cache:
+            self._cache["in_degree"] = self._in_degrees(real=False)
+        return self._cache["in_degree"]
+
+    def weight_shapes(self, channels: int) -> list[tuple[int, ...]]:
+        """Expected shape of each weight tensor: (copies, d0, d1, C) dense, (copies, n, C) diagonal, [E, C] packed."""
+        if self.packed:
+            edges = sum(p.copies * sum(p.edges_of(b) for b in p.blocks if not b.reverse) for p in self.parts)
+            return [(edges, channels)]
+        shapes = []
+        for p in self.parts:
+            for b in sorted((b for b in p.blocks if not b.reverse), key=lambda b: b.weight):
+                n_src, n_dst = p.layers[b.src], p.layers[b.dst]
+                shapes.append((p.copies, min(n_src, n_dst), channels) if b.kind == DIAGONAL else (p.copies, n_src, n_dst, channels))
+        return shapes
+
+    def pack(self, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One tensor [forward edges, C] from a list of weight tensors in this graph's (unpacked) order."""
+        weights, flat = list(weights), []
+        for p in self.parts:
+            group, weights = weights[: p.num_weights], weights[p.num_weights :]
+            flat.append(torch.cat([w.reshape(p.copies, -1, w.shape[-1]) for w in group], 1).flatten(0, 1))
+        return torch.cat(flat)
+
+    def node_layer(self, layer: int) -> torch.Tensor:
+        """Indices of the nodes of node layer `layer` (negative counts from the end), int64, network by network."""
+        pieces, node = [], 0
+        for p in self.parts:
+            k = range(len(p.layers))[layer]
+            first = node + sum(p.layers[:k])
+            pieces.append((first + torch.arange(p.copies)[:, None] * p.num_nodes + torch.arange(p.layers[k])).flatten())
+            node += p.copies * p.num_nodes
+        return torch.cat(pieces)
+
+    def graph_of_node(self) -> torch.Tensor:
+        """Index of the network every node belongs to, int64 [num_nodes]."""
+        sizes = torch.tensor([p.num_nodes for p in self.parts for _ in range(p.copies)])
+        return torch.repeat_interleave(torch.arange(self.num_graphs), sizes)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f"{p.copies} x {list(p.layers)}" for p in self.parts[:4])
+        return f"NeuralGraph({kinds}{', ...' if len(self.parts) > 4 else ''}; {self.num_nodes} nodes, {self.num_edges} edges)"

@@ -1,0 +1,94 @@
+"""Encoders of raw weights and biases as modules."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import encoders
+from ..edges import EdgeState
+from ..graph import DIAGONAL, Block, NeuralGraph
+from ..ops.readout import readout
+
+
+class GaussianEncoding(nn.Module):
+    """gamma(v) = [cos(2 pi v b^T), sin(2 pi v b^T)] with frozen frequencies b [features, channels] ~ N(0, sigma^2).
+
+    Reference: Tancik et al., NeurIPS 2020.
+    """
+
+    def __init__(self, channels: int, features: int = 128, sigma: float = 3.0):
+        super().__init__()
+        self.b = nn.Parameter(torch.randn(features, channels) * sigma, requires_grad=False)
+
+    def forward(self, v: torch.Tensor) -> torch.Tensor:
+        """gamma(v), [..., 2 features], of v [..., channels]: plain PyTorch, for values that are few."""
+        phase = F.linear(2 * math.pi * v, self.b)
+        return torch.cat([phase.cos(), phase.sin()], -1)
+
+
+class Encoder(nn.Sequential):
+    """Raw features to hidden states: [Gaussian Fourier features,] Linear, then (layers - 1) times SiLU, Linear.
+
+    Args:
+        channels: C, raw features; three times as many enter when `reciprocal` (see encoders.expansion).
+        width: D, of the hidden state.
+        kind: "fourier" or "linear".
+        features, sigma: number and standard deviation of the frequencies.
+        layers: number of Linears.
+        reciprocal: for graphs with reversed edges: an edge reads [e, e_reversed, e + e_reversed].
+
+    Raises:
+        ValueError: an unknown kind, fewer than one layer.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        kind: str = "fourier",
+        features: int = 128,
+        sigma: float = 3.0,
+        layers: int = 1,
+        reciprocal: bool = False,
+    ):
+        if kind not in ("fourier", "linear"):
+            raise ValueError(f"Encoder: expected kind fourier or linear, got {kind!r}")
+        if layers < 1:
+            raise ValueError(f"Encoder: expected at least 1 layer, got {layers}")
+        inputs = 3 * channels if reciprocal else channels
+        first = (
+            [GaussianEncoding(inputs, features, sigma), nn.Linear(2 * features, width)] if kind == "fourier" else [nn.Linear(inputs, width)]
+        )
+        more = [m for _ in range(layers - 1) for m in (nn.SiLU(), nn.Linear(width, width))]
+        super().__init__(*first, *more)
+        self.kind, self.channels, self.reciprocal = kind, channels, reciprocal
+
+    def edges(self, graph: NeuralGraph, weights, out: nn.Linear | None = None, affine=None) -> EdgeState:
+        """The state out(encoder(scale w + shift)) of every edge of `graph`: an expression, nothing is computed.
+
+        Args:
+            weights: as for EdgeState. out: a last linear map, folded in. affine: (scale, shift) as for EdgeState.
+        """
+        linears = [m for m in self if isinstance(m, nn.Linear)]
+        maps = [(m.weight, m.bias) for m in linears]
+        if out is not None:
+            w, b = maps[-1]
+            maps[-1] = (out.weight @ w, torch.addmv(out.bias, out.weight, b))
+        if self.kind == "fourier":
+            first = encoders.Fourier(self[0].b, *maps[0], reciprocal=self.reciprocal)
+        else:
+            first = encoders.Linear(*maps[0], reciprocal=self.reciprocal)
+        state = EdgeState(graph, weights, first, affine)
+        for weight, bias in maps[1:]:
+            state = state.then("silu", weight, bias)
+        return state
+
+    def values(self, v: torch.Tensor, out: nn.Linear) -> torch.Tensor:
+        """out(encoder(v)), [n, width], of values v [n, C]: biases, say. No Fourier feature is kept for backward."""
+        n = v.shape[0]
+        graph = NeuralGraph.from_blocks((n, n), [Block(DIAGONAL, 0, 1, 0)])
+        return readout(self.edges(graph, (v[None],)), [(out.weight, out.bias)])[0][0]

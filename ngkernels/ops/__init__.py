@@ -1,0 +1,1 @@
+"""The ops: schema, checks, fake, autograd and dispatch of each, and the public function."""

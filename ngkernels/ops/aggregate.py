@@ -1,0 +1,127 @@
+"""aggregate: messages of all edges, reduced at their destinations, without a tensor of the edges' size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .. import backends
+from ..reference import evaluate as reference
+from ..edges import EdgeState, Message
+from ..program import REDUCE, aux_slots, build_message, reductions
+from . import _cpp
+from . import expression as ex
+
+ex.library.define(f"aggregate({ex.SCHEMA}, SymInt rows, int compute) -> (Tensor, Tensor, Tensor)")
+ex.library.define(f"aggregate_backward(Tensor grad, Tensor out, Tensor aux, Tensor ties, {ex.SCHEMA}, int compute, bool[] need) -> Tensor[]")
+
+
+def _outputs(params: torch.Tensor, program: list[int], rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    width, mask = program[3], program[4]
+    mean, ties = aux_slots(mask)
+    count = torch.int16 if program[9] == 2 else torch.int32
+    return params.new_empty(rows, len(reductions(mask)), width), params.new_empty(rows, mean, width), params.new_empty(rows, ties, width, dtype=count)
+
+
+@torch.library.register_fake("ngkernels::aggregate", lib=ex.library)
+def _fake(weights, xs, params, table, carriers, topology, program, rows, compute):
+    return _outputs(params, program, rows)
+
+
+@torch.library.register_fake("ngkernels::aggregate_backward", lib=ex.library)
+def _fake_backward(grad, out, aux, ties, weights, xs, params, table, carriers, topology, program, compute, need):
+    return ex.empty_gradients(ex.E(weights, xs, params, table, carriers, topology, program), need)
+
+
+@torch.library.impl("ngkernels::aggregate", "CompositeExplicitAutograd", lib=ex.library)
+def _forward(weights, xs, params, table, carriers, topology, program, rows, compute):
+    e = ex.E(weights, xs, params, table, carriers, topology, program)
+    outputs = _outputs(params, program, rows)
+    if backends.choose("aggregate", params.device) == "cpp":
+        _cpp.aggregate(e, compute, *outputs)
+        return outputs
+    with torch.no_grad():
+        out, aux, ties = reference.aggregate(*e, rows, compute)
+    return out, aux, ties.to(outputs[2].dtype)
+
+
+@torch.library.impl("ngkernels::aggregate_backward", "CompositeExplicitAutograd", lib=ex.library)
+def _backward(grad, out, aux, ties, weights, xs, params, table, carriers, topology, program, compute, need):
+    e = ex.E(weights, xs, params, table, carriers, topology, program)
+    if backends.choose("aggregate", params.device) == "cpp":
+        grads = ex.empty_gradients(e, need)
+        _cpp.aggregate_backward(grad.contiguous(), out, aux, ties, e, compute, grads)
+        return grads
+    return ex.reference_gradients(lambda f: [reference.aggregate(*f, out.shape[0], compute)[0]], e, [grad], need)
+
+
+def _setup(ctx, inputs, output):
+    e = ex.E(*inputs[:7])
+    ex.save(ctx, e, *output)
+    ctx.compute = inputs[8]
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _autograd(ctx, grad, _aux, _ties):
+    e, (out, aux, ties) = ex.load(ctx)
+    need = ex.needs(ctx, e, 0)
+    grads = torch.ops.ngkernels.aggregate_backward(grad, out, aux, ties, *e, ctx.compute, need)
+    return (*ex.unflatten(e, grads, need), None, None)
+
+
+torch.library.register_autograd("ngkernels::aggregate", _autograd, setup_context=_setup, lib=ex.library)
+
+
+def _setup_double(ctx, inputs, output):
+    e = ex.E(*inputs[4:11])
+    ex.save(ctx, e, inputs[0])
+    ctx.rows, ctx.compute, ctx.need = inputs[1].shape[0], inputs[11], inputs[12]
+
+
+def _autograd_double(ctx, grads):
+    """Through the reference: there is no kernel for the second derivative."""
+    e, (grad,) = ex.load(ctx)
+    need = [ctx.needs_input_grad[0], *ex.needs(ctx, e, 4)]
+    found = ex.double_gradients(lambda f: [reference.aggregate(*f, ctx.rows, ctx.compute)[0]], e, [grad], ctx.need, grads, need)
+    return (found[0], None, None, None, *ex.unflatten(e, found[1:], need[1:]), None, None)
+
+
+torch.library.register_autograd("ngkernels::aggregate_backward", _autograd_double, setup_context=_setup_double, lib=ex.library)
+
+
+def aggregate(edges: EdgeState, message: Message, reduce: Sequence[str] = ("sum",)) -> torch.Tensor:
+    """Reductions of the messages at every destination node, in one pass over the edges.
+
+        out[i, k] = reduce_k over edges (j -> i) of m_ij,   m_ij = message(e_ij, x_i, x_j)
+
+    Args:
+        edges: the edge states; restrict them (`edges.restrict(-1)`) for the rows of one node layer only.
+        message: Message.film, .gate, .product or .concat, F wide.
+        reduce: any of sum, mean, min, max, std, var; each at most once.
+
+    Returns:
+        Tensor [N, K, F], in the order of `reduce`; float32, or float64 for float64 weights. Nodes without
+        incoming edges are 0. std is 0 (gradient 0) where the biased variance is at most 1e-5.
+
+    Raises:
+        ValueError: unknown or repeated reductions, shapes that do not fit.
+        NotImplementedError: a forced backend that cannot run.
+
+    Note: float32 accumulation, Chan's method for variances; bitwise the same for any number of threads. Kept
+        for backward: raw weights, node states, the result and one small integer for each extreme.
+        min and max share their gradient among ties. Under bfloat16 autocast, matrix products may round
+        their operands to bfloat16.
+
+    Reference: Corso et al., NeurIPS 2020 (PNA); Kofinas et al., ICLR 2024.
+    """
+    reduce = tuple(reduce)
+    unknown = [r for r in reduce if r not in REDUCE]
+    if unknown or not reduce or len(set(reduce)) != len(reduce):
+        raise ValueError(f"aggregate: expected reduce to be different names of {', '.join(REDUCE)}, got {reduce}")
+    message.check("aggregate", edges)
+    tabulate = backends.choose("aggregate", edges.weights[0].device) != "reference"
+    e = build_message(edges, message, reduce, tabulate)
+    out = torch.ops.ngkernels.aggregate(e.weights, e.xs, e.params, e.table, e.carriers, e.topology, e.program, edges.graph.num_rows, ex.compute_mode())[0]
+    natural = tuple(r for r in REDUCE if r in reduce)
+    return out if natural == reduce else out[:, [natural.index(r) for r in reduce]]

@@ -1,0 +1,57 @@
+"""checkpoint: restart an edge state from stored values, or stop gradients at a virtual one and hand them on once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from .. import backends
+from ..edges import EdgeState, Mark
+from ..encoders import Identity
+from ..program import build_state
+from . import evaluate as ev
+from . import expression as ex
+from .readout import run
+
+
+def checkpoint(edges: EdgeState, store: torch.dtype | None = None) -> EdgeState:
+    """`edges`, restarted here. See EdgeState.checkpoint.
+
+    Args:
+        edges: an unrestricted state.
+        store: dtype of the stored values ([E, D], by block), or None for a virtual checkpoint: nothing is stored.
+
+    Returns:
+        EdgeState with the same values (rounded to `store`) and the same gradients.
+
+    Raises:
+        ValueError: a restricted state.
+    """
+    if edges.graph.rows is not None:
+        raise ValueError("checkpoint: expected an unrestricted state, got one restricted to a node layer; checkpoint first")
+    if store is not None:
+        values = run(edges, (), None, "identity", store, "checkpoint")
+        return EdgeState(edges.graph.without_sharing(), tuple(values), Identity())
+    tabulate = backends.choose("checkpoint", edges.weights[0].device) != "reference"
+    e = build_state(edges, tabulate)
+    shapes = ev.output_shapes(edges.graph, edges.width)
+    detached = _detached(edges)
+    carriers = torch.ops.ngkernels.carry(e.weights, e.xs, e.params, e.table, e.carriers, e.topology, e.program, shapes, ex.compute_mode())
+    return replace(detached, steps=(*detached.steps, Mark(tuple(carriers))))
+
+
+def _detach(value):
+    """The same description with every tensor detached: gradients reach it through the carriers only."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, tuple):
+        return tuple(_detach(v) for v in value)
+    if hasattr(value, "__dataclass_fields__"):
+        return replace(value, **{name: _detach(getattr(value, name)) for name in value.__dataclass_fields__})
+    return value
+
+
+def _detached(edges: EdgeState) -> EdgeState:
+    steps = tuple(s for s in edges.steps if not isinstance(s, Mark))  # the new mark stops gradients before any earlier one
+    return replace(edges, weights=_detach(edges.weights), encoder=_detach(edges.encoder), steps=_detach(steps))

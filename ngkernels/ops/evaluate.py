@@ -1,0 +1,117 @@
+"""evaluate: the edge expression itself (or a small MLP of it), written out for every edge. Behind readout and checkpoint."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backends
+from ..graph import COLUMNS, DIAGONAL, KINDS, NeuralGraph
+from ..reference import evaluate as reference
+from . import _cpp
+from . import expression as ex
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# shapes: rank and sizes of each output, one after the other (fakes cannot read the topology table)
+ex.library.define(f"evaluate({ex.SCHEMA}, int[] shapes, int dtype, int compute) -> Tensor[]")
+ex.library.define(f"evaluate_backward(Tensor[] grads, {ex.SCHEMA}, int compute, bool[] need) -> Tensor[]")
+ex.library.define(f"carry({ex.SCHEMA}, int[] shapes, int compute) -> Tensor[]")
+
+
+def output_shapes(graph: NeuralGraph, width: int) -> list[int]:
+    """The `shapes` argument: (copies, n_src, n_dst, width) or (copies, n, width) by block; (E, width) when packed."""
+    if graph.packed:
+        return [2, graph.num_edges, width]
+    at = {name: k for k, name in enumerate(COLUMNS)}
+    shapes: list[int] = []
+    for row in graph.topology.tolist():
+        copies, n_src, n_dst = row[at["copies"]], row[at["n_src"]], row[at["n_dst"]]
+        shapes += [3, copies, n_src, width] if KINDS[row[at["kind"]]] == DIAGONAL else [4, copies, n_src, n_dst, width]
+    return shapes
+
+
+def _split(shapes: list[int]) -> list[list[int]]:
+    out, at = [], 0
+    while at < len(shapes):
+        out.append(list(shapes[at + 1 : at + 1 + shapes[at]]))
+        at += 1 + shapes[at]
+    return out
+
+
+@torch.library.register_fake("ngkernels::evaluate", lib=ex.library)
+def _fake(weights, xs, params, table, carriers, topology, program, shapes, dtype, compute):
+    return [params.new_empty(s, dtype=DTYPES[dtype]) for s in _split(shapes)]
+
+
+@torch.library.register_fake("ngkernels::carry", lib=ex.library)
+def _fake_carry(weights, xs, params, table, carriers, topology, program, shapes, compute):
+    return [params.new_zeros(1).expand(s) for s in _split(shapes)]
+
+
+@torch.library.impl("ngkernels::carry", "CompositeExplicitAutograd", lib=ex.library)
+def _carry(weights, xs, params, table, carriers, topology, program, shapes, compute):
+    return [params.new_zeros(1).expand(s) for s in _split(shapes)]
+
+
+@torch.library.register_fake("ngkernels::evaluate_backward", lib=ex.library)
+def _fake_backward(grads, weights, xs, params, table, carriers, topology, program, compute, need):
+    return ex.empty_gradients(ex.E(weights, xs, params, table, carriers, topology, program), need)
+
+
+@torch.library.impl("ngkernels::evaluate", "CompositeExplicitAutograd", lib=ex.library)
+def _forward(weights, xs, params, table, carriers, topology, program, shapes, dtype, compute):
+    e = ex.E(weights, xs, params, table, carriers, topology, program)
+    if backends.choose("evaluate", params.device) == "cpp":
+        out = _fake(*e, shapes, dtype, compute)
+        _cpp.evaluate(e, compute, out)
+        return out
+    with torch.no_grad():
+        return [t.to(DTYPES[dtype], copy=True) for t in reference.emit(*e, compute)]
+
+
+@torch.library.impl("ngkernels::evaluate_backward", "CompositeExplicitAutograd", lib=ex.library)
+def _backward(grads, weights, xs, params, table, carriers, topology, program, compute, need):
+    e = ex.E(weights, xs, params, table, carriers, topology, program)
+    if backends.choose("evaluate", params.device) == "cpp":
+        out = ex.empty_gradients(e, need)
+        _cpp.evaluate_backward([g.contiguous() for g in grads], e, compute, out)
+        return out
+    return ex.reference_gradients(lambda f: reference.emit(*f, compute), e, [g.to(params.dtype) for g in grads], need)
+
+
+def _setup(ctx, inputs, output):
+    ex.save(ctx, ex.E(*inputs[:7]))
+    ctx.compute, ctx.constants = inputs[-1], len(inputs) - 7
+
+
+def _autograd(ctx, grads):
+    e, _ = ex.load(ctx)
+    need = ex.needs(ctx, e, 0)
+    # a block that nothing read has no gradient: an empty tensor, and the kernels skip it
+    grads = [e.params.new_empty(0) if g is None else g for g in grads]
+    found = torch.ops.ngkernels.evaluate_backward(grads, *e, ctx.compute, need)
+    return (*ex.unflatten(e, found, need), *[None] * ctx.constants)
+
+
+torch.library.register_autograd("ngkernels::evaluate", _autograd, setup_context=_setup, lib=ex.library)
+torch.library.register_autograd("ngkernels::carry", _autograd, setup_context=_setup, lib=ex.library)
+
+
+def _setup_double(ctx, inputs, output):
+    grads = inputs[0]
+    ex.save(ctx, ex.E(*inputs[1:8]), *grads)
+    ctx.compute, ctx.need = inputs[8], inputs[9]
+
+
+def _autograd_double(ctx, second):
+    """Through the reference: there is no kernel for the second derivative."""
+    e, grads = ex.load(ctx)
+    first = ctx.needs_input_grad[0]
+    first = list(first) if isinstance(first, (list, tuple)) else [bool(first)] * len(grads)
+    need = [*first, *ex.needs(ctx, e, 1)]
+    found = ex.double_gradients(lambda f: reference.emit(*f, ctx.compute), e, grads, ctx.need, second, need)
+    n = len(grads)
+    return ([g if k else None for g, k in zip(found[:n], first, strict=True)], *ex.unflatten(e, found[n:], need[n:]), None, None)
+
+
+torch.library.register_autograd("ngkernels::evaluate_backward", _autograd_double, setup_context=_setup_double, lib=ex.library)

@@ -1,0 +1,134 @@
+"""What the ops share: the schema of an edge expression, autograd over its tensors, double backward.
+
+Every op takes E = (weights, xs, params, table, carriers, topology, program); its gradients come as one list in
+that order (weights, xs, params, table, carriers), with an empty tensor where none is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+SCHEMA = "Tensor[] weights, Tensor[] xs, Tensor params, Tensor table, Tensor[] carriers, Tensor topology, int[] program"
+library = torch.library.Library("ngkernels", "DEF")
+
+
+class E(NamedTuple):
+    """Arguments of an op, in the schema's order."""
+
+    weights: list[torch.Tensor]
+    xs: list[torch.Tensor]
+    params: torch.Tensor
+    table: torch.Tensor
+    carriers: list[torch.Tensor]
+    topology: torch.Tensor
+    program: list[int]
+
+    @property
+    def differentiable(self) -> list[torch.Tensor]:
+        return [*self.weights, *self.xs, self.params, self.table, *self.carriers]
+
+    def with_tensors(self, tensors: list[torch.Tensor]) -> E:
+        """The same expression over other differentiable tensors."""
+        w, x = len(self.weights), len(self.xs)
+        return E(list(tensors[:w]), list(tensors[w : w + x]), tensors[w + x], tensors[w + x + 1], list(tensors[w + x + 2 :]), self.topology, self.program)
+
+
+def compute_mode() -> int:
+    """1 (bf16 operands, float32 accumulation) under CPU or CUDA autocast to bfloat16, else 0."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16:
+            return 1
+    return 0
+
+
+def empty_gradients(e: E, need: list[bool]) -> list[torch.Tensor]:
+    """Uninitialised gradients, each with the strides of its tensor (a transposed view gets a transposed gradient)."""
+    out = []
+    for t, n in zip(e.differentiable, need, strict=True):
+        out.append(torch.empty_like(t, memory_format=torch.preserve_format) if n else t.new_empty(0))
+    for k in range(len(out) - len(e.carriers), len(out)):
+        if need[k]:
+            out[k] = e.carriers[k - len(out)].new_empty(e.carriers[k - len(out)].shape)
+    return out
+
+
+@contextlib.contextmanager
+def autograd_enabled() -> Iterator[None]:
+    """Autograd inside an op's implementation, where the dispatcher has already left it."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad():
+        yield
+
+
+def reference_gradients(forward: Callable, e: E, grads: list[torch.Tensor], need: list[bool], create_graph: bool = False) -> list[torch.Tensor]:
+    """Gradients of `forward(e)`, a list of tensors, by autograd through the plain-PyTorch op."""
+    with autograd_enabled():
+        tensors = e.differentiable
+        if not create_graph:
+            tensors = [t.detach().requires_grad_(n) for t, n in zip(tensors, need, strict=True)]
+        outputs = forward(e.with_tensors(tensors))
+        wanted = [t for t, n in zip(tensors, need, strict=True) if n]
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad and (g.numel() or not o.numel())]
+        found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=create_graph, allow_unused=True) if pairs and wanted else [None] * len(wanted)
+    it = iter(zip(wanted, found, strict=True))
+    out = []
+    for t, n in zip(e.differentiable, need, strict=True):
+        if not n:
+            out.append(t.new_empty(0))
+        else:
+            w, g = next(it)
+            out.append(torch.zeros_like(w) if g is None else (g if create_graph else g.contiguous()))
+    return out
+
+
+def needs(ctx, e: E, first: int) -> list[bool]:
+    """needs_input_grad of the expression's tensors; its arguments begin at position `first`."""
+    w, x, p, t, c = ctx.needs_input_grad[first : first + 5]
+
+    def flags(need, tensors):
+        return list(need) if isinstance(need, (list, tuple)) else [bool(need)] * len(tensors)
+
+    return [*flags(w, e.weights), *flags(x, e.xs), bool(p), bool(t), *flags(c, e.carriers)]
+
+
+def unflatten(e: E, grads: list[torch.Tensor], need: list[bool]) -> tuple:
+    """Gradients for (weights, xs, params, table, carriers, topology, program)."""
+    grads = [g if n else None for g, n in zip(grads, need, strict=True)]
+    w, x = len(e.weights), len(e.xs)
+    return grads[:w], grads[w : w + x], grads[w + x], grads[w + x + 1], grads[w + x + 2 :], None, None
+
+
+def save(ctx, e: E, *extra: torch.Tensor) -> None:
+    """Keep the expression for backward. Carriers hold nothing: only their number is kept."""
+    ctx.sizes = (len(e.weights), len(e.xs), len(e.carriers))
+    ctx.carrier_shapes = [tuple(c.shape) for c in e.carriers]
+    ctx.program = e.program
+    ctx.save_for_backward(*e.weights, *e.xs, e.params, e.table, e.topology, *extra)
+
+
+def load(ctx) -> tuple[E, list[torch.Tensor]]:
+    saved = ctx.saved_tensors
+    w, x, _ = ctx.sizes
+    params, table, topology = saved[w + x : w + x + 3]
+    carriers = [params.new_zeros(1).expand(shape) for shape in ctx.carrier_shapes]
+    return E(list(saved[:w]), list(saved[w : w + x]), params, table, carriers, topology, ctx.program), list(saved[w + x + 3 :])
+
+
+def double_gradients(forward: Callable, e: E, grads: list[torch.Tensor], first_need: list[bool], second: list[torch.Tensor], need: list[bool]) -> list[torch.Tensor]:
+    """Gradients of (gradients of `forward`) with respect to (grads, the expression's tensors)."""
+    with torch.enable_grad():
+        n = len(grads)
+        leaves = [t.detach().requires_grad_(True) for t in [*grads, *e.differentiable]]
+        inner = reference_gradients(forward, e.with_tensors(leaves[n:]), leaves[:n], first_need, create_graph=True)
+        pairs = [(g, s) for g, s, f in zip(inner, second, first_need, strict=True) if f and s is not None and g.requires_grad]
+        wanted = [t for t, k in zip(leaves, need, strict=True) if k]
+        found = iter(torch.autograd.grad([g for g, _ in pairs], wanted, [s for _, s in pairs], allow_unused=True) if pairs and wanted else [None] * len(wanted))
+    out = []
+    for t, k in zip(leaves, need, strict=True):
+        g = next(found) if k else None
+        out.append((torch.zeros_like(t) if g is None else g) if k else t.new_empty(0))
+    return out

@@ -1,0 +1,239 @@
+"""Folding: an EdgeState and its consumer become a short list of instructions over packed parameters.
+
+Kernels know only this form (csrc/edge_program.h holds the same numbers). Linear maps that follow one another
+are multiplied here, differentiably, on the small d x d matrices; an affine map that is still pending at the
+end is applied by the consumer's own matrix. Nothing in this file touches anything of the size of the edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .edges import ACTIVATIONS, Activate, Affine, EdgeState, Mark, Message, NodeTerm, Update
+from .encoders import Fourier, Identity, Linear, expansion, table_basis, table_half, table_step
+
+LOAD, FOURIER, TABLE, LIN, ACT, ADD, MARK = range(7)
+RECORD = 10  # ints an instruction: op, n_in, n_out, weight, bias, x, weight_dst, weight_src, arg0, arg1
+HEADER = 10  # directions, instructions, combine, F, reductions, message start, xs, params, RECORD, bytes of a tie count
+PLAIN, FILM, GATE, PRODUCT, EMIT = range(5)  # what the consumer does with the last register
+COMBINE = {"concat": PLAIN, "film": FILM, "gate": GATE, "product": PRODUCT}
+REDUCE = ("sum", "mean", "min", "max", "std", "var")
+
+
+def reductions(mask: int) -> list[str]:
+    """Names of the reductions in `mask`, in the order of the output."""
+    return [r for k, r in enumerate(REDUCE) if mask >> k & 1]
+
+
+def aux_slots(mask: int) -> tuple[int, int]:
+    """(1 if the mean is kept beside the output, number of tie counts) that the backward pass of `mask` needs."""
+    names = reductions(mask)
+    return int(("std" in names or "var" in names) and "mean" not in names), ("min" in names) + ("max" in names)
+
+
+@dataclass(frozen=True)
+class Expression:
+    """The tensor arguments every op of the engine takes. See `build`."""
+
+    weights: list[torch.Tensor]
+    xs: list[torch.Tensor]
+    params: torch.Tensor
+    table: torch.Tensor
+    carriers: list[torch.Tensor]
+    topology: torch.Tensor
+    program: list[int]
+
+
+class _Builder:
+    def __init__(self, edges: EdgeState, dtype: torch.dtype, tabulate: bool):
+        self.edges, self.dtype, self.tabulate = edges, dtype, tabulate
+        self.directions = 2 if edges.encoder.reciprocal and edges.graph.has_reverse else 1
+        self.params: list[torch.Tensor] = []
+        self.size = 0
+        self.xs: list[torch.Tensor] = []
+        self.instructions: list[list[int]] = []
+        self.carriers: tuple[torch.Tensor, ...] = ()
+        self.table = edges.weights[0].new_zeros(0, dtype=dtype)
+        self.width = 0  # of the register
+        self.pending: tuple[torch.Tensor, torch.Tensor | None] | None = None  # e = M register + c
+        self.variants: list[torch.Tensor] | None = None  # pending M for each direction, right after LOAD
+        self.start()
+
+    # ---- small helpers ----
+    def put(self, t: torch.Tensor | None) -> int:
+        if t is None:
+            return -1
+        self.params.append(t.to(self.dtype).reshape(-1))
+        self.size += t.numel()
+        return self.size - t.numel()
+
+    def x_index(self, x: torch.Tensor) -> int:
+        for k, y in enumerate(self.xs):
+            if y is x:
+                return k
+        self.xs.append(x)
+        return len(self.xs) - 1
+
+    def emit(self, op: int, n_in: int, n_out: int, w: int = -1, b: int = -1, node: NodeTerm | None = None, arg0: int = 0, arg1: int = 0) -> None:
+        term = [-1, -1, -1]
+        if node is not None:
+            term = [self.x_index(node.x), self.put(node.weight_dst), self.put(node.weight_src)]
+        self.instructions.append([op, n_in, n_out, w, b, *term, arg0, arg1])
+        self.width = n_out
+
+    # ---- encoder ----
+    def start(self) -> None:
+        edges, enc = self.edges, self.edges.encoder
+        channels = edges.weights[0].shape[-1]
+        affine = -1
+        if edges.affine is not None:
+            used = torch.tensor(edges.affine, dtype=torch.float64, device=edges.weights[0].device)[:, list(edges.graph.used_weights)]
+            affine = self.put(used.T)
+        self.emit(LOAD, 0, channels, arg0=affine)
+        maps = [expansion(channels, d, edges.weights[0]).to(self.dtype) for d in range(self.directions)] if enc.reciprocal else None
+        if isinstance(enc, Fourier):
+            frequencies = [enc.frequencies.to(self.dtype) @ m for m in maps] if maps else [enc.frequencies]
+            self.features = (self.put(torch.stack(frequencies)), enc)  # emitted with the first linear map
+            self.pending = (enc.weight.to(self.dtype), enc.bias.to(self.dtype))
+            self.width = enc.weight.shape[1]
+            return
+        self.features = None
+        if isinstance(enc, Linear):
+            m, bias = enc.weight.to(self.dtype), enc.bias.to(self.dtype)
+            if maps:
+                self.variants = [m @ x for x in maps]
+            self.pending = (m, bias)
+        elif maps:
+            self.variants = maps
+            self.pending = (maps[0], None)
+
+    def fourier_linear(self, w: torch.Tensor, b: torch.Tensor | None, node: NodeTerm | None) -> None:
+        offset, enc = self.features
+        self.features = None
+        m, channels = enc.frequencies.shape[0], self.instructions[0][2]
+        n_out = w.shape[0]
+        weight, bias = self.put(w), self.put(b)
+        half = self.table_nodes(enc, channels)
+        if half:
+            k = table_step(enc.frequencies)
+            directions = range(self.directions) if enc.reciprocal else [None]
+            self.table = torch.stack([table_basis(enc.frequencies, d, k, half, self.dtype) @ w.T for d in directions])
+            self.emit(TABLE, m, n_out, weight, bias, node, arg0=k, arg1=offset)
+            return
+        self.emit(FOURIER, channels, 2 * m, offset)
+        self.emit(LIN, 2 * m, n_out, weight, bias, node)
+
+    def table_nodes(self, enc: Fourier, channels: int) -> int:
+        """Half the number of table nodes, or 0 for direct evaluation."""
+        if not self.tabulate or channels != 1 or enc.table == "never" or self.dtype == torch.float64:
+            return 0
+        k = table_step(enc.frequencies)
+        half = table_half(self.edges.weights, self.edges.affine, k, enc.table_range)
+        few = self.edges.graph.num_edges < 4 * half  # 2 half nodes: fewer than 2 edges a node
+        return 0 if few and enc.table == "auto" else half
+
+    # ---- steps ----
+    def linear(self, w: torch.Tensor, b: torch.Tensor | None, node: NodeTerm | None = None) -> None:
+        """register = w e + b + node term, folded with what is pending."""
+        w = w.to(self.dtype)
+        b = None if b is None else b.to(self.dtype)
+        variants = None
+        if self.pending is not None:
+            m, c = self.pending
+            if c is not None:
+                b = w @ c if b is None else b + w @ c
+            variants = [w @ v for v in self.variants] if self.variants else None
+            w = w @ m
+        if node is not None and node.bias is not None:
+            b = node.bias.to(self.dtype) if b is None else b + node.bias.to(self.dtype)
+        self.pending, self.variants = None, None
+        if self.features is not None:
+            self.fourier_linear(w, b, node)
+        elif variants and len(variants) > 1:
+            self.emit(LIN, variants[0].shape[1], w.shape[0], self.put(torch.stack(variants)), self.put(b), node, arg0=variants[0].numel())
+        else:
+            w = variants[0] if variants else w
+            self.emit(LIN, w.shape[1], w.shape[0], self.put(w), self.put(b), node)
+
+    def materialise(self) -> None:
+        """Make the register e itself."""
+        if self.pending is not None:
+            m = self.pending[0]
+            self.linear(torch.eye(m.shape[0], dtype=self.dtype, device=m.device), None)
+
+    def act(self, name: str) -> None:
+        self.emit(ACT, self.width, self.width, arg0=ACTIVATIONS.index(name))
+
+    def step(self, step: Update | Activate | Mark) -> None:
+        if isinstance(step, Mark):
+            self.materialise()
+            self.carriers = step.carriers
+            self.emit(MARK, self.width, self.width)
+        elif isinstance(step, Activate):
+            self.materialise()
+            self.act(step.activation)
+            self.pending = (step.weight.to(self.dtype), None if step.bias is None else step.bias.to(self.dtype))
+        else:
+            if step.residual:
+                self.materialise()
+            kept = len(self.instructions) - 1
+            self.linear(step.weight_edge, step.bias, step.node)
+            self.act(step.activation)
+            self.pending = (step.weight_out.to(self.dtype), None if step.bias_out is None else step.bias_out.to(self.dtype))
+            if step.residual:
+                self.materialise()
+                self.emit(ADD, self.width, self.width, arg0=kept)
+
+    def finish(self, combine: int, width: int, reduce_mask: int, message_start: int) -> Expression:
+        header = [self.directions, len(self.instructions), combine, width, reduce_mask, message_start, len(self.xs), self.size, RECORD, 2 if self.edges.graph.max_in_degree < 1 << 15 else 4]
+        program = header + [v for record in self.instructions for v in record]
+        params = torch.cat(self.params) if self.params else self.table.new_zeros(0)
+        topology = self.edges.graph.topology.to(params.device)
+        xs = [x.to(self.dtype) for x in self.xs]
+        graph = self.edges.graph
+        weights = [self.edges.weights[k] for k in graph.used_weights]
+        carriers = list(self.carriers) if graph.packed else [self.carriers[k] for k in graph.used_blocks if self.carriers]
+        return Expression(weights, xs, params, self.table, carriers, topology, program)
+
+
+def _dtype(edges: EdgeState) -> torch.dtype:
+    """Compute dtype: float64 when the weights are, else float32 (accumulation; bf16 is an operand format)."""
+    return torch.float64 if edges.weights[0].dtype == torch.float64 else torch.float32
+
+
+def build_state(edges: EdgeState, tabulate: bool, head: Sequence[Affine] = (), node: NodeTerm | None = None, activation: str = "relu") -> Expression:
+    """The expression whose register is e_ij itself, or a small MLP of it: W_k .. act(W_0 e + node term + b_0)."""
+    b = _Builder(edges, _dtype(edges), tabulate)
+    for step in edges.steps:
+        b.step(step)
+    for k, (w, bias) in enumerate(head):
+        if k:
+            b.act(activation)
+        b.linear(w, bias, node if k == 0 else None)
+    b.materialise()
+    return b.finish(EMIT, b.width, 0, len(b.instructions))
+
+
+def build_message(edges: EdgeState, message: Message, reduce: Sequence[str], tabulate: bool) -> Expression:
+    """The expression of a message and the set of its reductions."""
+    b = _Builder(edges, _dtype(edges), tabulate)
+    for step in edges.steps:
+        b.step(step)
+    mask = sum(1 << REDUCE.index(r) for r in reduce)
+    if message.kind == "concat":
+        b.linear(message.weight_edge, message.bias_edge, message.node)
+        for w, bias in message.mlp:
+            b.act(message.activation)
+            b.linear(w, bias)
+        return b.finish(PLAIN, b.width, mask, len(b.instructions))
+    b.linear(message.weight_edge, message.bias_edge)
+    start = len(b.instructions)
+    hidden = message.node.weight_dst.shape[0]
+    b.emit(LIN, 0, hidden, -1, b.put(message.node.bias), message.node)
+    for w, bias in message.mlp:
+        b.act(message.activation)
+        b.linear(w, bias)
+    return b.finish(COMBINE[message.kind], message.width, mask, start)

@@ -1,0 +1,1 @@
+"""The ops in plain PyTorch: the specification, and the oracle that every kernel is tested against."""

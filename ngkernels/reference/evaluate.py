@@ -1,0 +1,253 @@
+"""The edge expression, instruction by instruction, over all edges at once; and the two ops on top of it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .. import program as prog
+from ..edges import ACTIVATIONS
+from ..graph import COLUMNS, DIAGONAL, KINDS
+
+STD_THRESHOLD = 1e-5  # a variance up to here counts as 0, with gradient 0 (as PyG's StdAggregation)
+_ACT = {
+    "silu": F.silu, "relu": torch.relu, "gelu": F.gelu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
+    "leaky_relu": F.leaky_relu, "identity": lambda x: x,
+}  # fmt: skip
+
+
+def rows_of(topology: torch.Tensor) -> list[dict[str, int]]:
+    """The topology table as one dict for each block."""
+    return [dict(zip(COLUMNS, row, strict=True)) for row in topology.tolist()]
+
+
+class EdgeList:
+    """Indices and raw features of all edges of a table's rows, [E] and [E, C], row by row, copy by copy, source-major."""
+
+    def __init__(self, weights: list[torch.Tensor], topology: torch.Tensor, device: torch.device):
+        self.rows = rows_of(topology)
+        self.n_weights = len(weights)
+        self.sizes: list[int] = []
+        self.shapes: list[tuple[int, ...]] = []
+        pieces: dict[str, list[torch.Tensor]] = {"src": [], "dst": [], "out": [], "raw": [], "variant": [], "weight": []}
+        for row in self.rows:
+            raw, src, dst = self._block(row, weights, device)
+            copy = torch.arange(row["copies"], device=device)[:, None]
+            pieces["src"].append((row["src"] + copy * row["node_stride"] + src).flatten())
+            pieces["dst"].append((row["dst"] + copy * row["node_stride"] + dst).flatten())
+            pieces["out"].append((row["out"] + copy * row["out_stride"] + dst).flatten())
+            pieces["raw"].append(raw)
+            n = raw.shape[0]
+            pieces["variant"].append(torch.full((n,), row["variant"], device=device))
+            pieces["weight"].append(torch.full((n,), row["weight"], device=device))
+            self.sizes.append(n)
+        empty = torch.zeros(0, dtype=torch.int64, device=device)
+        channels = weights[0].shape[-1] if weights else 1
+        self.src, self.dst, self.out, self.variant, self.weight = (torch.cat([empty, *pieces[k]]) for k in ("src", "dst", "out", "variant", "weight"))
+        self.raw = torch.cat(pieces["raw"]) if self.rows else weights[0].new_zeros(0, channels)
+
+    def _block(self, row, weights, device):
+        n_src, n_dst, copies = row["n_src"], row["n_dst"], row["copies"]
+        channels = weights[row["weight"]].shape[-1]
+        diagonal = KINDS[row["kind"]] == DIAGONAL
+        w = weights[row["weight"]]
+        if row["offset"] >= 0:  # packed
+            d0, d1 = (n_src, n_dst) if row["src_axis"] == 1 else (n_dst, n_src)
+            count = n_src if diagonal else d0 * d1
+            index = row["offset"] + torch.arange(copies, device=device)[:, None] * row["edge_stride"] + torch.arange(count, device=device)
+            w = w[index].reshape(copies, n_src, channels) if diagonal else w[index].reshape(copies, d0, d1, channels)
+        if diagonal:
+            self.shapes.append((copies, n_src))
+            node = torch.arange(n_src, device=device)[None]
+            return w.reshape(-1, channels), node, node
+        if row["src_axis"] == 2:
+            w = w.transpose(1, 2)
+        self.shapes.append((copies, n_src, n_dst))
+        src = torch.arange(n_src, device=device).repeat_interleave(n_dst)[None]
+        dst = torch.arange(n_dst, device=device).repeat(n_src)[None]
+        return w.reshape(-1, channels), src, dst
+
+
+class Evaluator:
+    """Runs the instructions of an expression on an EdgeList; registers are [E, n]."""
+
+    def __init__(self, edges: EdgeList, xs, params, table, carriers, program, compute: int):
+        self.edges, self.xs, self.params, self.table, self.carriers = edges, xs, params, table, carriers
+        self.low = torch.bfloat16 if compute == 1 else None
+        n, self.start = program[1], program[5]
+        body = program[prog.HEADER :]
+        self.instructions = [body[k * prog.RECORD : (k + 1) * prog.RECORD] for k in range(n)]
+        self.directions = program[0]
+
+    def matrix(self, offset: int, *shape: int) -> torch.Tensor:
+        return self.params[offset : offset + math.prod(shape)].reshape(shape)
+
+    def matmul(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        if self.low is not None:
+            return (x.to(self.low) @ w.to(self.low).T).to(x.dtype)
+        return x @ w.T
+
+    def by_variant(self, f) -> torch.Tensor:
+        """f(variant, edge indices) over the directions, put back in edge order."""
+        if self.directions == 1:
+            return f(0, slice(None))
+        parts = [(torch.nonzero(self.edges.variant == v).flatten(), v) for v in range(self.directions)]
+        order = torch.cat([i for i, _ in parts]).argsort()
+        return torch.cat([f(v, i) for i, v in parts])[order]
+
+    def node_term(self, rec) -> torch.Tensor | float:
+        _, _, n_out, _, bias, x, wd, ws = rec[:8]
+        out = self.matrix(bias, n_out) if bias >= 0 else 0.0
+        if x >= 0:
+            x = self.xs[x]
+            dst, src = x @ self.matrix(wd, n_out, x.shape[1]).T, x @ self.matrix(ws, n_out, x.shape[1]).T
+            out = out + dst[self.edges.dst] + src[self.edges.src]
+        return out
+
+    def fourier(self, w: torch.Tensor, offset: int, m: int) -> torch.Tensor:
+        def one(v, i):
+            arg = 2 * math.pi * (w[i] @ self.matrix(offset + v * m * w.shape[1], m, w.shape[1]).T)
+            return torch.cat([arg.cos(), arg.sin()], 1)
+
+        return self.by_variant(one)
+
+    def tabulated(self, w: torch.Tensor, rec) -> torch.Tensor:
+        """Cubic Hermite interpolation; direct evaluation beyond the grid."""
+        _, m, n_out, weight = rec[:4]
+        nodes = self.table.shape[1]
+        at = w[:, 0] * 2.0 ** rec[8]
+        k = at.detach().floor()
+        inside = (k >= -(nodes // 2)) & (k < nodes // 2)
+        u = torch.where(inside, at - k, 0.0)[:, None]
+        row = (torch.where(inside, k, 0.0) + nodes // 2).long()
+        flat = self.table.flatten(0, 1)
+        row = row + self.edges.variant * nodes if self.directions > 1 else row
+        p, q = flat[row], flat[row + 1]
+        curve = (1 + 2 * u) * (1 - u) ** 2 * p[:, 0] + u * (1 - u) ** 2 * p[:, 1] + u**2 * (3 - 2 * u) * q[:, 0] + u**2 * (u - 1) * q[:, 1]
+        if inside.all():
+            return curve
+        direct = self.fourier(w, rec[9], m) @ self.matrix(weight, n_out, 2 * m).T
+        return torch.where(inside[:, None], curve, direct)
+
+    def load(self, rec) -> torch.Tensor:
+        raw = self.edges.raw.to(self.table.dtype)
+        if rec[8] >= 0:
+            scale, shift = self.matrix(rec[8], self.edges.n_weights, 2)[self.edges.weight].T
+            raw = raw * scale[:, None] + shift[:, None]
+        return raw
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(edge register, message register or None)."""
+        results, edge = [], None
+        for k, rec in enumerate(self.instructions):
+            if k == self.start:
+                edge = results[-1]
+            results.append(self.one(rec, results))
+        return (results[-1], None) if edge is None else (edge, results[-1])
+
+    def one(self, rec, results) -> torch.Tensor:
+        op, n_in, n_out, weight = rec[:4]
+        last = results[-1] if results else None
+        if op == prog.LOAD:
+            return self.load(rec)
+        if op == prog.FOURIER:
+            return self.fourier(last, weight, n_out // 2)
+        if op == prog.TABLE:
+            return self.tabulated(last, rec) + self.node_term(rec)
+        if op == prog.ACT:
+            return _ACT[ACTIVATIONS[rec[8]]](last)
+        if op == prog.ADD:
+            return last + results[rec[8]]
+        if op == prog.MARK:
+            return last.detach() + self.carried(last)
+        if n_in == 0:
+            out = self.node_term(rec)
+            return out if out.dim() == 2 else out.expand(len(self.edges.src), n_out)
+        if rec[8]:
+            return self.by_variant(lambda v, i: self.matmul(last[i], self.matrix(weight + v * rec[8], n_out, n_in))) + self.node_term(rec)
+        return self.matmul(last, self.matrix(weight, n_out, n_in)) + self.node_term(rec)
+
+    def carried(self, last: torch.Tensor) -> torch.Tensor:
+        width = last.shape[1]
+        if self.edges.rows and self.edges.rows[0]["emit_offset"] >= 0:
+            index = [r["emit_offset"] + torch.arange(r["copies"])[:, None] * r["emit_stride"] + torch.arange(n // r["copies"]) for r, n in zip(self.edges.rows, self.edges.sizes, strict=True)]
+            return self.carriers[0][torch.cat([i.flatten() for i in index])]
+        return torch.cat([self.carriers[r["block"]].reshape(-1, width) for r in self.edges.rows])
+
+
+def emit(weights, xs, params, table, carriers, topology, program, compute) -> list[torch.Tensor]:
+    """e_ij (or a small MLP of it) for every edge: one tensor for each block (copies, n_src, n_dst, n); packed: one [E, n]."""
+    edges = EdgeList(weights, topology, weights[0].device)
+    value, _ = Evaluator(edges, xs, params, table, carriers, program, compute).run()
+    pieces = value.split(edges.sizes)
+    if edges.rows and edges.rows[0]["emit_offset"] >= 0:
+        out = value.new_zeros(sum(edges.sizes), value.shape[1])
+        for row, piece in zip(edges.rows, pieces, strict=True):
+            count = piece.shape[0] // row["copies"]
+            index = row["emit_offset"] + torch.arange(row["copies"])[:, None] * row["emit_stride"] + torch.arange(count)
+            out = out.index_copy(0, index.flatten().to(out.device), piece)
+        return [out]
+    return [p.reshape(*s, value.shape[1]) for p, s in zip(pieces, edges.shapes, strict=True)]
+
+
+def messages(weights, xs, params, table, carriers, topology, program, compute) -> tuple[torch.Tensor, EdgeList]:
+    """Messages [E, F] and their edges."""
+    edges = EdgeList(weights, topology, weights[0].device)
+    e, q = Evaluator(edges, xs, params, table, carriers, program, compute).run()
+    combine, width = program[2], program[3]
+    if combine == prog.PLAIN:
+        return e, edges
+    if combine == prog.GATE:
+        return torch.sigmoid(e) * q, edges
+    if combine == prog.PRODUCT:
+        return e * q, edges
+    return e[:, :width] * q + e[:, width:], edges
+
+
+def reduce_messages(m: torch.Tensor, out: torch.Tensor, rows: int, mask: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The reductions in `mask`, in the order of program.REDUCE, of messages m [E, F] by their rows out [E].
+
+    Returns:
+        results [rows, K, F]; the mean where var or std need it and it is not among them [rows, 0 or 1, F]; the
+        number of tied minima and maxima [rows, 0..2, F]. Empty rows are 0.
+
+    Note: gradients of min and max are shared evenly among ties. var is biased, centred.
+    """
+    ones = torch.ones_like(out, dtype=m.dtype)
+    count = torch.zeros(rows, dtype=m.dtype, device=m.device).index_add(0, out, ones).clamp(min=1)[:, None]
+    total = m.new_zeros(rows, m.shape[1]).index_add(0, out, m)
+    names = prog.reductions(mask)
+    results, ties = {"sum": total, "mean": total / count}, []
+    for name in ("min", "max"):
+        if name in names:
+            results[name], tied = _extreme(m, out, rows, name)
+            ties.append(tied)
+    if "var" in names or "std" in names:
+        centred = m - results["mean"][out]
+        var = m.new_zeros(rows, m.shape[1]).index_add(0, out, centred * centred) / count
+        results["var"] = var
+        live = var > STD_THRESHOLD
+        results["std"] = torch.where(live, torch.where(live, var, 1.0).sqrt(), 0.0)
+    none = m.new_zeros(rows, 0, m.shape[1])
+    aux = results["mean"][:, None] if prog.aux_slots(mask)[0] else none
+    return torch.stack([results[n] for n in names], 1), aux, torch.stack(ties, 1) if ties else none
+
+
+def _extreme(m: torch.Tensor, out: torch.Tensor, rows: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """min or max by row and how many messages reach it; the value of the extreme, the gradient of equal shares."""
+    with torch.no_grad():
+        index = out[:, None].expand_as(m)
+        best = m.new_zeros(rows, m.shape[1]).scatter_reduce(0, index, m, "a" + name, include_self=False)
+        tied = (m == best[out]).to(m.dtype)
+        ties = m.new_zeros(rows, m.shape[1]).index_add(0, out, tied)
+        share = tied / ties.clamp(min=1)[out]
+    shared = m.new_zeros(rows, m.shape[1]).index_add(0, out, m * share)
+    return best + (shared - shared.detach()), ties
+
+
+def aggregate(weights, xs, params, table, carriers, topology, program, rows, compute) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See reduce_messages."""
+    m, edges = messages(weights, xs, params, table, carriers, topology, program, compute)
+    return reduce_messages(m, edges.out, rows, program[4])

@@ -1,0 +1,1 @@
+"""Neural-graph models over the ngkernels engine: builders, models, data, tasks."""

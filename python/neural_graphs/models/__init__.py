@@ -1,0 +1,5 @@
+"""Networks that read the weights of other networks."""
+
+from .nggnn import NGGNN
+
+__all__ = ["NGGNN"]

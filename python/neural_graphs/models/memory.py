@@ -1,0 +1,47 @@
+"""What becomes of edge states between layers: evaluated again, stored, or only their gradients handed on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ngkernels import EdgeState
+
+
+@dataclass(frozen=True)
+class EdgeMemory:
+    """`every` k: a stored state after every k-th update; 0: none. `virtual`: gradients meet after every update."""
+
+    every: int = 0
+    virtual: bool = False
+
+    @classmethod
+    def parse(cls, policy: str | int) -> EdgeMemory:
+        """From "recompute", "store", "hybrid", "every:k" or k.
+
+        Raises:
+            ValueError: anything else.
+        """
+        named = {"recompute": cls(), "store": cls(every=1), "hybrid": cls(virtual=True)}
+        if isinstance(policy, str) and policy in named:
+            return named[policy]
+        count = policy[len("every:") :] if isinstance(policy, str) and policy.startswith("every:") else policy
+        if not isinstance(count, bool) and str(count).isdecimal() and int(count) > 0:
+            return cls(every=int(count))
+        raise ValueError(f"edge_memory: expected recompute, store, hybrid, every:k or an integer k of at least 1, got {policy!r}")
+
+    def after(self, updates: int, edges: EdgeState) -> EdgeState:
+        """`edges`, the state after so many updates, which more than one consumer will read."""
+        if self.virtual:
+            return edges.checkpoint()
+        if self.every and updates % self.every == 0:
+            return edges.checkpoint(_store_dtype(edges))
+        return edges
+
+
+def _store_dtype(edges: EdgeState) -> torch.dtype:
+    device = edges.weights[0].device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16:
+        return torch.bfloat16
+    return torch.float64 if edges.weights[0].dtype is torch.float64 else torch.float32

@@ -1,0 +1,106 @@
+"""Node and edge states of each network to one vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ngkernels import EdgeState, Message, NeuralGraph, aggregate
+
+SHORT = {"cat": ("cat", "last"), "mean": ("mean", "all"), "max": ("max", "all"), "cat_mean": ("cat_mean", "all")}
+NODE_METHODS, EDGE_METHODS = ("cat", "mean", "max", "cat_mean"), ("mean_edge", "max_edge")
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """`method` over `where`: "all" nodes, those of the "last" layer, or those of layer number `where`.
+
+    cat: the layer's nodes one after the other. mean, max: over nodes. cat_mean: the mean of every layer, one after
+    the other. mean_edge, max_edge: over all ordered pairs of nodes (or all pairs into the last layer), where a pair
+    without an edge counts as 0.
+    """
+
+    method: str
+    where: str | int
+
+    @classmethod
+    def parse(cls, pooling, layers: int) -> Pooling:
+        """From "cat", "mean", "max", "cat_mean" or a pair (method, where).
+
+        Raises:
+            ValueError: anything else.
+        """
+        pair = SHORT.get(pooling) if isinstance(pooling, str) else tuple(pooling)
+        if pair is not None and len(pair) == 2:
+            method, where = pair
+            at_layer = where == "last" or (isinstance(where, int) and -layers <= where < layers)
+            if (method in ("mean", "max") and (where == "all" or at_layer)) or (method == "cat" and at_layer):
+                return cls(method, where)
+            if pair in (("cat_mean", "all"), ("mean_edge", "all"), ("max_edge", "all"), ("mean_edge", "last")):
+                return cls(method, where)
+        raise ValueError(
+            f"NGGNN: expected pooling cat, mean, max, cat_mean or a pair: (cat | mean | max, last or a layer number below {layers}), "
+            f"(mean | max | cat_mean | mean_edge | max_edge, all), (mean_edge, last); got {pooling!r}"
+        )
+
+    @property
+    def of_edges(self) -> bool:
+        return self.method in EDGE_METHODS
+
+    @property
+    def rows(self) -> int | None:
+        """The only node layer whose states are read, or None."""
+        if self.of_edges or self.where == "all":
+            return None
+        return -1 if self.where == "last" else int(self.where)
+
+    def features(self, layout, width: int) -> int:
+        """Length of the vector."""
+        if self.method == "cat_mean":
+            return len(layout) * width
+        return layout[self.rows] * width if self.method == "cat" else width
+
+    def nodes(self, graph: NeuralGraph, x: torch.Tensor) -> torch.Tensor:
+        """[num_graphs, features] from node states: all rows, or those of layer `rows`.
+
+        Raises:
+            ValueError: cat over networks of unequal width.
+        """
+        sizes = [(p.copies, p.num_nodes if self.rows is None else p.layers[self.rows]) for p in graph.parts]
+        if self.method == "cat":
+            if len({n for _, n in sizes}) > 1:
+                raise ValueError(
+                    f"NGGNN: expected equal widths of the pooled layer for pooling cat, got {sorted({n for _, n in sizes})}; use mean or max"
+                )
+            return x.reshape(graph.num_graphs, -1)
+        if self.method == "cat_mean":
+            pieces = zip(x.split([c * n for c, n in sizes]), graph.parts, strict=True)
+            return torch.cat([torch.cat([y.mean(1) for y in v.view(p.copies, p.num_nodes, -1).split(p.layers, 1)], 1) for v, p in pieces])
+        if len(sizes) == 1:
+            x = x.view(graph.num_graphs, -1, x.shape[1])
+            return x.mean(1) if self.method == "mean" else x.amax(1)
+        return _reduce_segments(x, [n for c, n in sizes for _ in range(c)], self.method)
+
+    def edges(self, graph: NeuralGraph, edges: EdgeState, x: torch.Tensor) -> torch.Tensor:
+        """[num_graphs, width] from edge states; x: any node states, not read."""
+        width = edges.width
+        nothing = x.new_zeros(width, x.shape[1])
+        every = Message.concat(x.detach(), torch.eye(width, dtype=x.dtype, device=x.device), None, nothing, nothing)
+        last = self.where == "last"
+        reduced = aggregate(edges.restrict(-1) if last else edges, every, ("sum" if self.method == "mean_edge" else "max",))[:, 0]
+        parts = [p for p in graph.parts for _ in range(p.copies)]
+        sizes = [p.layers[-1] if last else p.num_nodes for p in parts]
+        if self.method == "max_edge":
+            return _reduce_segments(reduced, sizes, "max").clamp(min=0)  # a pair without an edge is always there
+        pairs = torch.tensor([p.num_nodes for p in parts], dtype=x.dtype, device=x.device)
+        return _reduce_segments(reduced, sizes, "mean") / pairs[:, None]
+
+
+def _reduce_segments(x: torch.Tensor, sizes: list[int], method: str) -> torch.Tensor:
+    """Mean or max [len(sizes), F] of consecutive rows of x [sum(sizes), F]."""
+    count = torch.tensor(sizes, device=x.device)
+    index = torch.repeat_interleave(torch.arange(len(sizes), device=x.device), count)
+    if method == "mean":
+        return x.new_zeros(len(sizes), x.shape[1]).index_add(0, index, x) / count[:, None]
+    return x.new_zeros(len(sizes), x.shape[1]).scatter_reduce(0, index[:, None].expand_as(x), x, "amax", include_self=False)

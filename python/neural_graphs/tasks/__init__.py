@@ -1,0 +1,1 @@
+"""Tasks: data, model and recipe put together."""

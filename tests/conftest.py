@@ -1,0 +1,70 @@
+"""What every test file shares: the backends a run must cover, their device, the random state.
+
+NGKERNELS_TEST_BACKENDS declares the backends, "reference,cpp" unless set. A test that takes the `backend` fixture runs once for
+each of them; one that is declared and cannot run here fails those tests, it never skips them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+DECLARED = tuple(name.strip() for name in os.environ.get("NGKERNELS_TEST_BACKENDS", "reference,cpp").split(",") if name.strip())
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if "triton" in DECLARED and not _has_gpu():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton: its kernels then run on CPU tensors
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from ngkernels import backends  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    unknown = [name for name in DECLARED if name not in backends.BACKENDS]
+    if unknown or not DECLARED:
+        raise pytest.UsageError(
+            f"NGKERNELS_TEST_BACKENDS: expected some of {', '.join(backends.BACKENDS)}, got {', '.join(unknown) or 'nothing'}"
+        )
+
+
+def pytest_report_header() -> str:
+    return f"backends that must run: {', '.join(DECLARED)} (isa {backends.isa()}, {torch.get_num_threads()} threads)"
+
+
+def why_backend_cannot_run(name: str) -> str | None:
+    """None if every op that has this backend runs with it here, else what does not and why."""
+    reasons = {op: row[name] for op, row in backends.availability().items() if row.get(name) is not None}
+    return "; ".join(f"{op}: {reason}" for op, reason in reasons.items()) or None
+
+
+@pytest.fixture(params=DECLARED)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Name of a declared backend; force it with `ngkernels.use_backend(backend)`."""
+    reason = why_backend_cannot_run(request.param)
+    if reason is not None:
+        pytest.fail(f"backend {request.param!r} is declared in NGKERNELS_TEST_BACKENDS and cannot run: {reason}", pytrace=False)
+    return request.param
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """The device that `backend` is tested on."""
+    return torch.device("cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Each test starts from the same random state, whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
