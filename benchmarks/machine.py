@@ -38,7 +38,11 @@ def slug(model: str) -> str:
 def device() -> dict:
     """What a record says of the machine."""
     fields = cpu_fields()
-    isa = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve") if f in (fields.get("flags", "") + " " + fields.get("Features", "")).split()]
+    isa = [
+        f
+        for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
+        if f in (fields.get("flags", "") + " " + fields.get("Features", "")).split()
+    ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "slug": slug(cpu_model()),

@@ -103,7 +103,12 @@ def child(request: dict) -> dict:
     step_on(case, *args, steps=2, runner=kept)
     seconds = (time.perf_counter() - start) / 2
     peak = status_kib("VmHWM") if exact else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"before_bytes": before * 1024, "peak_bytes": (peak - before) * 1024, "method": "VmHWM" if exact else "ru_maxrss", "seconds": seconds}
+    return {
+        "before_bytes": before * 1024,
+        "peak_bytes": (peak - before) * 1024,
+        "method": "VmHWM" if exact else "ru_maxrss",
+        "seconds": seconds,
+    }
 
 
 def measure(run: str, provider: Provider, case: Case, weight_grads: bool, threads: int, dtype: str, series: str, malloc: str) -> dict:
@@ -132,7 +137,8 @@ def slope(points: list[tuple[float, float]]) -> float:
 def summary(rows: list[dict]) -> list[dict]:
     """Bytes per edge and per neuron of one run, by (provider, threads, dtype, weight gradients).
 
-    Per edge: the slope between layouts with equal neurons. Per neuron: the slope over [2, h, 2h, 3] of what is left after that.
+    Per edge: the slope between layouts with equal neurons. Per neuron: the slope over [2, h, 2h, 3] of what is left after that; None
+    where edges cost kilobytes, because the remainder is then the difference of two large numbers.
     """
     groups: dict[tuple, dict[str, list[dict]]] = {}
     for row in rows:
@@ -143,7 +149,7 @@ def summary(rows: list[dict]) -> list[dict]:
         if len(series["edges"]) < 2:
             continue
         per_edge = slope([(r["edges"], r["peak_bytes"]) for r in series["edges"]])
-        rest = [(r["nodes"], r["peak_bytes"] - per_edge * r["edges"]) for r in series["nodes"]]
+        rest = [(r["nodes"], r["peak_bytes"] - per_edge * r["edges"]) for r in series["nodes"] if per_edge < 1000]
         largest = max(series["edges"] + series["nodes"], key=lambda r: r["edges"])
         found.append({
             "provider": provider, "threads": threads, "dtype": dtype, "weight_grads": weight_grads,
@@ -179,7 +185,9 @@ def main(
     weight_grads: Annotated[str, typer.Option(help="Gradients of the input weights: on, off or both.")] = "off,on",
     threads: Annotated[int, typer.Option(help="Number of threads; memory in flight may grow with it.")] = 1,
     dtype: Annotated[str, typer.Option(help="fp32, or bf16 for torch.autocast.")] = "fp32",
-    malloc: Annotated[str, typer.Option(help="fixed: freed blocks of 1 MiB go back at once (glibc). default: as the system does.")] = "fixed",
+    malloc: Annotated[
+        str, typer.Option(help="fixed: freed blocks of 1 MiB go back at once (glibc). default: as the system does.")
+    ] = "fixed",
     quick: Annotated[bool, typer.Option("--quick", help="Small networks and few of them: does everything run?")] = False,
     request: Annotated[str, typer.Option("--child", hidden=True)] = "",
 ) -> None:
@@ -200,7 +208,9 @@ def main(
         console.print(f"[yellow]left out: {name}: {reason}")
     run = records.new_run()
     todo = [(p, g, s, c) for p in chosen for g in grads for s, c in points(p, quick)]
-    rows = [measure(run, p, c, g == "on", threads, dtype, s, malloc) for p, g, s, c in track(todo, "measuring", console=console, transient=True)]
+    rows = [
+        measure(run, p, c, g == "on", threads, dtype, s, malloc) for p, g, s, c in track(todo, "measuring", console=console, transient=True)
+    ]
     show(rows)
 
 

@@ -48,7 +48,9 @@ PROVIDERS = {
         Provider("pyg", "PyG, operations as published"),
         Provider("pyg-compile", "PyG, operations as published, compiled", compiled=True),
         Provider("pyg-tuned", "PyG, linears hoisted, edges sorted by target", style="hoisted", order="target"),
-        Provider("pyg-tuned-compile", "PyG, linears hoisted, edges sorted by target, compiled", style="hoisted", order="target", compiled=True),
+        Provider(
+            "pyg-tuned-compile", "PyG, linears hoisted, edges sorted by target, compiled", style="hoisted", order="target", compiled=True
+        ),
     )
 }
 DEFAULT = ("ngk-cpp", "pyg-compile", "pyg-tuned-compile", "pyg")

@@ -86,7 +86,8 @@ def table_basis(frequencies: torch.Tensor, direction: int | None, k: int, half: 
 
 
 def table_half(weights: tuple[torch.Tensor, ...], affine, k: int, limit: float | None) -> int:
-    """Half the number of grid nodes that covers |scale w + shift|, a power of two so that grids are reused."""
+    """Half the number of grid nodes that covers |scale w + shift|, rounded up in steps of at most a quarter so that
+    grids are reused."""
     if limit is None:
         if torch.compiler.is_compiling():
             limit = 2.0
@@ -95,5 +96,6 @@ def table_half(weights: tuple[torch.Tensor, ...], affine, k: int, limit: float |
             ends = [(w.detach().aminmax(), a, c) for w, a, c in zip(weights, scale, shift, strict=True) if w.numel()]
             limit = max((abs(float(v) * a + c) for pair, a, c in ends for v in pair), default=0.0)
             limit = limit if math.isfinite(limit) else 2.0
-    nodes = max(1.0, math.ceil(limit * 2.0**k) + 1)
-    return min(MAX_TABLE_NODES, 1 << math.ceil(math.log2(nodes)))
+    nodes = max(1, math.ceil(limit * 2.0**k) + 1)
+    unit = max(1, 1 << (nodes.bit_length() - 3))
+    return min(MAX_TABLE_NODES, -(-nodes // unit) * unit)

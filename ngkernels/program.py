@@ -116,24 +116,36 @@ class _Builder:
         m, channels = enc.frequencies.shape[0], self.instructions[0][2]
         n_out = w.shape[0]
         weight, bias = self.put(w), self.put(b)
-        half = self.table_nodes(enc, channels)
-        if half:
-            k = table_step(enc.frequencies)
-            directions = range(self.directions) if enc.reciprocal else [None]
-            self.table = torch.stack([table_basis(enc.frequencies, d, k, half, self.dtype) @ w.T for d in directions])
-            self.emit(TABLE, m, n_out, weight, bias, node, arg0=k, arg1=offset)
+        table = self.tabulated(enc, channels, w)
+        if table is not None:
+            self.table = table
+            self.emit(TABLE, m, n_out, weight, bias, node, arg0=table_step(enc.frequencies), arg1=offset)
             return
         self.emit(FOURIER, channels, 2 * m, offset)
         self.emit(LIN, 2 * m, n_out, weight, bias, node)
 
-    def table_nodes(self, enc: Fourier, channels: int) -> int:
-        """Half the number of table nodes, or 0 for direct evaluation."""
+    def tabulated(self, enc: Fourier, channels: int, w: torch.Tensor) -> torch.Tensor | None:
+        """[directions, nodes, 2, n_out], or None for direct evaluation.
+
+        The table of a state's first update serves every consumer after it (and its gradients meet there).
+        """
         if not self.tabulate or channels != 1 or enc.table == "never" or self.dtype == torch.float64:
-            return 0
+            return None
+        edges = self.edges
+        first = edges.steps[0] if edges.steps else None
+        if id(first) in edges.tables:
+            return edges.tables[id(first)][1]
         k = table_step(enc.frequencies)
-        half = table_half(self.edges.weights, self.edges.affine, k, enc.table_range)
-        few = self.edges.graph.num_edges < 4 * half  # 2 half nodes: fewer than 2 edges a node
-        return 0 if few and enc.table == "auto" else half
+        if "half" not in edges.tables:
+            edges.tables["half"] = table_half(edges.weights, edges.affine, k, enc.table_range)
+        half = edges.tables["half"]
+        if enc.table == "auto" and edges.graph.live_edges < 4 * half:  # 2 half nodes: fewer than 2 edges a node
+            return None
+        directions = range(self.directions) if enc.reciprocal else [None]
+        table = torch.stack([table_basis(enc.frequencies, d, k, half, self.dtype) @ w.T for d in directions])
+        if first is not None:
+            edges.tables[id(first)] = (first, table)  # with its step: the id stays taken
+        return table
 
     # ---- steps ----
     def linear(self, w: torch.Tensor, b: torch.Tensor | None, node: NodeTerm | None = None) -> None:

@@ -162,20 +162,18 @@ class Backprop {
     const T* base = p.table + direction * size;
     T* grad = w.table ? w.table + direction * size : nullptr;
     const T steps = T(int64_t(1) << p.call.instrs[k].arg0);
-    for (int r = 0; r < t.n; ++r) {
-      const T* gr = g + static_cast<int64_t>(r) * ld;
-      T u;
-      int64_t index;
-      if (!eval.cell(w.out[k - 1][r], &u, &index)) {
+    for (int r = 0; r < t.n; ++r) {  // cells and weights are there from the evaluation
+      const T *gr = g + static_cast<int64_t>(r) * ld, *h = w.hermite + r, *slope = w.slope + r;
+      const int64_t index = w.cell[r];
+      if (index < 0) {
         next[r] = direct(w.out[k - 1][r], direction, gr, k);
         continue;
       }
-      const Hermite<T> h(u);
       if (grad) {
         if (index < w.table_low[direction]) w.table_low[direction] = index;
         if (index + 2 > w.table_high[direction]) w.table_high[direction] = index + 2;
         T* q = grad + index * 2 * ld;
-        const R c0 = V::set1(h.c[0]), c1 = V::set1(h.c[1]), c2 = V::set1(h.c[2]), c3 = V::set1(h.c[3]);
+        const R c0 = V::set1(h[0]), c1 = V::set1(h[p.tile]), c2 = V::set1(h[2 * p.tile]), c3 = V::set1(h[3 * p.tile]);
         for (int c = 0; c < ld; c += V::W) {
           const R x = V::load(gr + c);
           V::store(q + c, V::fma(c0, x, V::load(q + c)));
@@ -186,14 +184,14 @@ class Backprop {
       }
       if (p.call.need_weights) {
         const T* q = base + index * 2 * ld;
-        const R d0 = V::set1(h.d[0]), d1 = V::set1(h.d[1]), d2 = V::set1(h.d[2]), d3 = V::set1(h.d[3]);
+        const R d0 = V::set1(slope[0]), d1 = V::set1(slope[p.tile]), d2 = V::set1(slope[2 * p.tile]), d3 = V::set1(slope[3 * p.tile]);
         R acc = V::zero();
         for (int c = 0; c < ld; c += V::W) {
-          R slope = V::mul(d0, V::load(q + c));
-          slope = V::fma(d1, V::load(q + ld + c), slope);
-          slope = V::fma(d2, V::load(q + 2 * ld + c), slope);
-          slope = V::fma(d3, V::load(q + 3 * ld + c), slope);
-          acc = V::fma(slope, V::load(gr + c), acc);
+          R rise = V::mul(d0, V::load(q + c));
+          rise = V::fma(d1, V::load(q + ld + c), rise);
+          rise = V::fma(d2, V::load(q + 2 * ld + c), rise);
+          rise = V::fma(d3, V::load(q + 3 * ld + c), rise);
+          acc = V::fma(rise, V::load(gr + c), acc);
         }
         next[r] = V::sum(acc) * steps;
       }

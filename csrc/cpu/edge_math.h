@@ -144,21 +144,25 @@ NGK_INLINE void fourier_row(const typename V::T* b, int m, int C, const typename
   }
 }
 
-// Cubic Hermite weights of (value, slope) at the two ends of a cell, at u in [0, 1], and their derivatives in u.
-template <class T>
-struct Hermite {
-  T c[4], d[4];
-  explicit Hermite(T u) {
-    const T v = T(1) - u;
-    c[0] = (T(1) + T(2) * u) * v * v;
-    c[1] = u * v * v;
-    c[2] = u * u * (T(3) - T(2) * u);
-    c[3] = -u * u * v;
-    d[0] = T(-6) * u * v;
-    d[1] = v * (T(1) - T(3) * u);
-    d[2] = T(6) * u * v;
-    d[3] = u * (T(3) * u - T(2));
+// Cells of a tile's weights in the table, and the cubic Hermite weights of (value, slope) at the cell's two ends with
+// their derivatives: index [n] (-1: beyond the table, NaN too), c and d [4][n].
+template <class V>
+__attribute__((noinline)) void hermite_cells(const typename V::T* value, int n, typename V::T steps, int64_t half, int32_t* index, typename V::T* c, typename V::T* d, int stride) {
+  using T = typename V::T;
+  for (int r = 0; r < n; ++r) {
+    const T at = value[r] * steps;
+    const bool inside = at >= T(-half) && at < T(half);
+    const T low = std::floor(inside ? at : T(0)), u = (inside ? at : T(0)) - low, v = T(1) - u;
+    index[r] = inside ? static_cast<int32_t>(low) + static_cast<int32_t>(half) : -1;
+    c[r] = (T(1) + T(2) * u) * v * v;
+    c[stride + r] = u * v * v;
+    c[2 * stride + r] = u * u * (T(3) - T(2) * u);
+    c[3 * stride + r] = -u * u * v;
+    d[r] = T(-6) * u * v;
+    d[stride + r] = v * (T(1) - T(3) * u);
+    d[2 * stride + r] = T(6) * u * v;
+    d[3 * stride + r] = u * (T(3) * u - T(2));
   }
-};
+}
 
 }  // namespace ngk

@@ -87,6 +87,11 @@ class Engine {
     w.rest = a.take<T>(rest);
     w.i = a.take<int>(tile);
     w.j = a.take<int>(tile);
+    if (prepared.table_step >= 0) {
+      w.cell = a.take<int32_t>(tile);
+      w.hermite = a.take<T>(4 * tile);
+      w.slope = a.take<T>(4 * tile);
+    }
     w.message = a.take<T>(tile * ldm + slack);
     if (!backward) {
       w.stats = a.take<T>(static_cast<size_t>(Stats<V>::PLANES) * plan.max_rows * ldm + slack);

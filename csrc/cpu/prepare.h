@@ -35,7 +35,7 @@ struct Prepared {
   const Call& call;
   std::vector<Step<V>> steps;
   const T *params, *table = nullptr;  // table: [directions, nodes, 2, table_ld]
-  int table_step = -1, table_ld = 0, tile = 96, max_ld = 0;
+  int table_step = -1, table_ld = 0, tile = 48, max_ld = 0;
   size_t grad_size = 0;  // of the padded parameter gradients
 
   explicit Prepared(const Call& c) : call(c), steps(c.instrs.size()), params(static_cast<const T*>(c.params)) {
@@ -45,7 +45,6 @@ struct Prepared {
     arena.base = static_cast<char*>(scratch(0, measure.used));
     grad_size = 0;
     build(arena);
-    tile = max_ld <= 64 ? 96 : 48;
   }
 
   Matrix<V> matrix(Arena& arena, int64_t offset, int rows, int cols, bool transpose) {

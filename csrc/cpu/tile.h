@@ -99,6 +99,8 @@ struct Worker {
   std::vector<T*> grad_add;   // gradient waiting at the instruction an ADD reads
   std::vector<T*> grad_x_i, grad_x_j;  // node gradients of the piece held until its commit, [rows, d_x], [cols, d_x]
   int *i = nullptr, *j = nullptr;
+  int32_t* cell = nullptr;              // of each edge in the table, [tile]
+  T *hermite = nullptr, *slope = nullptr;  // its interpolation weights and their derivatives, [4][tile]
   T *g[3] = {nullptr, nullptr, nullptr}, *message = nullptr, *coefficients = nullptr, *stats = nullptr, *rest = nullptr;
   T *params = nullptr, *table = nullptr, *raw_grad = nullptr;  // gradients of the current item; raw_grad: of the piece
   int64_t table_low[2], table_high[2];
@@ -224,16 +226,6 @@ class Evaluator {
   }
 
  public:
-  // Cell and Hermite argument of a weight; false: beyond the table (NaN too).
-  bool cell(T value, T* u, int64_t* index) const {
-    const T at = value * T(int64_t(1) << p.call.instrs[p.table_step].arg0);
-    const int64_t half = p.call.table_nodes / 2;
-    if (!(at >= T(-half) && at < T(half))) return false;
-    const T low = std::floor(at);
-    *u = at - low;
-    *index = static_cast<int64_t>(low) + half;
-    return true;
-  }
   const T* frequencies(int direction) const {
     const Instr& in = p.call.instrs[p.table_step];
     return p.params + in.arg1 + static_cast<int64_t>(direction) * in.n_in;
@@ -245,16 +237,20 @@ class Evaluator {
     const Step<V>& s = p.steps[k];
     const int ld = s.ld;
     const T* base = p.table + static_cast<int64_t>(direction) * p.call.table_nodes * 2 * ld;
+    hermite_cells<V>(w.out[k - 1], t.n, T(int64_t(1) << in.arg0), p.call.table_nodes / 2, w.cell, w.hermite, w.slope, p.tile);
+    const int ahead = 6;  // edges: the table lives in L2
     for (int r = 0; r < t.n; ++r) {
+      if (r + ahead < t.n && w.cell[r + ahead] >= 0) {
+        const char* q = reinterpret_cast<const char*>(base + static_cast<int64_t>(w.cell[r + ahead]) * 2 * ld);
+        for (int64_t c = 0; c < static_cast<int64_t>(sizeof(T)) * 4 * ld; c += 64) __builtin_prefetch(q + c);
+      }
       T* out = w.out[k] + static_cast<int64_t>(r) * ld;
       const T* si = s.node ? w.s[k] + static_cast<int64_t>(t.i[r]) * ld : s.bias;
       const T* tj = s.node ? w.t[k] + static_cast<int64_t>(t.j[r]) * ld : nullptr;
-      T u;
-      int64_t index;
-      if (cell(w.out[k - 1][r], &u, &index)) {
-        const Hermite<T> h(u);
-        const R c0 = V::set1(h.c[0]), c1 = V::set1(h.c[1]), c2 = V::set1(h.c[2]), c3 = V::set1(h.c[3]);
-        const T* q = base + index * 2 * ld;
+      if (w.cell[r] >= 0) {
+        const T* h = w.hermite + r;
+        const R c0 = V::set1(h[0]), c1 = V::set1(h[p.tile]), c2 = V::set1(h[2 * p.tile]), c3 = V::set1(h[3 * p.tile]);
+        const T* q = base + static_cast<int64_t>(w.cell[r]) * 2 * ld;
         for (int c = 0; c < ld; c += V::W) {
           R acc = tj ? V::add(V::load(si + c), V::load(tj + c)) : V::load(si + c);
           acc = V::fma(c0, V::load(q + c), acc);

@@ -14,6 +14,22 @@ from ..graph import DIAGONAL, Block, NeuralGraph
 from ..ops.readout import readout
 
 
+_diagonal_graphs: dict[int, NeuralGraph] = {}
+
+
+def diagonal_graph(n: int) -> NeuralGraph:
+    """n neurons, each joined to one of its own: values [n, C] are its weights. Kept, also for torch.compile."""
+    return _diagonal_graphs[n] if n in _diagonal_graphs else _new_diagonal_graph(n)
+
+
+@torch.compiler.disable
+def _new_diagonal_graph(n: int) -> NeuralGraph:
+    if len(_diagonal_graphs) >= 64:
+        _diagonal_graphs.pop(next(iter(_diagonal_graphs)))
+    _diagonal_graphs[n] = NeuralGraph.from_blocks((n, n), [Block(DIAGONAL, 0, 1, 0)])
+    return _diagonal_graphs[n]
+
+
 class GaussianEncoding(nn.Module):
     """gamma(v) = [cos(2 pi v b^T), sin(2 pi v b^T)] with frozen frequencies b [features, channels] ~ N(0, sigma^2).
 
@@ -89,6 +105,4 @@ class Encoder(nn.Sequential):
 
     def values(self, v: torch.Tensor, out: nn.Linear) -> torch.Tensor:
         """out(encoder(v)), [n, width], of values v [n, C]: biases, say. No Fourier feature is kept for backward."""
-        n = v.shape[0]
-        graph = NeuralGraph.from_blocks((n, n), [Block(DIAGONAL, 0, 1, 0)])
-        return readout(self.edges(graph, (v[None],)), [(out.weight, out.bias)])[0][0]
+        return readout(self.edges(diagonal_graph(v.shape[0]), (v[None],)), [(out.weight, out.bias)])[0][0]

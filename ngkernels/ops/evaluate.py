@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from ..graph import COLUMNS, DIAGONAL, KINDS, NeuralGraph
+from ..graph import DIAGONAL, NeuralGraph
 from ..reference import evaluate as reference
 from . import _cpp
 from . import expression as ex
@@ -22,11 +22,13 @@ def output_shapes(graph: NeuralGraph, width: int) -> list[int]:
     """The `shapes` argument: (copies, n_src, n_dst, width) or (copies, n, width) by block; (E, width) when packed."""
     if graph.packed:
         return [2, graph.num_edges, width]
-    at = {name: k for k, name in enumerate(COLUMNS)}
     shapes: list[int] = []
-    for row in graph.topology.tolist():
-        copies, n_src, n_dst = row[at["copies"]], row[at["n_src"]], row[at["n_dst"]]
-        shapes += [3, copies, n_src, width] if KINDS[row[at["kind"]]] == DIAGONAL else [4, copies, n_src, n_dst, width]
+    for p in graph.parts:  # not from the topology tensor: torch.compile could not read it
+        rows = None if graph.rows is None else range(len(p.layers))[graph.rows]
+        for b in p.blocks:
+            if rows is None or b.dst == rows:
+                n_src, n_dst = p.layers[b.src], p.layers[b.dst]
+                shapes += [3, p.copies, min(n_src, n_dst), width] if b.kind == DIAGONAL else [4, p.copies, n_src, n_dst, width]
     return shapes
 
 

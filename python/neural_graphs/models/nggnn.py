@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ngkernels import EdgeState, NeuralGraph, readout
+from ngkernels.nn import diagonal_graph
 
 from .backbone import ACTIVATIONS, Backbone, in_degree_histogram
 from .checks import CHECK_FINITE, check_batch, check_finite, check_graph, check_layout, check_tensors
@@ -96,8 +97,8 @@ class NGGNN(nn.Module):
             "pre_layers": pre_layers, "post_layers": post_layers,
         }  # fmt: skip
         self.gnn = Backbone(d_hid, num_layers, norm, act, act_first, dropout, update_edges, EdgeMemory.parse(edge_memory), conv)
-        self._make_head((1 if head == "regression" else 10) if out_features is None else out_features)
         self._graphs: dict[int, NeuralGraph] = {}
+        self._make_head((1 if head == "regression" else 10) if out_features is None else out_features)
 
     def _make_head(self, out_features: int) -> None:
         d = self.d_hid
@@ -127,6 +128,21 @@ class NGGNN(nn.Module):
 
         return load(cls, state_dict, config, options)
 
+    def graph(self, batch_size: int) -> NeuralGraph:
+        """The neural graph of `batch_size` networks of the layout. Kept: call it once before torch.compile(fullgraph=True)."""
+        if batch_size in self._graphs:
+            return self._graphs[batch_size]
+        return self._new_graph(batch_size)
+
+    @torch.compiler.disable
+    def _new_graph(self, batch_size: int) -> NeuralGraph:
+        graph = NeuralGraph.mlp(self.layout, batch_size, self.reverse_edges)
+        graph.in_degree, graph.restrict(-1).in_degree, diagonal_graph(graph.num_nodes)  # noqa: B018  made here, not while compiling
+        if len(self._graphs) >= 8:
+            self._graphs.pop(next(iter(self._graphs)))
+        self._graphs[batch_size] = graph
+        return graph
+
     def forward(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], activations=None):
         """Result for a batch of networks of one layout.
 
@@ -143,11 +159,7 @@ class NGGNN(nn.Module):
             ValueError, TypeError: shapes, dtypes, devices that do not fit the layout and the model.
         """
         batch = check_batch(_OP, self.layout, weights, biases, self.edge_channels, self.node_channels)
-        if batch not in self._graphs:
-            if len(self._graphs) >= 8:
-                self._graphs.pop(next(iter(self._graphs)))
-            self._graphs[batch] = NeuralGraph.mlp(self.layout, batch, self.reverse_edges)
-        return self.forward_graph(self._graphs[batch], weights, biases, activations)
+        return self.forward_graph(self.graph(batch), weights, biases, activations)
 
     def forward_graph(self, graph: NeuralGraph, weights, biases, activations=None):
         """Result for the networks of `graph`, which may be unequal.
