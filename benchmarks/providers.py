@@ -85,7 +85,8 @@ class Runner:
         if provider.ours:
             from neural_graphs.models import NGGNN
 
-            self.model = NGGNN.from_reference(state, oracle.reference_config())
+            self.model = NGGNN.from_reference(state, oracle.reference_config(), edge_memory="recompute")
+            self.model.graph(case.batch)
         else:
             self.model = PyGNGGNN(layout, style=provider.style, order=provider.order).load_reference(state)
             self.model.edge_index(case.batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -40,28 +41,43 @@ def choices(text: str, allowed: tuple[str, ...], option: str) -> list[str]:
     return values
 
 
-def candidates(case: Case, providers: list[Provider], dtypes: list[str], grads: list[str], status) -> tuple[dict, dict]:
-    """Warm steps to time, by (provider, dtype, weight gradients), and the gate's errors by (provider, dtype)."""
-    oracle = new_oracle(case)
-    gate, steps, errors = Gate(case, oracle), {}, {}
-    for provider in providers:
-        runner = Runner(provider, case, oracle)
-        for dtype in dtypes:
-            status(f"{case.label}: gate, {provider.name} {dtype}")
-            errors[provider.name, dtype] = gate.check(runner, dtype)
-            for grad in grads:
-                status(f"{case.label}: warm-up, {provider.name} {dtype}, weight gradients {grad}")
-                weights, biases, labels = case.inputs()
-                for weight in weights:
-                    weight.requires_grad_(grad == "on")
+class Candidates:
+    """The warm steps of one case: `steps` by (provider, dtype, weight gradients), the gate's `errors` by (provider, dtype).
 
-                def step(runner=runner, weights=weights, biases=biases, labels=labels, dtype=dtype):
-                    runner.step(weights, biases, labels, dtype)
+    A provider that fails the gate, or fails at all, is left out; `failures` says why.
+    """
 
-                step()
-                step()
-                steps[provider.name, dtype, grad] = step
-    return steps, errors
+    def __init__(self, case: Case, providers: list[Provider], dtypes: list[str], grads: list[str], status: Callable[[str], None]):
+        self.steps, self.errors, self.failures = {}, {}, []
+        oracle = new_oracle(case)
+        gate = Gate(case, oracle)
+        for provider in providers:
+            for dtype in dtypes:
+                status(f"{case.label}: {provider.name} {dtype}")
+                try:
+                    runner = Runner(provider, case, oracle)
+                    error = gate.check(runner, dtype)
+                    found = {(provider.name, dtype, grad): self.warm(runner, dtype, grad) for grad in grads}
+                except Exception as reason:  # shown, and the exit status tells
+                    lines = str(reason).strip().splitlines() or ["no message"]
+                    self.failures.append(f"{provider.name} {dtype} at {case.label}: {type(reason).__name__}: {lines[0]}")
+                    continue
+                self.errors[provider.name, dtype] = error
+                self.steps |= found
+
+    @staticmethod
+    def warm(runner: Runner, dtype: str, grad: str) -> Callable[[], None]:
+        """A step that has run twice: compiled, allocated."""
+        weights, biases, labels = runner.case.inputs()
+        for weight in weights:
+            weight.requires_grad_(grad == "on")
+
+        def step():
+            runner.step(weights, biases, labels, dtype)
+
+        step()
+        step()
+        return step
 
 
 def record(run: str, case: Case, key: tuple, samples: Samples, threads: int, rates: dict, error) -> dict:
@@ -100,17 +116,33 @@ def show(case: Case, threads: int, rows: list[dict]) -> None:
     for column in ("provider", "dtype", "weight grads", "s / step", "s / M edges", "roofline", "x best baseline", ""):
         table.add_column(column, justify="left" if column in ("provider", "dtype") else "right")
     for row in rows:
-        rivals = [r["median"] for r in rows if not PROVIDERS[r["provider"]].ours and r["weight_grads"] == row["weight_grads"]]
-        rivals = rivals if row["dtype"] == "bf16" else [
-            r["median"] for r in rows
-            if not PROVIDERS[r["provider"]].ours and r["weight_grads"] == row["weight_grads"] and r["dtype"] == "fp32"
-        ]  # fmt: skip
+        same = [r for r in rows if r["weight_grads"] == row["weight_grads"] and r["dtype"] in ("fp32", row["dtype"])]
+        rivals = [r["median"] for r in same if not PROVIDERS[r["provider"]].ours]
         ratio = f"{min(rivals) / row['median']:.2f}" if rivals and PROVIDERS[row["provider"]].ours else ""
         table.add_row(
             row["provider"], row["dtype"], "on" if row["weight_grads"] else "off", f"{row['median']:.4g}",
             f"{row['median'] / row['edges'] * 1e6:.3f}", f"{row['share']:.1%}", ratio, "noisy" if row["noisy"] else "",
         )  # fmt: skip
     console.print(table)
+
+
+def measure(run, case, providers, dtypes, grads, threads, rates, samples, quick) -> list[str]:
+    """Gate, warm-up, timing, records and table of one case; returns what failed."""
+    want, rounds, length = (2, 5, 0.05) if quick else (samples, 4 * samples, 0.3)
+    bar = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    with Progress(*bar, console=console, transient=True) as progress:
+        task = progress.add_task(case.label, total=rounds)
+        ready = Candidates(case, providers, dtypes, grads, lambda text: progress.update(task, description=text))
+        progress.update(task, description=f"{case.label}: timing")
+        found = interleave(ready.steps, want, rounds, length, tick=lambda: progress.advance(task))
+    for failure in ready.failures:
+        console.print(f"[red]not measured: {failure}", highlight=False, soft_wrap=True)
+    show(case, threads, [record(run, case, key, s, threads, rates, ready.errors[key[:2]]) for key, s in found.items()])
+    failures = ready.failures
+    del ready, found
+    gc.collect()
+    torch._dynamo.reset()
+    return failures
 
 
 def main(
@@ -135,24 +167,15 @@ def main(
     chosen, missing = select(providers)
     for name, reason in missing.items():
         console.print(f"[yellow]left out: {name}: {reason}")
-    run = records.new_run()
-    bar = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    run, failures = records.new_run(), []
     for count in counts:
         set_threads(count)
         rates = machine.rates(dtypes, quick)
         console.print(f"{count} threads: " + ", ".join(f"{k} {v / 1e9:.0f} G{'B' if k == 'copy' else 'FLOP'}/s" for k, v in rates.items()))
         for case in cases:
-            rounds = 5 if quick else 4 * samples
-            with Progress(*bar, console=console, transient=True) as progress:
-                task = progress.add_task(case.label, total=rounds)
-                steps, errors = candidates(case, chosen, dtypes, grads, lambda text: progress.update(task, description=text))  # noqa: B023
-                progress.update(task, description=f"{case.label}: timing")
-                found = interleave(steps, 2 if quick else samples, rounds, 0.05 if quick else 0.3, tick=lambda: progress.advance(task))  # noqa: B023
-            rows = [record(run, case, key, s, count, rates, errors[key[:2]]) for key, s in found.items()]
-            show(case, count, rows)
-            del steps, found
-            gc.collect()
-            torch._dynamo.reset()
+            failures += measure(run, case, chosen, dtypes, grads, count, rates, samples, quick)
+    if failures:
+        raise SystemExit("not measured: " + "; ".join(failures))
 
 
 if __name__ == "__main__":

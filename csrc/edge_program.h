@@ -16,6 +16,7 @@ enum Kind : int { DENSE, DIAGONAL };
 enum Dtype : int { F32, BF16, F16, F64 };
 
 constexpr double STD_THRESHOLD = 1e-5;  // a variance up to here counts as 0, with gradient 0
+constexpr int TABLE_LINES = 3;  // of a grid node: value, slope and curvature, in units of the step
 constexpr double LEAKY_SLOPE = 0.01;
 
 // One step on the register of an edge. n_in == 0: the register starts at the node term (message register).

@@ -125,7 +125,7 @@ class _Builder:
         self.emit(LIN, 2 * m, n_out, weight, bias, node)
 
     def tabulated(self, enc: Fourier, channels: int, w: torch.Tensor) -> torch.Tensor | None:
-        """[directions, nodes, 2, n_out], or None for direct evaluation.
+        """[directions, nodes, 3, n_out], or None for direct evaluation.
 
         The table of a state's first update serves every consumer after it (and its gradients meet there).
         """

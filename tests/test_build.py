@@ -17,7 +17,9 @@ class Sine(nn.Module):
 
 
 def test_a_sequential_becomes_a_graph_of_views():
-    module = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.1), nn.GELU()), nn.Linear(16, 3, bias=False))
+    module = nn.Sequential(
+        nn.Linear(2, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.1), nn.GELU()), nn.Linear(16, 3, bias=False)
+    )
     network = build.from_module(module)
     graph, weights, biases = network
     assert [tuple(w.shape) for w in weights] == [(1, 2, 8, 1), (1, 8, 16, 1), (1, 16, 3, 1)]
@@ -75,7 +77,10 @@ def test_linears_must_fit():
 
 @pytest.mark.parametrize("prefix", ["seq.", "", "model.net."])
 def test_safetensors(tmp_path, prefix: str):
-    state = {f"{prefix}{k}.{n}": t for k, n, t in [(0, "weight", torch.randn(4, 2)), (0, "bias", torch.randn(4)), (10, "weight", torch.randn(1, 4))]}
+    state = {
+        f"{prefix}{k}.{n}": t
+        for k, n, t in [(0, "weight", torch.randn(4, 2)), (0, "bias", torch.randn(4)), (10, "weight", torch.randn(1, 4))]
+    }
     save_file(state, tmp_path / "net.safetensors")
     graph, weights, biases = build.from_safetensors(tmp_path / "net.safetensors")
     assert graph.parts[0].layers == (2, 4, 1)
@@ -92,7 +97,9 @@ def test_broken_files_are_named(tmp_path):
     whole = path.read_bytes()
     for broken in (whole[:-100], whole[:6], b"", b"\xff" * 200):
         path.write_bytes(broken)
-        with pytest.raises(build.CheckpointError, match=r"expected a complete safetensors file, got .*net.safetensors.*copy or download it again"):
+        with pytest.raises(
+            build.CheckpointError, match=r"expected a complete safetensors file, got .*net.safetensors.*copy or download it again"
+        ):
             build.from_safetensors(path)
 
 

@@ -61,7 +61,9 @@ class FiLMPNAConv(MessagePassing):
     def message(self, x_i: Tensor, x_j: Tensor, edge_attr: Tensor) -> Tensor:
         scale, shift = self.edge_encoder(edge_attr).chunk(2, dim=-1)
         message = x_i + x_j if self.hoist else self.pre_nns[0](torch.cat([x_i, x_j], dim=-1))
-        return scale * message + shift
+        message = scale * message + shift
+        # Under autocast: reductions in bfloat16 lose the variance, and compiled ones gave NaN gradients (PyTorch 2.13).
+        return message.float() if message.dtype == torch.bfloat16 else message
 
 
 class EdgeMLP(nn.Module):

@@ -32,6 +32,7 @@ class Backprop {
         case LIN:
           if (!linear(t, k, direction, g, next)) return;
           swap(g, next);
+          if (scales(k)) --k;  // the activation's derivative is in
           break;
         case TABLE:
           table(t, k, direction, g, next);
@@ -64,9 +65,7 @@ class Backprop {
   void node_term(const Tile<V>& t, int k, const T* g) {
     const int ld = p.steps[k].ld;
     T *gs = w.grad_s[k], *gt = w.grad_t[k];
-    for (int r = 0; r < t.n;) {
-      const int i = t.i[r], first = r;
-      while (r < t.n && t.i[r] == i) ++r;
+    t.destinations([&](int i, int first, int r) {
       T* si = gs + static_cast<int64_t>(i) * ld;
       int c = 0;
       for (; c + 2 * V::W <= ld; c += 2 * V::W) {
@@ -93,7 +92,7 @@ class Backprop {
         }
         V::store(si + c, a);
       }
-    }
+    });
   }
 
   void column_sums(const T* g, int rows, int ld, T* out) {
@@ -113,6 +112,9 @@ class Backprop {
     }
   }
 
+  // Whether instruction k's product with its input's derivative comes out of its GEMM.
+  bool scales(int k) const { return k > 1 && p.call.instrs[k - 1].op == ACT && !w.grad_add[k - 1] && p.steps[k - 1].ld == p.steps[k].bwd[0].ld; }
+
   // False when nothing below wants a gradient.
   bool linear(const Tile<V>& t, int k, int direction, const T* g, T* next) {
     const Instr& in = p.call.instrs[k];
@@ -122,7 +124,7 @@ class Backprop {
     const int lda = p.steps[k - 1].ld;
     if (p.call.grad_params) gemm_outer<V>(w.out[k - 1], lda, in.n_in, g, s.ld, t.n, w.params + s.g_w[direction], s.ld);
     if (k == 1 && !p.call.need_weights) return false;
-    gemm<V>(g, s.ld, t.n, s.bwd[direction], next, FromZero<V>{});
+    gemm<V>(g, s.ld, t.n, s.bwd[direction], next, FromZero<V>{}, scales(k) ? w.out[k - 2] : nullptr);
     if (k == 1) compact(next, t.n, s.bwd[direction].ld, in.n_in);  // LOAD has no padding
     return true;
   }
@@ -153,18 +155,18 @@ class Backprop {
     }
   }
 
-  // Adjoint of the tabulated curve: four rows of the table's gradient an edge, and the curve's slope for the weight.
+  // Adjoint of the tabulated curve: the lines of two nodes of the table's gradient an edge, and the curve's slope for the weight.
   void table(const Tile<V>& t, int k, int direction, const T* g, T* next) {
     bias_or_nodes(t, k, g);
     const Step<V>& s = p.steps[k];
     const int ld = s.ld;
-    const int64_t size = p.call.table_nodes * 2 * ld;
+    const int64_t size = p.call.table_nodes * TABLE_LINES * ld;
     const T* base = p.table + direction * size;
     T* grad = w.table ? w.table + direction * size : nullptr;
     const T steps = T(int64_t(1) << p.call.instrs[k].arg0);
     for (int r = 0; r < t.n; ++r) {  // cells and weights are there from the evaluation
-      const T *gr = g + static_cast<int64_t>(r) * ld, *h = w.hermite + r, *slope = w.slope + r;
-      const int64_t index = w.cell[r];
+      const T* gr = g + static_cast<int64_t>(r) * ld;
+      const int64_t index = static_cast<int64_t>(w.cell[r]);
       if (index < 0) {
         next[r] = direct(w.out[k - 1][r], direction, gr, k);
         continue;
@@ -172,29 +174,29 @@ class Backprop {
       if (grad) {
         if (index < w.table_low[direction]) w.table_low[direction] = index;
         if (index + 2 > w.table_high[direction]) w.table_high[direction] = index + 2;
-        T* q = grad + index * 2 * ld;
-        const R c0 = V::set1(h[0]), c1 = V::set1(h[p.tile]), c2 = V::set1(h[2 * p.tile]), c3 = V::set1(h[3 * p.tile]);
-        for (int c = 0; c < ld; c += V::W) {
-          const R x = V::load(gr + c);
-          V::store(q + c, V::fma(c0, x, V::load(q + c)));
-          V::store(q + ld + c, V::fma(c1, x, V::load(q + ld + c)));
-          V::store(q + 2 * ld + c, V::fma(c2, x, V::load(q + 2 * ld + c)));
-          V::store(q + 3 * ld + c, V::fma(c3, x, V::load(q + 3 * ld + c)));
-        }
+        lines(w.hermite + r, gr, ld, [&](int c, R weight, R x, int l) {
+          T* q = grad + (index * TABLE_LINES + l) * ld + c;
+          V::store(q, V::fma(weight, x, V::load(q)));
+        });
       }
       if (p.call.need_weights) {
-        const T* q = base + index * 2 * ld;
-        const R d0 = V::set1(slope[0]), d1 = V::set1(slope[p.tile]), d2 = V::set1(slope[2 * p.tile]), d3 = V::set1(slope[3 * p.tile]);
-        R acc = V::zero();
-        for (int c = 0; c < ld; c += V::W) {
-          R rise = V::mul(d0, V::load(q + c));
-          rise = V::fma(d1, V::load(q + ld + c), rise);
-          rise = V::fma(d2, V::load(q + 2 * ld + c), rise);
-          rise = V::fma(d3, V::load(q + 3 * ld + c), rise);
-          acc = V::fma(rise, V::load(gr + c), acc);
-        }
-        next[r] = V::sum(acc) * steps;
+        R total = V::zero();
+        lines(w.slope + r, gr, ld, [&](int c, R weight, R x, int l) { total = V::fma(V::mul(weight, x), V::load(base + (index * TABLE_LINES + l) * ld + c), total); });
+        next[r] = V::sum(total) * steps;
       }
+    }
+  }
+
+  // f(column, weight of line l, gradient, l) over an edge's lines of the table.
+  template <class F>
+  void lines(const T* weights, const T* g, int ld, F&& f) {
+    R weight[2 * TABLE_LINES];
+#pragma GCC unroll 6
+    for (int l = 0; l < 2 * TABLE_LINES; ++l) weight[l] = V::set1(weights[l * p.tile]);
+    for (int c = 0; c < ld; c += V::W) {
+      const R x = V::load(g + c);
+#pragma GCC unroll 6
+      for (int l = 0; l < 2 * TABLE_LINES; ++l) f(c, weight[l], x, l);
     }
   }
 

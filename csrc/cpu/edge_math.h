@@ -144,24 +144,37 @@ NGK_INLINE void fourier_row(const typename V::T* b, int m, int C, const typename
   }
 }
 
-// Cells of a tile's weights in the table, and the cubic Hermite weights of (value, slope) at the cell's two ends with
-// their derivatives: index [n] (-1: beyond the table, NaN too), c and d [4][n].
+// Cells of a tile's weights in the table, and the quintic Hermite weights of (value, slope, curvature) at the cell's two
+// ends with their derivatives: cell [n] (-1: beyond the table, NaN too), c and d [6][stride]; n is rounded up to W.
 template <class V>
-__attribute__((noinline)) void hermite_cells(const typename V::T* value, int n, typename V::T steps, int64_t half, int32_t* index, typename V::T* c, typename V::T* d, int stride) {
+__attribute__((noinline)) void hermite_cells(const typename V::T* value, int n, typename V::T steps, int64_t half, typename V::T* cell, typename V::T* c, typename V::T* d, int stride) {
   using T = typename V::T;
-  for (int r = 0; r < n; ++r) {
-    const T at = value[r] * steps;
-    const bool inside = at >= T(-half) && at < T(half);
-    const T low = std::floor(inside ? at : T(0)), u = (inside ? at : T(0)) - low, v = T(1) - u;
-    index[r] = inside ? static_cast<int32_t>(low) + static_cast<int32_t>(half) : -1;
-    c[r] = (T(1) + T(2) * u) * v * v;
-    c[stride + r] = u * v * v;
-    c[2 * stride + r] = u * u * (T(3) - T(2) * u);
-    c[3 * stride + r] = -u * u * v;
-    d[r] = T(-6) * u * v;
-    d[stride + r] = v * (T(1) - T(3) * u);
-    d[2 * stride + r] = T(6) * u * v;
-    d[3 * stride + r] = u * (T(3) * u - T(2));
+  using R = typename V::R;
+  const R one = V::set1(T(1)), three = V::set1(T(3)), six = V::set1(T(6)), lo = V::set1(T(-half)), hi = V::set1(T(half)), zero = V::zero();
+  const R half_ = V::set1(T(0.5)), thirty = V::set1(T(30)), minus = V::set1(T(-1));
+  for (int r = 0; r < n; r += V::W) {
+    const R raw = V::mul(V::load(value + r), V::set1(steps));
+    const R inside = V::if_le(lo, raw, V::if_lt(raw, hi, one, zero), zero);
+    const R at = V::if_eq(inside, one, raw, zero), low = V::floor(at), u = V::sub(at, low), v = V::sub(one, u);
+    V::store(cell + r, V::if_eq(inside, one, V::add(low, hi), minus));
+    const R u2 = V::mul(u, u), v2 = V::mul(v, v), u3 = V::mul(u2, u), v3 = V::mul(v2, v), uv = V::mul(u, v), uv2 = V::mul(uv, uv);
+    const auto value_weight = [&](R a, R a2) { return V::fma(six, a2, V::fma(three, a, one)); };  // 1 + 3 a + 6 a^2
+    V::store(c + r, V::mul(v3, value_weight(u, u2)));
+    V::store(c + stride + r, V::mul(V::mul(v3, u), V::fma(three, u, one)));
+    V::store(c + 2 * stride + r, V::mul(half_, V::mul(v3, u2)));
+    V::store(c + 3 * stride + r, V::mul(u3, value_weight(v, v2)));
+    V::store(c + 4 * stride + r, V::sub(zero, V::mul(V::mul(u3, v), V::fma(three, v, one))));
+    V::store(c + 5 * stride + r, V::mul(half_, V::mul(u3, v2)));
+    // d/du: -30 u^2 v^2;  v^2 (1 + 2 u - 15 u^2);  u v^2 (2 - 5 u) / 2; and with u and v exchanged
+    const R bend = V::mul(thirty, uv2), fifteen = V::set1(T(15)), two = V::set1(T(2)), five = V::set1(T(5));
+    const auto slope_weight = [&](R a, R a2, R b2) { return V::mul(b2, V::sub(V::fma(two, a, one), V::mul(fifteen, a2))); };
+    const auto bend_weight = [&](R a, R b2) { return V::mul(V::mul(half_, V::mul(a, b2)), V::sub(two, V::mul(five, a))); };
+    V::store(d + r, V::sub(zero, bend));
+    V::store(d + stride + r, slope_weight(u, u2, v2));
+    V::store(d + 2 * stride + r, bend_weight(u, v2));
+    V::store(d + 3 * stride + r, bend);
+    V::store(d + 4 * stride + r, slope_weight(v, v2, u2));
+    V::store(d + 5 * stride + r, V::sub(zero, bend_weight(v, u2)));
   }
 }
 

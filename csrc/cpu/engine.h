@@ -43,7 +43,7 @@ class Engine {
   void gradients() {
     for (size_t k = 0; k < call.grad_xs.size(); ++k)
       if (call.grad_xs[k]) std::memset(call.grad_xs[k], 0, sizeof(T) * call.nodes * call.x_width[k]);
-    if (call.grad_table) std::memset(call.grad_table, 0, sizeof(T) * call.directions * call.table_nodes * 2 * call.instrs[prepared.table_step].n_out);
+    if (call.grad_table) std::memset(call.grad_table, 0, sizeof(T) * call.directions * call.table_nodes * TABLE_LINES * call.instrs[prepared.table_step].n_out);
     run_items(
         plan, parallel, threads, this, [](void* e, int w, const Item& item) { static_cast<Engine*>(e)->differentiate(w, item); },
         [](void* e, int w, const Item& item) { static_cast<Engine*>(e)->commit_gradients(w, item); });
@@ -88,17 +88,17 @@ class Engine {
     w.i = a.take<int>(tile);
     w.j = a.take<int>(tile);
     if (prepared.table_step >= 0) {
-      w.cell = a.take<int32_t>(tile);
-      w.hermite = a.take<T>(4 * tile);
-      w.slope = a.take<T>(4 * tile);
+      w.cell = a.take<T>(tile + slack);
+      w.hermite = a.take<T>(2 * TABLE_LINES * tile + slack);
+      w.slope = a.take<T>(2 * TABLE_LINES * tile + slack);
     }
-    w.message = a.take<T>(tile * ldm + slack);
     if (!backward) {
       w.stats = a.take<T>(static_cast<size_t>(Stats<V>::PLANES) * plan.max_rows * ldm + slack);
       return;
     }
+    w.message = a.take<T>(tile * ldm + slack);
     for (T*& g : w.g) g = a.take<T>(tile * prepared.max_ld + slack);
-    w.coefficients = a.take<T>(static_cast<size_t>(7) * plan.max_rows * ldm + slack);
+    w.coefficients = a.take<T>(static_cast<size_t>(Coefficients<V>::PLANES) * plan.max_rows * ldm + slack);
     w.grad_x_i.assign(call.xs.size(), nullptr);
     w.grad_x_j.assign(call.xs.size(), nullptr);
     for (size_t x = 0; x < call.xs.size(); ++x) {
@@ -106,7 +106,7 @@ class Engine {
       w.grad_x_j[x] = a.take<T>(cols * padded<V>(call.x_width[x]));
     }
     w.params = a.take<T>(prepared.grad_size);
-    if (call.grad_table) w.table = a.take<T>(static_cast<size_t>(call.directions) * call.table_nodes * 2 * prepared.table_ld);
+    if (call.grad_table) w.table = a.take<T>(static_cast<size_t>(call.directions) * call.table_nodes * TABLE_LINES * prepared.table_ld);
     size_t raw = 0;
     for (const Piece& p : plan.pieces)
       if (p.row->shared && raw < static_cast<size_t>(p.edges())) raw = static_cast<size_t>(p.edges());
@@ -130,10 +130,9 @@ class Engine {
   int edge_register() const { return call.combine == PLAIN || call.combine == EMIT ? static_cast<int>(prepared.steps.size()) - 1 : call.message_start - 1; }
   int message_register() const { return call.combine == PLAIN || call.combine == EMIT ? -1 : static_cast<int>(prepared.steps.size()) - 1; }
 
-  // Messages of a tile whose registers are there.
-  void make_messages(Worker<V>& w, int n) {
+  Registers<V> registers(const Worker<V>& w) const {
     const int e = edge_register(), q = message_register();
-    combine<V>(call.combine, call.width, n, w.out[e], prepared.steps[e].ld, q < 0 ? nullptr : w.out[q], q < 0 ? 0 : prepared.steps[q].ld, w.message, ldm);
+    return {w.out[e], q < 0 ? nullptr : w.out[q], prepared.steps[e].ld, q < 0 ? 0 : prepared.steps[q].ld, call.width};
   }
 
   // ---- aggregate, forward ----
@@ -146,12 +145,10 @@ class Engine {
       eval.nodes(piece);
       eval.tiles(piece, [&](const Tile<V>& t) {
         eval.template run<false>(t);
-        make_messages(w, t.n);
-        for (int r = 0; r < t.n;) {
-          const int i = t.i[r], first = r;
-          while (r < t.n && t.i[r] == i) ++r;
-          stats.join(slots, i, piece.row->kind == DIAGONAL || t.j[first] == 0, w.message, first, r);
-        }
+        const Registers<V> g = registers(w);
+        with_kind(call.combine, [&](auto tag) {
+          t.destinations([&](int i, int first, int last) { stats.template join<decltype(tag)::kind>(slots, i, piece.row->kind == DIAGONAL || t.j[first] == 0, g, first, last); });
+        });
       });
       if (item.exclusive) merge(piece, stats);
     }
@@ -245,30 +242,30 @@ class Engine {
   size_t value_index(const Piece& piece) const { return piece.row->emit_offset >= 0 ? 0 : static_cast<size_t>(piece.index); }
 
   // ---- backward ----
-  // Per destination: constant, slope, mean, share of minimum, minimum, share of maximum, maximum, [7][rows, ld].
   void coefficients(Worker<V>& w, const Piece& piece) {
-    const int64_t F = call.width, K = slots.count, plane = static_cast<int64_t>(piece.rows()) * ldm;
+    const int64_t F = call.width, K = slots.count;
+    Coefficients<V> to(w.coefficients, piece.rows(), ldm);
     for (int i = 0; i < piece.rows(); ++i) {
       const int64_t row = piece.row->out + piece.copy * piece.row->out_stride + piece.i0 + i;
       const T *out = static_cast<const T*>(call.out) + row * K * F, *g = static_cast<const T*>(call.grad_out) + row * K * F;
       const T* mean = slots.mean >= 0 ? out + slots.mean * F : slots.mean_aux ? static_cast<const T*>(call.aux) + row * F : nullptr;
       const T inverse = T(1) / static_cast<T>(count[row] ? count[row] : 1);
-      T* co = w.coefficients + static_cast<int64_t>(i) * ldm;
       for (int64_t c = 0; c < F; ++c) {
+        const int64_t at = static_cast<int64_t>(i) * ldm + c;
         T constant = slots.sum >= 0 ? g[slots.sum * F + c] : T(0), slope = 0;
         if (slots.mean >= 0) constant += g[slots.mean * F + c] * inverse;
         if (slots.std >= 0 && out[slots.std * F + c] > 0) slope += g[slots.std * F + c] * inverse / out[slots.std * F + c];
         if (slots.var >= 0) slope += T(2) * g[slots.var * F + c] * inverse;
-        co[c] = constant;
-        co[plane + c] = slope;
-        co[2 * plane + c] = mean ? mean[c] : T(0);
+        to.constant[at] = constant;
+        to.slope[at] = slope;
+        to.mean[at] = mean ? mean[c] : T(0);
         if (slots.min >= 0) {
-          co[3 * plane + c] = g[slots.min * F + c] / ties(row, slots.min_tie, c);
-          co[4 * plane + c] = out[slots.min * F + c];
+          to.lo_share[at] = g[slots.min * F + c] / ties(row, slots.min_tie, c);
+          to.lo[at] = out[slots.min * F + c];
         }
         if (slots.max >= 0) {
-          co[5 * plane + c] = g[slots.max * F + c] / ties(row, slots.max_tie, c);
-          co[6 * plane + c] = out[slots.max * F + c];
+          to.hi_share[at] = g[slots.max * F + c] / ties(row, slots.max_tie, c);
+          to.hi[at] = out[slots.max * F + c];
         }
       }
     }
@@ -277,30 +274,6 @@ class Engine {
     const int64_t at = (row * slots.ties + slot) * call.width + c;
     const int64_t n = call.tie_bytes == 2 ? static_cast<const uint16_t*>(call.ties)[at] : static_cast<const uint32_t*>(call.ties)[at];
     return static_cast<T>(n ? n : 1);
-  }
-
-  // Turns the messages of a tile into their gradients, in place.
-  void message_gradients(Worker<V>& w, const Tile<V>& t) {
-    using R = typename V::R;
-    const int64_t plane = static_cast<int64_t>(t.piece->rows()) * ldm;
-    const R zero = V::zero();
-    for (int r = 0; r < t.n;) {
-      const int i = t.i[r], first = r;
-      while (r < t.n && t.i[r] == i) ++r;
-      for (int c = 0; c < ldm; c += V::W) {
-        const T* co = w.coefficients + static_cast<int64_t>(i) * ldm + c;
-        const R constant = V::load(co), slope = V::load(co + plane), mean = V::load(co + 2 * plane);
-        const R lo_g = V::load(co + 3 * plane), lo = V::load(co + 4 * plane), hi_g = V::load(co + 5 * plane), hi = V::load(co + 6 * plane);
-        for (int q = first; q < r; ++q) {
-          T* m = w.message + static_cast<int64_t>(q) * ldm + c;
-          const R x = V::load(m);
-          R g = V::fma(slope, V::sub(x, mean), constant);
-          if (slots.min >= 0) g = V::add(g, V::if_eq(x, lo, lo_g, zero));
-          if (slots.max >= 0) g = V::add(g, V::if_eq(x, hi, hi_g, zero));
-          V::store(m, g);
-        }
-      }
-    }
   }
 
   void differentiate(int k, const Item& item) {
@@ -331,9 +304,12 @@ class Engine {
       back.run(t, 0, n, 0);
       return;
     }
-    make_messages(w, t.n);
-    message_gradients(w, t);
-    combine_backward<V>(call.combine, call.width, t.n, w.message, ldm, w.out[e], prepared.steps[e].ld, q < 0 ? nullptr : w.out[q], q < 0 ? 0 : prepared.steps[q].ld, w.g[0], w.g[1]);
+    const Registers<V> g = registers(w);
+    const Coefficients<V> from(w.coefficients, t.piece->rows(), ldm);
+    with_kind(call.combine, [&](auto tag) {
+      t.destinations([&](int i, int first, int last) { from.template apply<decltype(tag)::kind>(slots, i, g, first, last, w.g[0], w.g[1], w.message); });
+    });
+    if (call.combine == FILM) Coefficients<V>::shifts(g, t.n, w.message, ldm, w.g[0]);
     if (q >= 0) back.run(t, call.message_start, n, 1);
     back.run(t, 0, e + 1, 0);
   }
@@ -436,7 +412,7 @@ class Engine {
     if (!w.table) return;
     const int ld = prepared.table_ld, n = call.instrs[prepared.table_step].n_out;
     for (int d = 0; d < call.directions; ++d) {
-      const int64_t first = 2 * (w.table_low[d] + d * call.table_nodes), last = 2 * (w.table_high[d] + d * call.table_nodes);
+      const int64_t first = TABLE_LINES * (w.table_low[d] + d * call.table_nodes), last = TABLE_LINES * (w.table_high[d] + d * call.table_nodes);
       for (int64_t r = first; r < last; ++r) {
         T *to = static_cast<T*>(call.grad_table) + r * n, *from = w.table + r * ld;
         for (int c = 0; c < n; ++c) to[c] += from[c];

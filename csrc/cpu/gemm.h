@@ -64,9 +64,20 @@ struct Matrix {
   int K = 0, N = 0, ld = 0;
 };
 
+template <class V, int MR, int NV>
+NGK_INLINE void finish_block(typename V::R (&acc)[MR][NV], typename V::T* c, int ldc, int col, const typename V::T* scale) {
+#pragma GCC unroll 16
+  for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      const int64_t at = static_cast<int64_t>(r) * ldc + col + v * V::W;
+      V::store(c + at, scale ? V::mul(acc[r][v], V::load(scale + at)) : acc[r][v]);
+    }
+}
+
 template <class V, int MR, int NV, class From>
 NGK_INLINE void gemm_block(const typename V::T* a, int64_t lda, const typename V::T* b, int ldb, typename V::T* c, int ldc, int K, int row, int col,
-                           const From& from) {
+                           const From& from, const typename V::T* scale) {
   using R = typename V::R;
   R acc[MR][NV];
 #pragma GCC unroll 16
@@ -84,14 +95,11 @@ NGK_INLINE void gemm_block(const typename V::T* a, int64_t lda, const typename V
       for (int v = 0; v < NV; ++v) acc[r][v] = V::fma(ar, bk[v], acc[r][v]);
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) V::store(c + static_cast<int64_t>(r) * ldc + col + v * V::W, acc[r][v]);
+  finish_block<V, MR, NV>(acc, c, ldc, col, scale);
 }
 
 template <class V, int MR, int NV, class From>
-NGK_INLINE void dot_block(const uint32_t* a, int lda, const uint32_t* b, int ldb, float* c, int ldc, int pairs, int row, int col, const From& from) {
+NGK_INLINE void dot_block(const uint32_t* a, int lda, const uint32_t* b, int ldb, float* c, int ldc, int pairs, int row, int col, const From& from, const float* scale) {
   typename V::R acc[MR][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
@@ -102,15 +110,12 @@ NGK_INLINE void dot_block(const uint32_t* a, int lda, const uint32_t* b, int ldb
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) acc[r][v] = V::dot(acc[r][v], a[r * lda + k], b + static_cast<int64_t>(k) * ldb + col + v * V::W);
-#pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) V::store(c + static_cast<int64_t>(r) * ldc + col + v * V::W, acc[r][v]);
+  finish_block<V, MR, NV>(acc, c, ldc, col, scale);
 }
 
-// c[rows, ld] = from + a[rows, K] m. a and c have room for rows rounded up to MR; at most 512 columns of K for bf16.
+// c[rows, ld] = from + a[rows, K] m, times scale[rows, ld] where given. a, c and scale have room for rows rounded up to MR; at most 512 columns of K for bf16.
 template <class V, class From>
-__attribute__((noinline)) void gemm(const typename V::T* a, int64_t lda, int rows, const Matrix<V>& m, typename V::T* c, const From& from) {
+__attribute__((noinline)) void gemm(const typename V::T* a, int64_t lda, int rows, const Matrix<V>& m, typename V::T* c, const From& from, const typename V::T* scale = nullptr) {
   if constexpr (V::BF16) {
     if (m.pairs && m.K > 1 && m.K <= 512) {
       uint32_t packed[V::MR * 256];
@@ -122,16 +127,16 @@ __attribute__((noinline)) void gemm(const typename V::T* a, int64_t lda, int row
             packed[r * pairs + k] = to_bf16(p[0]) | static_cast<uint32_t>(to_bf16(hi)) << 16;
           }
         int col = 0;
-        for (; col + 2 * V::W <= m.ld; col += 2 * V::W) dot_block<V, V::MR, 2>(packed, pairs, m.pairs, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, pairs, row, col, from);
-        if (col < m.ld) dot_block<V, V::MR, 1>(packed, pairs, m.pairs, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, pairs, row, col, from);
+        for (; col + 2 * V::W <= m.ld; col += 2 * V::W) dot_block<V, V::MR, 2>(packed, pairs, m.pairs, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, pairs, row, col, from, scale ? scale + static_cast<int64_t>(row) * m.ld : nullptr);
+        if (col < m.ld) dot_block<V, V::MR, 1>(packed, pairs, m.pairs, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, pairs, row, col, from, scale ? scale + static_cast<int64_t>(row) * m.ld : nullptr);
       }
       return;
     }
   }
   for (int row = 0; row < rows; row += V::MR) {
     int col = 0;
-    for (; col + 2 * V::W <= m.ld; col += 2 * V::W) gemm_block<V, V::MR, 2>(a + row * lda, lda, m.p, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, m.K, row, col, from);
-    if (col < m.ld) gemm_block<V, V::MR, 1>(a + row * lda, lda, m.p, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, m.K, row, col, from);
+    for (; col + 2 * V::W <= m.ld; col += 2 * V::W) gemm_block<V, V::MR, 2>(a + row * lda, lda, m.p, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, m.K, row, col, from, scale ? scale + static_cast<int64_t>(row) * m.ld : nullptr);
+    if (col < m.ld) gemm_block<V, V::MR, 1>(a + row * lda, lda, m.p, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, m.K, row, col, from, scale ? scale + static_cast<int64_t>(row) * m.ld : nullptr);
   }
 }
 

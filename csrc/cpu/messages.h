@@ -22,52 +22,36 @@ struct Slots {
   bool centre() const { return mean >= 0 || mean_aux; }
 };
 
-// m[n, ldm] from the edge register e (ld lde) and the message register q (ld ldq).
+// The registers of a tile that make its messages.
 template <class V>
-void combine(int kind, int F, int n, const typename V::T* e, int lde, const typename V::T* q, int ldq, typename V::T* m, int ldm) {
-  using R = typename V::R;
-  for (int r = 0; r < n; ++r) {
-    const typename V::T *er = e + static_cast<int64_t>(r) * lde, *qr = q ? q + static_cast<int64_t>(r) * ldq : nullptr;
-    typename V::T* mr = m + static_cast<int64_t>(r) * ldm;
-    for (int c = 0; c < F; c += V::W) {
-      const R s = V::load(er + c);
-      switch (kind) {
-        case PLAIN: V::store(mr + c, s); break;
-        case FILM: V::store(mr + c, V::fma(s, V::load(qr + c), V::load(er + F + c))); break;
-        case GATE: V::store(mr + c, V::mul(sigmoid<V>(s), V::load(qr + c))); break;
-        default: V::store(mr + c, V::mul(s, V::load(qr + c)));
-      }
-    }
+struct Registers {
+  const typename V::T *e, *q;
+  int lde, ldq, F;
+  // m = e, s q + t, sigmoid(s) q or s q for W channels of edge r; s and y are what the way back needs.
+  template <int KIND>
+  NGK_INLINE typename V::R message(const Registers& g, int r, int c, typename V::R* s, typename V::R* y) {
+    const typename V::T* er = g.e + static_cast<int64_t>(r) * g.lde + c;
+    *s = V::load(er);
+    if constexpr (KIND == PLAIN) return *s;
+    *y = V::load(g.q + static_cast<int64_t>(r) * g.ldq + c);
+    if constexpr (KIND == FILM) return V::fma(*s, *y, V::load(er + g.F));
+    if constexpr (KIND == GATE) *s = sigmoid<V>(*s);
+    return V::mul(*s, *y);
   }
-}
+};
 
-// Gradients of the registers from that of the messages: ge (lde), gq (ldq).
-template <class V>
-void combine_backward(int kind, int F, int n, const typename V::T* gm, int ldm, const typename V::T* e, int lde, const typename V::T* q, int ldq, typename V::T* ge, typename V::T* gq) {
-  using T = typename V::T;
-  using R = typename V::R;
-  const R one = V::set1(T(1));
-  for (int r = 0; r < n; ++r) {
-    const T *g = gm + static_cast<int64_t>(r) * ldm, *er = e + static_cast<int64_t>(r) * lde, *qr = q ? q + static_cast<int64_t>(r) * ldq : nullptr;
-    T *er_g = ge + static_cast<int64_t>(r) * lde, *qr_g = gq ? gq + static_cast<int64_t>(r) * ldq : nullptr;
-    for (int c = 0; c < F; c += V::W) {
-      const R x = V::load(g + c);
-      if (kind == PLAIN) {
-        V::store(er_g + c, x);
-        continue;
-      }
-      const R s = V::load(er + c), y = V::load(qr + c);
-      if (kind == GATE) {
-        const R a = sigmoid<V>(s);
-        V::store(er_g + c, V::mul(V::mul(x, y), V::mul(a, V::sub(one, a))));
-        V::store(qr_g + c, V::mul(x, a));
-      } else {
-        V::store(er_g + c, V::mul(x, y));
-        V::store(qr_g + c, V::mul(x, s));
-      }
-    }
-    if (kind == FILM)  // after the scales: a last partial vector of theirs may reach into the shifts
-      for (int c = 0; c < F; c += V::W) V::store(er_g + F + c, V::load(g + c));
+// Calls f(std::integral_constant-like tag) for a combination known at run time.
+template <int KIND>
+struct Tag {
+  static constexpr int kind = KIND;
+};
+template <class F>
+NGK_INLINE void with_kind(int kind, F&& f) {
+  switch (kind) {
+    case PLAIN: f(Tag<PLAIN>{}); break;
+    case FILM: f(Tag<FILM>{}); break;
+    case GATE: f(Tag<GATE>{}); break;
+    default: f(Tag<PRODUCT>{});
   }
 }
 
@@ -85,48 +69,94 @@ struct Stats {
     for (int k = 0; k < PLANES; ++k) *all[k] = base + k * plane;
   }
 
-  // One destination's messages m[first .. last) join its statistics; `fresh`: they are the first.
-  void join(const Slots& slots, int i, bool fresh, const T* m, int first, int last) {
+  // The messages of edges first .. last - 1, all of destination i, join its statistics; `fresh`: they are the first.
+  template <int KIND>
+  void join(const Slots& slots, int i, bool fresh, const Registers<V>& g, int first, int last) {
     const R zero = V::zero(), one = V::set1(T(1));
+    const bool sums = slots.sum >= 0 || slots.centre(), spread = slots.spread(), low = slots.min >= 0, high = slots.max >= 0;
     for (int c = 0; c < ld; c += V::W) {
       const int64_t at = static_cast<int64_t>(i) * ld + c;
-      const T* p = m + static_cast<int64_t>(first) * ld + c;
-      const R start = V::load(p);
-      if (slots.sum >= 0 || slots.centre()) {
-        const R k = slots.spread() ? (fresh ? start : V::load(shift + at)) : zero;
-        R a = fresh ? zero : V::load(s1 + at), b = fresh ? zero : V::load(s2 + at);
-        if (slots.spread()) {
-          for (int r = first; r < last; ++r) {
-            const R d = V::sub(V::load(m + static_cast<int64_t>(r) * ld + c), k);
-            a = V::add(a, d);
-            b = V::fma(d, d, b);
-          }
-          V::store(shift + at, k);
-          V::store(s2 + at, b);
-        } else {
-          for (int r = first; r < last; ++r) a = V::add(a, V::load(m + static_cast<int64_t>(r) * ld + c));
+      R s, y;
+      const R start = Registers<V>::template message<KIND>(g, first, c, &s, &y);
+      const R k = !spread ? zero : fresh ? start : V::load(shift + at);
+      R a = fresh ? zero : V::load(s1 + at), b = fresh ? zero : V::load(s2 + at);
+      R l = fresh ? start : V::load(lo + at), ln = fresh ? zero : V::load(lo_ties + at);
+      R h = fresh ? start : V::load(hi + at), hn = fresh ? zero : V::load(hi_ties + at);
+      for (int r = first; r < last; ++r) {
+        const R m = Registers<V>::template message<KIND>(g, r, c, &s, &y);
+        if (sums) {
+          const R d = V::sub(m, k);
+          a = V::add(a, d);
+          b = V::fma(d, d, b);
         }
-        V::store(s1 + at, a);
+        if (low) extreme_step<false>(m, one, l, ln);
+        if (high) extreme_step<true>(m, one, h, hn);
       }
-      if (slots.min >= 0) extreme<false>(fresh, lo + at, lo_ties + at, m + c, first, last, start, zero, one);
-      if (slots.max >= 0) extreme<true>(fresh, hi + at, hi_ties + at, m + c, first, last, start, zero, one);
+      V::store(shift + at, k);
+      V::store(s1 + at, a);
+      V::store(s2 + at, b);
+      V::store(lo + at, l);
+      V::store(lo_ties + at, ln);
+      V::store(hi + at, h);
+      V::store(hi_ties + at, hn);
     }
   }
 
  private:
   template <bool MAXIMUM>
-  NGK_INLINE void extreme_step(R v, R zero, R one, R& best, R& ties) {
+  NGK_INLINE void extreme_step(R v, R one, R& best, R& ties) {
     const R count = V::if_eq(v, best, V::add(ties, one), ties);
     ties = MAXIMUM ? V::if_lt(best, v, one, count) : V::if_lt(v, best, one, count);
     best = MAXIMUM ? V::if_lt(best, v, v, best) : V::if_lt(v, best, v, best);
-    (void)zero;
   }
-  template <bool MAXIMUM>
-  void extreme(bool fresh, T* best_at, T* ties_at, const T* m, int first, int last, R start, R zero, R one) {
-    R best = fresh ? start : V::load(best_at), ties = fresh ? zero : V::load(ties_at);
-    for (int r = first; r < last; ++r) extreme_step<MAXIMUM>(V::load(m + static_cast<int64_t>(r) * ld), zero, one, best, ties);
-    V::store(best_at, best);
-    V::store(ties_at, ties);
+};
+
+// What turns a message m into its gradient, by destination:
+// constant + slope (m - mean) + [m == lo] lo_share + [m == hi] hi_share. Planes of [rows, ld].
+template <class V>
+struct Coefficients {
+  using T = typename V::T;
+  using R = typename V::R;
+  T *constant, *slope, *mean, *lo_share, *lo, *hi_share, *hi;
+  int ld;
+  static constexpr int PLANES = 7;
+  Coefficients(T* base, int rows, int width) : ld(width) {
+    const int64_t plane = static_cast<int64_t>(rows) * ld;
+    T** all[PLANES] = {&constant, &slope, &mean, &lo_share, &lo, &hi_share, &hi};
+    for (int k = 0; k < PLANES; ++k) *all[k] = base + k * plane;
+  }
+
+  // Gradients of the registers of edges first .. last - 1 of destination i: ge (g.lde), gq (g.ldq). Where the shifts of
+  // FiLM do not start at a full vector, they go to `late` [tile, ld], for `shifts` to copy once all scales are written.
+  template <int KIND>
+  void apply(const Slots& slots, int i, const Registers<V>& g, int first, int last, T* ge, T* gq, T* late) const {
+    const R zero = V::zero(), one = V::set1(T(1));
+    const bool low = slots.min >= 0, high = slots.max >= 0, whole = g.F % V::W == 0;
+    for (int c = 0; c < ld; c += V::W) {
+      const int64_t at = static_cast<int64_t>(i) * ld + c;
+      const R k0 = V::load(constant + at), k1 = V::load(slope + at), mu = V::load(mean + at);
+      const R lg = V::load(lo_share + at), l = V::load(lo + at), hg = V::load(hi_share + at), h = V::load(hi + at);
+      for (int r = first; r < last; ++r) {
+        R s, y;
+        const R m = Registers<V>::template message<KIND>(g, r, c, &s, &y);
+        R x = V::fma(k1, V::sub(m, mu), k0);
+        if (low) x = V::add(x, V::if_eq(m, l, lg, zero));
+        if (high) x = V::add(x, V::if_eq(m, h, hg, zero));
+        T* er = ge + static_cast<int64_t>(r) * g.lde + c;
+        if constexpr (KIND == PLAIN) {
+          V::store(er, x);
+          continue;
+        }
+        const R xy = V::mul(x, y);
+        V::store(er, KIND == GATE ? V::mul(xy, V::mul(s, V::sub(one, s))) : xy);
+        if (KIND == FILM) V::store(whole ? er + g.F : late + static_cast<int64_t>(r) * ld + c, x);
+        V::store(gq + static_cast<int64_t>(r) * g.ldq + c, V::mul(x, s));
+      }
+    }
+  }
+  static void shifts(const Registers<V>& g, int n, const T* late, int ld, T* ge) {
+    if (g.F % V::W == 0) return;
+    for (int r = 0; r < n; ++r) std::memcpy(ge + static_cast<int64_t>(r) * g.lde + g.F, late + static_cast<int64_t>(r) * ld, sizeof(T) * g.F);
   }
 };
 

@@ -34,7 +34,7 @@ struct Prepared {
   using T = typename V::T;
   const Call& call;
   std::vector<Step<V>> steps;
-  const T *params, *table = nullptr;  // table: [directions, nodes, 2, table_ld]
+  const T *params, *table = nullptr;  // table: [directions, nodes, TABLE_LINES, table_ld]
   int table_step = -1, table_ld = 0, tile = 48, max_ld = 0;
   size_t grad_size = 0;  // of the padded parameter gradients
 
@@ -120,7 +120,7 @@ struct Prepared {
       table = src;
       return;
     }
-    const int64_t lines = 2 * call.table_nodes * call.directions;
+    const int64_t lines = TABLE_LINES * call.table_nodes * call.directions;
     T* p = arena.take<T>(static_cast<size_t>(lines) * s.ld);
     if (p)
       for (int64_t r = 0; r < lines; ++r)

@@ -44,12 +44,28 @@ struct Tile {
   int n;              // edges
   const int *i, *j;   // local destination and source of each edge; entries up to row_blocks(n) are valid
   const Piece* piece;
+  // Calls f(i, first, last) for the runs of edges of one destination.
+  template <class F>
+  void destinations(F&& f) const {
+    for (int r = 0; r < n;) {
+      const int first = r, left = piece->cols() - j[r];  // sources left in this destination's row
+      r = piece->row->kind == DIAGONAL ? r + 1 : first + left < n ? first + left : n;
+      f(i[first], first, r);
+    }
+  }
 };
 
 // Copies edge values into (Put false: from) rows of a tile buffer, converting; `add` accumulates instead.
 template <class V, class S, class Convert>
 NGK_INLINE void gather(const Tile<V>& t, const View& v, int channels, typename V::T* buffer, int ld, Convert convert) {
   const S* base = reinterpret_cast<const S*>(v.base) + t.piece->i0 * v.dst + t.piece->j0 * v.src;
+  if (channels == 1) {
+    t.destinations([&](int i, int first, int last) {
+      const S* p = base + i * v.dst + t.j[first] * v.src;
+      for (int r = first; r < last; ++r) buffer[static_cast<int64_t>(r) * ld] = static_cast<typename V::T>(convert(p[(r - first) * v.src]));
+    });
+    return;
+  }
   for (int r = 0; r < t.n; ++r) {
     const S* p = base + t.i[r] * v.dst + t.j[r] * v.src;
     for (int c = 0; c < channels; ++c) buffer[static_cast<int64_t>(r) * ld + c] = static_cast<typename V::T>(convert(p[c * v.channel]));
@@ -99,9 +115,9 @@ struct Worker {
   std::vector<T*> grad_add;   // gradient waiting at the instruction an ADD reads
   std::vector<T*> grad_x_i, grad_x_j;  // node gradients of the piece held until its commit, [rows, d_x], [cols, d_x]
   int *i = nullptr, *j = nullptr;
-  int32_t* cell = nullptr;              // of each edge in the table, [tile]
-  T *hermite = nullptr, *slope = nullptr;  // its interpolation weights and their derivatives, [4][tile]
-  T *g[3] = {nullptr, nullptr, nullptr}, *message = nullptr, *coefficients = nullptr, *stats = nullptr, *rest = nullptr;
+  T* cell = nullptr;                       // of each edge in the table, [tile]; -1: beyond it
+  T *hermite = nullptr, *slope = nullptr;  // its interpolation weights and their derivatives, [2 TABLE_LINES][tile]
+  T *g[3] = {nullptr, nullptr, nullptr}, *message = nullptr /* FiLM shifts on their way */, *coefficients = nullptr, *stats = nullptr, *rest = nullptr;
   T *params = nullptr, *table = nullptr, *raw_grad = nullptr;  // gradients of the current item; raw_grad: of the piece
   int64_t table_low[2], table_high[2];
 };
@@ -136,14 +152,17 @@ class Evaluator {
     int i = 0, j = 0;
     for (int64_t begin = 0; begin < edges; begin += p.tile) {
       const int n = static_cast<int>(edges - begin < p.tile ? edges - begin : p.tile);
-      for (int r = 0; r < n; ++r) {
-        w.i[r] = i;
-        w.j[r] = j;
-        if (piece.row->kind == DIAGONAL) {
-          ++i, ++j;
-        } else if (++j == cols) {
-          j = 0;
+      for (int r = 0; r < n;) {
+        const int run = piece.row->kind == DIAGONAL ? 1 : cols - j < n - r ? cols - j : n - r;
+        for (int q = 0; q < run; ++q) {
+          w.i[r + q] = i;
+          w.j[r + q] = j + q;
+        }
+        r += run;
+        j += run;
+        if (piece.row->kind == DIAGONAL || j == cols) {
           ++i;
+          if (piece.row->kind != DIAGONAL) j = 0;
         }
       }
       for (int r = n; r < row_blocks<V>(n); ++r) w.i[r] = w.j[r] = 0;
@@ -167,7 +186,7 @@ class Evaluator {
         case TABLE: table(t, static_cast<int>(k), direction); break;
         case LIN: linear(t, static_cast<int>(k), direction, prev); break;
         case ACT:
-          activate<V, GRAD>(static_cast<int>(in.arg0), prev, w.out[k], GRAD ? w.out[k - 1] : nullptr, vector_count(row_blocks<V>(t.n), s.ld));
+          activate<V, GRAD>(static_cast<int>(in.arg0), prev, w.out[k], GRAD ? w.out[k - 1] : nullptr, vector_count(t.n, s.ld));
           break;
         case ADD: add(prev, w.out[in.arg0], w.out[k], t.n, s.ld, p.steps[in.arg0].ld); break;
         case MARK: std::memcpy(w.out[k], prev, sizeof(T) * row_blocks<V>(t.n) * s.ld); break;
@@ -236,27 +255,21 @@ class Evaluator {
     const Instr& in = p.call.instrs[k];
     const Step<V>& s = p.steps[k];
     const int ld = s.ld;
-    const T* base = p.table + static_cast<int64_t>(direction) * p.call.table_nodes * 2 * ld;
+    const T* base = p.table + static_cast<int64_t>(direction) * p.call.table_nodes * TABLE_LINES * ld;
     hermite_cells<V>(w.out[k - 1], t.n, T(int64_t(1) << in.arg0), p.call.table_nodes / 2, w.cell, w.hermite, w.slope, p.tile);
-    const int ahead = 6;  // edges: the table lives in L2
     for (int r = 0; r < t.n; ++r) {
-      if (r + ahead < t.n && w.cell[r + ahead] >= 0) {
-        const char* q = reinterpret_cast<const char*>(base + static_cast<int64_t>(w.cell[r + ahead]) * 2 * ld);
-        for (int64_t c = 0; c < static_cast<int64_t>(sizeof(T)) * 4 * ld; c += 64) __builtin_prefetch(q + c);
-      }
       T* out = w.out[k] + static_cast<int64_t>(r) * ld;
       const T* si = s.node ? w.s[k] + static_cast<int64_t>(t.i[r]) * ld : s.bias;
       const T* tj = s.node ? w.t[k] + static_cast<int64_t>(t.j[r]) * ld : nullptr;
       if (w.cell[r] >= 0) {
-        const T* h = w.hermite + r;
-        const R c0 = V::set1(h[0]), c1 = V::set1(h[p.tile]), c2 = V::set1(h[2 * p.tile]), c3 = V::set1(h[3 * p.tile]);
-        const T* q = base + static_cast<int64_t>(w.cell[r]) * 2 * ld;
+        const T *h = w.hermite + r, *q = base + static_cast<int64_t>(w.cell[r]) * TABLE_LINES * ld;
+        R weight[2 * TABLE_LINES];
+        for (int l = 0; l < 2 * TABLE_LINES; ++l) weight[l] = V::set1(h[l * p.tile]);
         for (int c = 0; c < ld; c += V::W) {
           R acc = tj ? V::add(V::load(si + c), V::load(tj + c)) : V::load(si + c);
-          acc = V::fma(c0, V::load(q + c), acc);
-          acc = V::fma(c1, V::load(q + ld + c), acc);
-          acc = V::fma(c2, V::load(q + 2 * ld + c), acc);
-          V::store(out + c, V::fma(c3, V::load(q + 3 * ld + c), acc));
+#pragma GCC unroll 6
+          for (int l = 0; l < 2 * TABLE_LINES; ++l) acc = V::fma(weight[l], V::load(q + l * ld + c), acc);
+          V::store(out + c, acc);
         }
       } else {
         direct(w.out[k - 1][r], direction, si, tj, in, s, out);

@@ -35,6 +35,8 @@ struct Scalar {
   NGK_INLINE R lower(R a, R b) { return b < a ? b : a; }   // a where either is NaN
   NGK_INLINE R upper(R a, R b) { return b > a ? b : a; }
   NGK_INLINE R rint(R a) { return std::nearbyint(a); }
+  NGK_INLINE R floor(R a) { return std::floor(a); }
+  NGK_INLINE R if_le(R a, R b, R x, R y) { return a <= b ? x : y; }
   NGK_INLINE R if_eq(R a, R b, R x, R y) { return a == b ? x : y; }
   NGK_INLINE R if_lt(R a, R b, R x, R y) { return a < b ? x : y; }
   NGK_INLINE T sum(R a) { return a; }
@@ -63,6 +65,8 @@ struct Avx2F {
   NGK_INLINE R lower(R a, R b) { return _mm256_min_ps(b, a); }  // the second operand where either is NaN
   NGK_INLINE R upper(R a, R b) { return _mm256_max_ps(b, a); }
   NGK_INLINE R rint(R a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  NGK_INLINE R floor(R a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  NGK_INLINE R if_le(R a, R b, R x, R y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LE_OQ)); }
   NGK_INLINE R if_eq(R a, R b, R x, R y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
   NGK_INLINE R if_lt(R a, R b, R x, R y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
   NGK_INLINE T sum(R a) {
@@ -97,6 +101,8 @@ struct Avx2D {
   NGK_INLINE R lower(R a, R b) { return _mm256_min_pd(b, a); }
   NGK_INLINE R upper(R a, R b) { return _mm256_max_pd(b, a); }
   NGK_INLINE R rint(R a) { return _mm256_round_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  NGK_INLINE R floor(R a) { return _mm256_round_pd(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  NGK_INLINE R if_le(R a, R b, R x, R y) { return _mm256_blendv_pd(y, x, _mm256_cmp_pd(a, b, _CMP_LE_OQ)); }
   NGK_INLINE R if_eq(R a, R b, R x, R y) { return _mm256_blendv_pd(y, x, _mm256_cmp_pd(a, b, _CMP_EQ_OQ)); }
   NGK_INLINE R if_lt(R a, R b, R x, R y) { return _mm256_blendv_pd(y, x, _mm256_cmp_pd(a, b, _CMP_LT_OQ)); }
   NGK_INLINE T sum(R a) {
@@ -134,6 +140,8 @@ struct Avx512F {
   NGK_INLINE R lower(R a, R b) { return _mm512_min_ps(b, a); }
   NGK_INLINE R upper(R a, R b) { return _mm512_max_ps(b, a); }
   NGK_INLINE R rint(R a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  NGK_INLINE R floor(R a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  NGK_INLINE R if_le(R a, R b, R x, R y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), y, x); }
   NGK_INLINE R if_eq(R a, R b, R x, R y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), y, x); }
   NGK_INLINE R if_lt(R a, R b, R x, R y) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x); }
   NGK_INLINE T sum(R a) { return _mm512_reduce_add_ps(a); }
@@ -168,6 +176,8 @@ struct Avx512D {
   NGK_INLINE R lower(R a, R b) { return _mm512_min_pd(b, a); }
   NGK_INLINE R upper(R a, R b) { return _mm512_max_pd(b, a); }
   NGK_INLINE R rint(R a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  NGK_INLINE R floor(R a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  NGK_INLINE R if_le(R a, R b, R x, R y) { return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_LE_OQ), y, x); }
   NGK_INLINE R if_eq(R a, R b, R x, R y) { return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ), y, x); }
   NGK_INLINE R if_lt(R a, R b, R x, R y) { return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(a, b, _CMP_LT_OQ), y, x); }
   NGK_INLINE T sum(R a) { return _mm512_reduce_add_pd(a); }

@@ -13,7 +13,6 @@ from ..edges import EdgeState
 from ..graph import DIAGONAL, Block, NeuralGraph
 from ..ops.readout import readout
 
-
 _diagonal_graphs: dict[int, NeuralGraph] = {}
 
 

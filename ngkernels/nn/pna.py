@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..edges import ACTIVATIONS, Affine, EdgeState, Message
+from ..graph import NeuralGraph
 from ..ops.aggregate import aggregate
 from ..program import REDUCE
+from .node_map import node_map
 
 SCALERS = ("identity", "amplification", "attenuation", "linear", "inverse_linear")
 MODULATIONS = ("film", "gate", "concat")
@@ -47,13 +49,13 @@ class DegreeScalers(nn.Module):
         self.register_buffer("avg_deg_lin", ((degree * count).sum() / count.sum()).reshape(1))
         self.register_buffer("avg_deg_log", (((degree + 1).log() * count).sum() / count.sum()).reshape(1))
 
-    def forward(self, degree: torch.Tensor) -> torch.Tensor:
-        """[rows, number of scalers] from in-degrees [rows] of a floating dtype."""
-        return torch.stack([self.one(name, degree) for name in self.scalers], 1)
+    def forward(self, degree: torch.Tensor) -> list[torch.Tensor | None]:
+        """One factor [rows, 1] for each scaler, None for 1, from in-degrees [rows, 1] of a floating dtype."""
+        return [self.one(name, degree) for name in self.scalers]
 
-    def one(self, name: str, degree: torch.Tensor) -> torch.Tensor:
+    def one(self, name: str, degree: torch.Tensor) -> torch.Tensor | None:
         if name == "identity":
-            return torch.ones_like(degree)
+            return None
         if name == "amplification":
             return (degree + 1).log() / self.avg_deg_log
         if name == "attenuation":
@@ -61,6 +63,29 @@ class DegreeScalers(nn.Module):
         if name == "linear":
             return degree / self.avg_deg_lin
         return self.avg_deg_lin / degree.clamp(min=1)
+
+
+def row_degrees(graph: NeuralGraph, like: torch.Tensor) -> torch.Tensor:
+    """In-degree of each of the graph's output rows [rows, 1], in the dtype and on the device of `like`."""
+    key = ("row_degrees", like.dtype, like.device)
+    if key in graph._cache:
+        return graph._cache[key]
+    degree = rows_of(graph, graph.in_degree[:, None]).to(like)
+    if not torch.compiler.is_compiling():
+        graph._cache[key] = degree
+    return degree
+
+
+def rows_of(graph: NeuralGraph, x: torch.Tensor) -> torch.Tensor:
+    """The rows of x [N, d] that `graph` is restricted to; all of them if it is not."""
+    if graph.rows is None:
+        return x
+    if len(graph.parts) == 1:
+        layers = graph.parts[0].layers
+        k = range(len(layers))[graph.rows]
+        start = sum(layers[:k])
+        return x.view(graph.num_graphs, -1, x.shape[1])[:, start : start + layers[k]].reshape(-1, x.shape[1])
+    return x[graph.node_layer(graph.rows).to(x.device)]
 
 
 def _tower_diagonal(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -145,9 +170,10 @@ class PNALayer(nn.Module):
         more: list[Affine] = []
         for k in range(2, len(self.pre_nns[0]), 2):
             more.append((_tower_diagonal([nn[k].weight for nn in self.pre_nns]), torch.cat([nn[k].bias for nn in self.pre_nns])))
-        args = (pre[:, :f], pre[:, f : 2 * f], bias, more, self.activation)
+        to_dst, to_src, *edge = pre.split(f, 1)
+        args = (to_dst, to_src, bias, more, self.activation)
         if self.modulate == "concat":
-            edge = pre[:, 2 * f :]
+            (edge,) = edge
             return Message.concat(x, edge @ enc.weight, edge @ enc.bias, *args)
         if self.modulate == "gate":
             return Message.gate(x, enc.weight[:f].repeat(towers, 1), enc.bias[:f].repeat(towers), *args)
@@ -157,24 +183,25 @@ class PNALayer(nn.Module):
             b = torch.cat([b[:f].repeat(towers), b[f:].repeat(towers)])
         return Message.film(x, w, b, *args)
 
-    def node_maps(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(W_x [O, F], W_s [S O, K T F] by scaler, b [O]): the first of `post`, times `lin` if it is the only one."""
+    def node_maps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """([W_x | W_s for each scaler s], bias) of the first layer of `post`, times `lin` if there is no other.
+
+        Matrix [O, F + S K T F], bias [O].
+        """
+        first, alone = [nn[0] for nn in self.post_nns], len(self.post_nns[0]) == 1
         f, towers, width = self.in_channels, self.towers, self.out_channels // self.towers
-        first = [nn[0] for nn in self.post_nns]
-        bias = torch.cat([m.bias for m in first])
-        if len(self.post_nns[0]) == 1:
-            blocks = [part @ m.weight for part, m in zip(self.lin.weight.split(width, 1), first, strict=True)]
-            bias = torch.addmv(self.lin.bias, self.lin.weight, bias)
-            w_x = sum(b[:, :f] for b in blocks)
+        natural = self.natural == self.aggregators
+        if towers == 1 and natural:
+            weight, bias = first[0].weight, first[0].bias
         else:
-            w_x = torch.cat([m.weight[:, :f] for m in first])
-            zero = [first[0].weight.new_zeros(width, first[0].weight.shape[1])] * towers
-            blocks = [torch.cat([*zero[:t], m.weight, *zero[t + 1 :]]) for t, m in enumerate(first)]
-        scaled = torch.stack([b[:, f:] for b in blocks], 1)  # [O, T, S K F]
-        scaled = scaled.reshape(self.out_channels, towers, len(self.scalers), len(self.aggregators), f)
-        if self.natural != self.aggregators:
-            scaled = scaled[:, :, :, [self.aggregators.index(r) for r in self.natural]]
-        return w_x, scaled.permute(2, 0, 3, 1, 4).reshape(len(self.scalers) * self.out_channels, -1), bias
+            order = range(len(self.aggregators)) if natural else [self.aggregators.index(r) for r in self.natural]
+            parts = [m.weight.split([f, m.weight.shape[1] - f], 1) for m in first]
+            # [tower, width, S, K, F], then each tower's rows beside zeros in the other towers' columns
+            scaled = torch.stack([s.view(width, len(self.scalers), -1, f)[:, :, list(order)] for _, s in parts])
+            eye = torch.eye(towers, dtype=scaled.dtype, device=scaled.device)
+            scaled = torch.einsum("twskf,tu->twskuf", scaled, eye).reshape(self.out_channels, -1)
+            weight, bias = torch.cat([torch.cat([x for x, _ in parts]), scaled], 1), torch.cat([m.bias for m in first])
+        return (self.lin.weight @ weight, torch.addmv(self.lin.bias, self.lin.weight, bias)) if alone else (weight, bias)
 
     def forward(self, x: torch.Tensor, edges: EdgeState) -> torch.Tensor:
         """Node states after this layer.
@@ -187,22 +214,11 @@ class PNALayer(nn.Module):
         """
         graph = edges.graph
         reduced = aggregate(edges, self.message(x), self.natural).flatten(1)  # [rows, K T F]
-        degree = graph.in_degree.to(x)
-        if graph.rows is not None:
-            rows = graph.node_layer(graph.rows).to(x.device)
-            x, degree = x[rows], degree[rows]
-        w_x, w_s, bias = self.node_maps()
-        y = torch.addmm(bias, x, w_x.T) + self._scaled(reduced, w_s, degree)
+        factors = self.aggr_module(row_degrees(graph, x))
+        y = node_map(rows_of(graph, x), reduced, *self.node_maps(), *factors)
         if len(self.post_nns[0]) == 1:
             return y
         for k in range(2, len(self.post_nns[0]), 2):
             weight = _tower_diagonal([nn[k].weight for nn in self.post_nns])
             y = F.linear(_ACT[self.activation](y), weight, torch.cat([nn[k].bias for nn in self.post_nns]))
         return self.lin(y)
-
-    def _scaled(self, reduced: torch.Tensor, w_s: torch.Tensor, degree: torch.Tensor) -> torch.Tensor:
-        """sum over s of a_s(deg) * (reduced W_s^T)."""
-        z = reduced @ w_s.T  # [rows, S O]
-        if self.scalers == ("identity",):
-            return z
-        return (z.view(-1, len(self.scalers), self.out_channels) * self.aggr_module(degree)[:, :, None]).sum(1)

@@ -9,15 +9,12 @@ import torch
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
-    def forward(function, *tensors):
-        return function(*tensors)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.function = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
-        device = output.device.type
+    def forward(ctx, function, *tensors):
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        device = tensors[0].device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        return function(*tensors)
 
     @staticmethod
     def backward(ctx, grad):
@@ -25,11 +22,20 @@ class _Recompute(torch.autograd.Function):
         second = torch.is_grad_enabled()  # create_graph=True: differentiate through the saved tensors themselves
         tensors = ctx.saved_tensors if second else [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, need, strict=True)]
         device, dtype, enabled = ctx.autocast
-        with torch.enable_grad(), torch.autocast(device, dtype, enabled):
-            output = ctx.function(*tensors)
+        with torch.enable_grad():
+            if enabled or torch.is_autocast_enabled(device):
+                with torch.autocast(device, dtype, enabled):
+                    output = ctx.function(*tensors)
+            else:
+                output = ctx.function(*tensors)
         wanted = [t for t, n in zip(tensors, need, strict=True) if n]
         found = iter(torch.autograd.grad(output, wanted, grad, create_graph=second, allow_unused=True))
         return (None, *(next(found) if n else None for n in need))
+
+
+def plain() -> bool:
+    """Whether hand-written backward passes stay out of the way: while compiling, under torch.func, without gradients."""
+    return torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def recompute(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
@@ -38,8 +44,6 @@ def recompute(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> 
     Args:
         function: deterministic, one tensor out; everything to be differentiated is among `tensors`.
 
-    Note: under torch.compile a plain call: the compiler decides what to keep. Double backward works.
+    Note: under torch.compile and torch.func a plain call. Double backward works.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return function(*tensors)
-    return _Recompute.apply(function, *tensors)
+    return function(*tensors) if plain() else _Recompute.apply(function, *tensors)

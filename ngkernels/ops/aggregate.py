@@ -61,9 +61,12 @@ def _setup(ctx, inputs, output):
     ex.save(ctx, e, *output)
     ctx.compute = inputs[8]
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)  # no zeros for them
 
 
 def _autograd(ctx, grad, _aux, _ties):
+    if grad is None:
+        return (None,) * 9
     e, (out, aux, ties) = ex.load(ctx)
     need = ex.needs(ctx, e, 0)
     grads = torch.ops.ngkernels.aggregate_backward(grad, out, aux, ties, *e, ctx.compute, need)

@@ -114,7 +114,7 @@ class Evaluator:
         return self.by_variant(one)
 
     def tabulated(self, w: torch.Tensor, rec) -> torch.Tensor:
-        """Cubic Hermite interpolation; direct evaluation beyond the grid."""
+        """Quintic Hermite interpolation of (value, slope, curvature); direct evaluation beyond the grid."""
         _, m, n_out, weight = rec[:4]
         nodes = self.table.shape[1]
         at = w[:, 0] * 2.0 ** rec[8]
@@ -125,7 +125,9 @@ class Evaluator:
         flat = self.table.flatten(0, 1)
         row = row + self.edges.variant * nodes if self.directions > 1 else row
         p, q = flat[row], flat[row + 1]
-        curve = (1 + 2 * u) * (1 - u) ** 2 * p[:, 0] + u * (1 - u) ** 2 * p[:, 1] + u**2 * (3 - 2 * u) * q[:, 0] + u**2 * (u - 1) * q[:, 1]
+        v = 1 - u
+        curve = v**3 * ((1 + 3 * u + 6 * u**2) * p[:, 0] + u * (1 + 3 * u) * p[:, 1] + 0.5 * u**2 * p[:, 2])
+        curve = curve + u**3 * ((1 + 3 * v + 6 * v**2) * q[:, 0] - v * (1 + 3 * v) * q[:, 1] + 0.5 * v**2 * q[:, 2])
         if inside.all():
             return curve
         direct = self.fourier(w, rec[9], m) @ self.matrix(weight, n_out, 2 * m).T

@@ -56,8 +56,13 @@ def check_tensors(op: str, weights, biases, parameter: torch.Tensor) -> None:
     """Dtypes and devices that fit the model's parameters.
 
     Raises:
-        TypeError: no floating dtype, float64 weights with a model that is not (or the other way), another device.
+        TypeError: no floating dtype, float64 weights with a model that is not (or the other way), another device, a
+            model of low precision.
     """
+    if parameter.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{op}: expected a model of torch.float32 or torch.float64, got {parameter.dtype}; convert it with .float() and use torch.autocast"
+        )
     double = parameter.dtype is torch.float64
     for name, tensors in (("weights", weights), ("biases", biases)):
         for k, t in enumerate(tensors):
@@ -91,11 +96,11 @@ def check_finite(op: str, weights, biases, how: str | None) -> None:
                 warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def check_graph(op: str, graph: NeuralGraph, reverse: bool) -> None:
-    """A graph that a model with (without) reversed edges can read.
+def check_graph(op: str, graph: NeuralGraph, reverse: bool, layer: int | None) -> None:
+    """A graph that a model with (without) reversed edges can read; node layer `layer` of each network is pooled.
 
     Raises:
-        TypeError: no NeuralGraph. ValueError: a restricted graph, reversed edges here but not there.
+        TypeError: no NeuralGraph. ValueError: a restricted graph, reversed edges here but not there, no such layer.
     """
     if not isinstance(graph, NeuralGraph):
         raise TypeError(f"{op}: expected graph to be a NeuralGraph, got {type(graph).__name__}")
@@ -105,3 +110,6 @@ def check_graph(op: str, graph: NeuralGraph, reverse: bool) -> None:
         raise ValueError(
             f"{op}: expected a graph with reverse={reverse} (the model's reverse_edges), got {graph.has_reverse}; build it with reverse={reverse}"
         )
+    depth = min(len(p.layers) for p in graph.parts)
+    if layer is not None and not -depth <= layer < depth:
+        raise ValueError(f"{op}: expected networks with a node layer {layer} (the model's pooling), got one of {depth} layers")

@@ -176,7 +176,7 @@ class NGGNN(nn.Module):
         Raises:
             ValueError, TypeError: shapes, dtypes, devices that do not fit; networks beyond the model's layout.
         """
-        check_graph(_OP, graph, self.reverse_edges)
+        check_graph(_OP, graph, self.reverse_edges, None if self.head == "equivariant" else self.pooling.rows)
         weights = [weights] if isinstance(weights, torch.Tensor) else list(weights)
         listed = [biases] if isinstance(biases, torch.Tensor) else list(biases)
         check_tensors(_OP, weights, listed, self.construct_graph.proj_node_in.weight)

@@ -1,0 +1,1 @@
+"""The demo: its stages, measurements, plots and page."""

@@ -1,0 +1,21 @@
+"""Random networks and comparisons that several test files use."""
+
+from __future__ import annotations
+
+import torch
+
+
+def networks(layout, batch=2, dtype=torch.float32, scale=0.5):
+    """Weights (batch, in, out, 1) and biases (batch, out, 1) of random networks."""
+    weights = [scale * torch.randn(batch, i, o, 1, dtype=dtype) for i, o in zip(layout, layout[1:])]
+    return weights, [scale * torch.randn(batch, o, 1, dtype=dtype) for o in layout[1:]]
+
+
+def flat(result) -> list[torch.Tensor]:
+    """The tensors of a model's result: logits, or updates of weights and biases."""
+    return [result] if isinstance(result, torch.Tensor) else [*result[0], *result[1]]
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Largest error over the largest wanted value."""
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
