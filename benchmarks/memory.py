@@ -24,17 +24,18 @@ from rich.table import Table
 from benchmarks import records
 from benchmarks.cases import Case
 from benchmarks.machine import ROOT
-from benchmarks.providers import PROVIDERS, Provider, select
+from benchmarks.providers import PROVIDERS, Provider, usable
 
-# Two layouts with the same number of neurons: the difference in peak over the difference in edges is the cost of an edge.
-EDGE_PAIR = ("2x3072x3072x3", "2x1024x5120x3")
-EDGE_PAIR_SMALL = ("2x512x512x3", "2x64x960x3")
+# Layouts with the same number of neurons: the slope of the peak over edges is the cost of an edge. The layout with few edges is there in
+# both orientations, because what a wide layer holds while it is computed depends on which side is wide.
+EQUAL_NODES = ("2x3072x3072x3", "2x1024x5120x3", "2x5120x1024x3")
+EQUAL_NODES_SMALL = ("2x512x512x3", "2x64x960x3", "2x960x64x3")
 HIDDEN, HIDDEN_SMALL = (128, 256, 512, 1024, 1536), (48, 96, 144, 192)
 WARM = "2x8x8x3"
 # glibc raises its threshold for separate mappings with every large block freed, and then keeps freed blocks: peaks jump by tens of percent
 # with the order of sizes. A fixed threshold makes the peak that of live memory, for every provider alike; --malloc default leaves it.
 MALLOC = {"fixed": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}, "default": {}}
-console = Console()
+console = Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def status_kib(field: str) -> int:
@@ -162,9 +163,9 @@ def summary(rows: list[dict]) -> list[dict]:
 def points(provider: Provider, quick: bool) -> list[tuple[str, Case]]:
     """(series, case) of a provider; those that keep kilobytes per edge get smaller networks."""
     small = quick or provider.backend in (None, "reference")
-    pair, hidden = (EDGE_PAIR_SMALL, HIDDEN_SMALL) if small else (EDGE_PAIR, HIDDEN)
+    equal, hidden = (EQUAL_NODES_SMALL, HIDDEN_SMALL) if small else (EQUAL_NODES, HIDDEN)
     nodes = [Case((2, h, 2 * h, 3)) for h in (hidden[:2] if quick else hidden)]
-    return [("edges", Case.parse(text)) for text in pair] + [("nodes", case) for case in nodes]
+    return [("edges", Case.parse(text)) for text in equal] + [("nodes", case) for case in nodes]
 
 
 def show(rows: list[dict]) -> None:
@@ -203,9 +204,9 @@ def main(
 
     grads = choices(weight_grads, ("off", "on"), "--weight-grads")
     choices(malloc, tuple(MALLOC), "--malloc")
-    chosen, missing = select(providers)
+    chosen, missing = usable(providers)
     for name, reason in missing.items():
-        console.print(f"[yellow]left out: {name}: {reason}")
+        console.print(f"left out: {name}: {reason}", style="yellow", markup=False)
     run = records.new_run()
     todo = [(p, g, s, c) for p in chosen for g in grads for s, c in points(p, quick)]
     rows = [

@@ -138,3 +138,13 @@ def select(names: str) -> tuple[list[Provider], dict[str, str]]:
     if asked:
         raise RuntimeError(f"providers: {asked[0]} was asked for and cannot run: {missing[asked[0]]}")
     return [PROVIDERS[n] for n in dict.fromkeys(wanted) if n not in missing], missing
+
+
+def usable(names: str) -> tuple[list[Provider], dict[str, str]]:
+    """`select` for a command line: what is wrong becomes one line of usage error."""
+    import typer
+
+    try:
+        return select(names)
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from None

@@ -19,11 +19,17 @@ QUIET = 0.15
 
 @dataclass
 class Samples:
-    """Seconds per call and foreign load of each sample; `calls` calls make one sample."""
+    """Wall and processor seconds per call and foreign load of each sample; `calls` calls make one sample."""
 
     calls: int
     seconds: list[float] = field(default_factory=list)
     foreign: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+
+    def add(self, seconds: float, foreign: float, cpu_seconds: float) -> None:
+        self.seconds.append(seconds)
+        self.foreign.append(foreign)
+        self.cpu_seconds.append(cpu_seconds)
 
     @property
     def quiet(self) -> list[float]:
@@ -48,15 +54,15 @@ def busy_seconds() -> float | None:
     return sum(fields[i] for i in (0, 1, 2, 5, 6, 7)) / os.sysconf("SC_CLK_TCK")
 
 
-def sample(call: Callable[[], object], calls: int) -> tuple[float, float]:
-    """(seconds per call, cores that other processes used)."""
+def sample(call: Callable[[], object], calls: int) -> tuple[float, float, float]:
+    """(seconds per call, cores that other processes used, processor seconds per call)."""
     busy, own, start = busy_seconds(), time.process_time(), time.perf_counter()
     for _ in range(calls):
         call()
     wall = time.perf_counter() - start
     own = time.process_time() - own
     foreign = 0.0 if busy is None else max(0.0, (busy_seconds() - busy - own) / wall)
-    return wall / calls, round(foreign, 3)
+    return wall / calls, round(foreign, 3), own / calls
 
 
 def interleave(
@@ -78,7 +84,7 @@ def interleave(
     """
     results = {}
     for name, call in candidates.items():
-        seconds, _ = sample(call, 1)
+        seconds = sample(call, 1)[0]
         results[name] = Samples(max(1, min(10_000, round(sample_seconds / max(seconds, 1e-7)))))
     start = time.perf_counter()
     for done in range(rounds):
@@ -87,8 +93,6 @@ def interleave(
         if enough or late:
             break
         for name, call in candidates.items():
-            seconds, foreign = sample(call, results[name].calls)
-            results[name].seconds.append(seconds)
-            results[name].foreign.append(foreign)
+            results[name].add(*sample(call, results[name].calls))
         tick()
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable
 from typing import Annotated
 
@@ -15,12 +16,12 @@ from rich.table import Table
 from benchmarks import machine, records, work
 from benchmarks.cases import Case
 from benchmarks.gate import Gate
-from benchmarks.providers import DTYPES, PROVIDERS, Provider, Runner, new_oracle, select
+from benchmarks.providers import DTYPES, PROVIDERS, Provider, Runner, new_oracle, usable
 from benchmarks.timing import Samples, interleave
 
 LAYOUTS = "2x16x32x3,2x64x128x3,2x32x32x1@64,2x256x512x3,2x512x1024x3"
 QUICK = "2x16x32x3,2x32x32x1@8"
-console = Console()
+console = Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def set_threads(threads: int) -> None:
@@ -39,6 +40,13 @@ def choices(text: str, allowed: tuple[str, ...], option: str) -> list[str]:
     if wrong or not values:
         raise typer.BadParameter(f"{option}: expected some of {', '.join(allowed)}, got {text!r}")
     return values
+
+
+def parse_cases(layouts: str, batch: int) -> list[Case]:
+    try:
+        return [Case.parse(text, batch) for text in layouts.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 class Candidates:
@@ -96,6 +104,7 @@ def record(run: str, case: Case, key: tuple, samples: Samples, threads: int, rat
         "dtype": dtype,
         "weight_grads": grad == "on",
         "seconds": samples.seconds,
+        "cpu_seconds": samples.cpu_seconds,
         "foreign_cores": samples.foreign,
         "calls_per_sample": samples.calls,
         "median": samples.median,
@@ -113,7 +122,7 @@ def record(run: str, case: Case, key: tuple, samples: Samples, threads: int, rat
 def show(case: Case, threads: int, rows: list[dict]) -> None:
     """The table of one case: seconds, roofline share, and how many times faster than the fastest baseline."""
     table = Table(title=f"{case.label}: {case.edges:,} edges, {threads} thread{'s' * (threads > 1)}", title_justify="left")
-    for column in ("provider", "dtype", "weight grads", "s / step", "s / M edges", "roofline", "x best baseline", ""):
+    for column in ("provider", "dtype", "weight grads", "s / step", "s / M edges", "roofline", "x best baseline", "samples"):
         table.add_column(column, justify="left" if column in ("provider", "dtype") else "right")
     for row in rows:
         same = [r for r in rows if r["weight_grads"] == row["weight_grads"] and r["dtype"] in ("fp32", row["dtype"])]
@@ -121,7 +130,7 @@ def show(case: Case, threads: int, rows: list[dict]) -> None:
         ratio = f"{min(rivals) / row['median']:.2f}" if rivals and PROVIDERS[row["provider"]].ours else ""
         table.add_row(
             row["provider"], row["dtype"], "on" if row["weight_grads"] else "off", f"{row['median']:.4g}",
-            f"{row['median'] / row['edges'] * 1e6:.3f}", f"{row['share']:.1%}", ratio, "noisy" if row["noisy"] else "",
+            f"{row['median'] / row['edges'] * 1e6:.3f}", f"{row['share']:.1%}", ratio, f"{len(row['seconds'])}{' noisy' if row['noisy'] else ''}",
         )  # fmt: skip
     console.print(table)
 
@@ -136,7 +145,7 @@ def measure(run, case, providers, dtypes, grads, threads, rates, samples, quick)
         progress.update(task, description=f"{case.label}: timing")
         found = interleave(ready.steps, want, rounds, length, tick=lambda: progress.advance(task))
     for failure in ready.failures:
-        console.print(f"[red]not measured: {failure}", highlight=False, soft_wrap=True)
+        console.print(f"not measured: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
     show(case, threads, [record(run, case, key, s, threads, rates, ready.errors[key[:2]]) for key, s in found.items()])
     failures = ready.failures
     del ready, found
@@ -162,11 +171,11 @@ def main(
     same run; in bf16 rows a baseline may use fp32 or autocast, whichever is faster. Below 1 the baseline wins.
     """
     grads, dtypes = choices(weight_grads, ("off", "on"), "--weight-grads"), choices(dtype, DTYPES, "--dtype")
-    cases = [Case.parse(text, batch) for text in (QUICK if quick and layouts == LAYOUTS else layouts).split(",")]
+    cases = parse_cases(QUICK if quick and layouts == LAYOUTS else layouts, batch)
     counts = [int(n) for n in choices(threads, tuple(map(str, range(1, 1025))), "--threads")]
-    chosen, missing = select(providers)
+    chosen, missing = usable(providers)
     for name, reason in missing.items():
-        console.print(f"[yellow]left out: {name}: {reason}")
+        console.print(f"left out: {name}: {reason}", style="yellow", markup=False)
     run, failures = records.new_run(), []
     for count in counts:
         set_threads(count)
@@ -175,7 +184,7 @@ def main(
         for case in cases:
             failures += measure(run, case, chosen, dtypes, grads, count, rates, samples, quick)
     if failures:
-        raise SystemExit("not measured: " + "; ".join(failures))
+        raise SystemExit(f"{len(failures)} not measured, reasons above")
 
 
 if __name__ == "__main__":

@@ -127,12 +127,14 @@ struct Problem {
 
   // Gradients that blocks add to, or do not cover (a restricted packed graph, a skipped block), start at zero.
   void clear(const Tensors& grads) const {
+    bool marked = false;  // gradients stop at a virtual checkpoint: none reach the weights
+    for (const Instr& in : call.instrs) marked |= in.op == MARK;
     std::vector<int64_t> covered(call.weights.size(), 0), carried(call.grad_carriers.size(), 0);
     for (size_t r = 0; r < call.rows.size(); ++r) {
       const Row& row = call.rows[r];
       const bool skipped = call.combine == EMIT && !call.values[packed ? 0 : r].data;
       if (skipped) continue;
-      if (!row.shared) covered[static_cast<size_t>(row.weight)] += row.copies * row.edges();
+      if (!row.shared && !marked) covered[static_cast<size_t>(row.weight)] += row.copies * row.edges();
       if (!carried.empty()) carried[packed ? 0 : static_cast<size_t>(row.block)] += row.copies * row.edges();
     }
     const auto zero = [&](const Tensor& g, const EdgeTensor& e, int64_t edges) {

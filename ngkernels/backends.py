@@ -75,8 +75,9 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def choose(op: str, device: torch.device) -> str:
-    """The backend that runs `op` on `device`.
+def choose(op: str, device: torch.device) -> int:
+    """The backend for `op` on `device`, as an index into BACKENDS: it is part of the op's arguments, so that a
+    backward pass runs where its forward ran.
 
     Raises:
         NotImplementedError: the forced backend cannot run; lists every backend with its reason.
@@ -88,12 +89,12 @@ def choose(op: str, device: torch.device) -> str:
         if reason:
             table = "; ".join(f"{b}: {why_not(b, device) or 'runs'}" for b in BACKENDS)
             raise NotImplementedError(f"{op}: backend {forced!r} was forced but {reason} ({table})")
-        return forced
+        return BACKENDS.index(forced)
     if device.type == "cpu":
         reason = _library()
         if reason is None:
-            return "cpp"
+            return BACKENDS.index("cpp")
         if not _warned:
             _warned = True
             warnings.warn(f"ngkernels runs on its reference backend, slowly and with [E, d] tensors: {reason}", RuntimeWarning, stacklevel=3)
-    return "reference"
+    return BACKENDS.index("reference")

@@ -10,6 +10,7 @@ import torch
 from .encoders import Fourier, Identity, Linear
 from .graph import NeuralGraph
 
+MESSAGES = ("film", "gate", "product", "concat")
 ACTIVATIONS = ("silu", "relu", "gelu", "tanh", "sigmoid", "leaky_relu", "identity")
 Affine = tuple[torch.Tensor, torch.Tensor | None]  # weight [out, in], bias [out]
 
@@ -19,7 +20,23 @@ def _check_activation(op: str, name: str) -> None:
         raise ValueError(f"{op}: expected activation in {', '.join(ACTIVATIONS)}, got {name!r}")
 
 
+def _check_tensor(op: str, name: str, t: torch.Tensor, device: torch.device | None = None) -> None:
+    if not isinstance(t, torch.Tensor) or not t.is_floating_point():
+        raise TypeError(f"{op}: expected {name} to be a tensor of a floating dtype, got {t.dtype if isinstance(t, torch.Tensor) else type(t).__name__}")
+    if device is not None and t.device != device:
+        raise TypeError(f"{op}: expected {name} on {device}, got {t.device}; move it with .to({str(device)!r})")
+
+
+def _check_bias(op: str, name: str, b: torch.Tensor | None, width: int) -> None:
+    if b is None:
+        return
+    _check_tensor(op, name, b)
+    if tuple(b.shape) != (width,):
+        raise ValueError(f"{op}: expected {name} of shape ({width},), got {tuple(b.shape)}")
+
+
 def _check_matrix(op: str, name: str, w: torch.Tensor, columns: int | None) -> None:
+    _check_tensor(op, name, w)
     if w.dim() != 2 or (columns is not None and w.shape[1] != columns):
         raise ValueError(f"{op}: expected {name} of shape (*, {'*' if columns is None else columns}), got {tuple(w.shape)}")
 
@@ -33,15 +50,16 @@ class NodeTerm:
     weight_src: torch.Tensor
     bias: torch.Tensor | None = None
 
-    def check(self, op: str, graph: NeuralGraph, width: int) -> None:
+    def check(self, op: str, graph: NeuralGraph, width: int, device: torch.device) -> None:
+        for name in ("x", "weight_dst", "weight_src"):
+            _check_tensor(op, name, getattr(self, name), device)
         if self.x.dim() != 2 or self.x.shape[0] != graph.num_nodes:
             raise ValueError(f"{op}: expected x of shape ({graph.num_nodes}, d) (the graph's nodes), got {tuple(self.x.shape)}")
         for name in ("weight_dst", "weight_src"):
             w = getattr(self, name)
             if tuple(w.shape) != (width, self.x.shape[1]):
                 raise ValueError(f"{op}: expected {name} of shape ({width}, {self.x.shape[1]}), got {tuple(w.shape)}")
-        if self.bias is not None and tuple(self.bias.shape) != (width,):
-            raise ValueError(f"{op}: expected bias of shape ({width},), got {tuple(self.bias.shape)}")
+        _check_bias(op, "bias", self.bias, width)
 
 
 @dataclass(frozen=True)
@@ -74,22 +92,31 @@ class Mark:
 
 
 def _encoder_width(encoder, channels: int) -> int:
+    op = "EdgeState"
+    if not isinstance(encoder, (Linear, Fourier, Identity)):
+        raise TypeError(f"{op}: expected encoder Linear, Fourier or Identity of ngkernels.encoders, got {type(encoder).__name__}")
     expanded = 3 * channels if encoder.reciprocal else channels
     if isinstance(encoder, Identity):
         return expanded
-    if isinstance(encoder, Linear):
-        _check_matrix("EdgeState", "encoder.weight", encoder.weight, expanded)
-        return encoder.weight.shape[0]
+    columns = expanded
     if isinstance(encoder, Fourier):
-        _check_matrix("EdgeState", "encoder.frequencies", encoder.frequencies, expanded)
-        _check_matrix("EdgeState", "encoder.weight", encoder.weight, 2 * encoder.frequencies.shape[0])
-        return encoder.weight.shape[0]
-    raise TypeError(f"EdgeState: expected encoder Linear, Fourier or Identity, got {type(encoder).__name__}")
+        if encoder.table not in ("auto", "always", "never"):
+            raise ValueError(f"{op}: expected encoder.table to be auto, always or never, got {encoder.table!r}")
+        _check_matrix(op, "encoder.frequencies", encoder.frequencies, expanded)
+        if encoder.frequencies.requires_grad:
+            raise NotImplementedError(f"{op}: gradients of encoder.frequencies are not available (they are frozen in Gaussian Fourier features); detach them")
+        columns = 2 * encoder.frequencies.shape[0]
+    _check_matrix(op, "encoder.weight", encoder.weight, columns)
+    _check_bias(op, "encoder.bias", encoder.bias, encoder.weight.shape[0])
+    return encoder.weight.shape[0]
 
 
 def _canonical(graph: NeuralGraph, weights) -> tuple[torch.Tensor, ...]:
     """Weight tensors as (copies, n_src, n_dst, C) views; 2-D (n_src, n_dst) is taken as one copy, one channel."""
     weights = (weights,) if isinstance(weights, torch.Tensor) else tuple(weights)
+    for k, w in enumerate(weights):
+        if not isinstance(w, torch.Tensor):
+            raise TypeError(f"EdgeState: expected weights[{k}] to be a tensor, got {type(w).__name__}")
     if len(weights) != graph.num_weights:
         raise ValueError(f"EdgeState: expected {graph.num_weights} weight tensors (one for each forward block), got {len(weights)}")
     if not weights:
@@ -99,10 +126,13 @@ def _canonical(graph: NeuralGraph, weights) -> tuple[torch.Tensor, ...]:
     for k, (w, shape) in enumerate(zip(weights, graph.weight_shapes(channels), strict=True)):
         if tuple(w.shape) != shape:
             raise ValueError(f"EdgeState: expected weights[{k}] of shape {shape} (copies, n_src, n_dst, channels), got {tuple(w.shape)}")
-        if not w.is_floating_point():
-            raise TypeError(f"EdgeState: expected weights[{k}] of a floating dtype, got {w.dtype}")
-        if w.device != weights[0].device:
-            raise TypeError(f"EdgeState: expected weights[{k}] on {weights[0].device}, got {w.device}")
+        if w.layout is not torch.strided:
+            raise NotImplementedError(f"EdgeState: expected weights[{k}] to be a strided tensor, got {w.layout}; sparse weights are not built yet, use .to_dense()")
+        _check_tensor("EdgeState", f"weights[{k}]", w, weights[0].device)
+        if w.dtype == torch.float64 and weights[0].dtype != torch.float64 or w.dtype != torch.float64 and weights[0].dtype == torch.float64:
+            raise TypeError(f"EdgeState: expected weights all float64 or none, got {weights[0].dtype} and {w.dtype}")
+    if channels < 1:
+        raise ValueError("EdgeState: expected weights with at least one channel, got 0")
     return weights
 
 
@@ -141,6 +171,8 @@ class EdgeState:
         channels = self.weights[0].shape[-1]
         object.__setattr__(self, "width", _encoder_width(self.encoder, channels))
         if self.affine is not None:
+            if len(self.affine) != 2:
+                raise ValueError(f"EdgeState: expected affine to be (scale, shift), got {len(self.affine)} entries")
             for name, values in zip(("scale", "shift"), self.affine, strict=True):
                 if len(values) != len(self.weights):
                     raise ValueError(f"EdgeState: expected {len(self.weights)} affine {name} values, got {len(values)}")
@@ -149,6 +181,7 @@ class EdgeState:
         """e' = weight act(e) + bias: a further layer of the encoder. weight [D', D], bias [D']."""
         _check_activation("EdgeState.then", activation)
         _check_matrix("EdgeState.then", "weight", weight, self.width)
+        _check_bias("EdgeState.then", "bias", bias, weight.shape[0])
         return replace(self, steps=(*self.steps, Activate(activation, weight, bias)), width=weight.shape[0])
 
     def update(
@@ -186,7 +219,8 @@ class EdgeState:
         if residual and weight_out.shape[0] != self.width:
             raise ValueError(f"{op}: expected weight_out with {self.width} rows (residual), got {weight_out.shape[0]}")
         node = NodeTerm(x, weight_dst, weight_src, bias)
-        node.check(op, self.graph, weight_edge.shape[0])
+        node.check(op, self.graph, weight_edge.shape[0], self.weights[0].device)
+        _check_bias(op, "bias_out", bias_out, weight_out.shape[0])
         step = Update(weight_edge, None, node, activation, weight_out, bias_out, residual)
         return replace(self, steps=(*self.steps, step), width=weight_out.shape[0])
 
@@ -248,14 +282,19 @@ class Message:
 
     def check(self, op: str, edges: EdgeState) -> None:
         """Raises ValueError when the matrices do not fit `edges`."""
+        if self.kind not in MESSAGES:
+            raise ValueError(f"{op}: expected a message of kind {', '.join(MESSAGES)}, got {self.kind!r}")
         _check_activation(op, self.activation)
         _check_matrix(op, "weight_edge", self.weight_edge, edges.width)
+        _check_bias(op, "bias_edge", self.bias_edge, self.weight_edge.shape[0])
+        _check_matrix(op, "weight_dst", self.node.weight_dst, None)
         hidden = self.node.weight_dst.shape[0]
-        self.node.check(op, edges.graph, hidden)
+        self.node.check(op, edges.graph, hidden, edges.weights[0].device)
         width = hidden
-        for k, (w, _) in enumerate(self.mlp):
+        for k, (w, b) in enumerate(self.mlp):
             _check_matrix(op, f"mlp[{k}] weight", w, width)
             width = w.shape[0]
+            _check_bias(op, f"mlp[{k}] bias", b, width)
         rows = {"film": 2 * width, "concat": hidden}.get(self.kind, width)
         if self.weight_edge.shape[0] != rows:
             raise ValueError(f"{op}: expected weight_edge with {rows} rows for a {self.kind} message, got {self.weight_edge.shape[0]}")

@@ -71,6 +71,13 @@ class Part:
         return 1 + max((b.weight for b in self.blocks), default=-1)
 
 
+def _layer_index(op: str, part: Part, layer: int) -> int:
+    n = len(part.layers)
+    if not -n <= layer < n:
+        raise ValueError(f"{op}: expected layer between {-n} and {n - 1} ({n} node layers), got {layer}")
+    return layer % n
+
+
 def _check_part(part: Part) -> None:
     for width in part.layers:
         if not isinstance(width, int) or width < 1:
@@ -110,6 +117,11 @@ class NeuralGraph:
 
     def __init__(self, parts: Sequence[Part], rows: int | None = None, packed: bool = False):
         self.parts = tuple(parts)
+        if not self.parts:
+            raise ValueError("NeuralGraph: expected at least one part, got none")
+        if rows is not None:
+            for p in self.parts:
+                _layer_index("NeuralGraph.restrict", p, rows)
         self.rows = rows
         self.packed = packed
         for part in self.parts:
@@ -140,7 +152,7 @@ class NeuralGraph:
         Raises:
             ValueError: fewer than two layers, or a width below 1.
         """
-        layout = tuple(int(d) for d in layout)
+        layout = tuple(layout)
         if len(layout) < 2:
             raise ValueError(f"NeuralGraph.mlp: expected a layout of at least 2 layers, got {layout}")
         blocks = [Block(DENSE, k, k + 1, k) for k in range(len(layout) - 1)]
@@ -213,7 +225,7 @@ class NeuralGraph:
         table, node, weight, edge, out, block, emit = [], 0, 0, 0, 0, 0, 0
         for number, p in enumerate(self.parts):
             starts = [sum(p.layers[:k]) for k in range(len(p.layers))]
-            layer = None if self.rows is None else range(len(p.layers))[self.rows]
+            layer = None if self.rows is None else _layer_index("NeuralGraph.restrict", p, self.rows)
             out_stride = p.num_nodes if layer is None else p.layers[layer]
             owned = {b.weight: edge + sum(p.edges_of(c) for c in p.blocks[:k] if not c.reverse) for k, b in enumerate(p.blocks) if not b.reverse}
             edges_per_copy = sum(p.edges_of(b) for b in p.blocks if not b.reverse)
@@ -283,7 +295,7 @@ class NeuralGraph:
         """Indices of the nodes of node layer `layer` (negative counts from the end), int64, network by network."""
         pieces, node = [], 0
         for p in self.parts:
-            k = range(len(p.layers))[layer]
+            k = _layer_index("NeuralGraph.node_layer", p, layer)
             first = node + sum(p.layers[:k])
             pieces.append((first + torch.arange(p.copies)[:, None] * p.num_nodes + torch.arange(p.layers[k])).flatten())
             node += p.copies * p.num_nodes

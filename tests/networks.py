@@ -16,6 +16,6 @@ def flat(result) -> list[torch.Tensor]:
     return [result] if isinstance(result, torch.Tensor) else [*result[0], *result[1]]
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest error over the largest wanted value."""
-    return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
+def relative(found: torch.Tensor, wanted: torch.Tensor, least: float = 1e-30) -> float:
+    """Largest error over the largest wanted value, or over `least` if that is more."""
+    return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=least)).item()

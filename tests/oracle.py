@@ -77,12 +77,11 @@ def list_edges(networks: Sequence[Network], weights: Sequence[torch.Tensor], aff
                     base = first_node + copy * net.num_nodes
                     low, high = base + starts[block[1]], base + starts[block[2]]
                     if block[0] == "diagonal":
-                        pairs = [(c, c) for c in range(size[0])]
+                        i = j = torch.arange(size[0])
                     elif flipped:  # source-major of the reversed block: its sources are the block's destinations
-                        pairs = [(i, j) for j in range(size[1]) for i in range(size[0])]
+                        j, i = torch.cartesian_prod(torch.arange(size[1]), torch.arange(size[0])).T
                     else:
-                        pairs = [(i, j) for i in range(size[0]) for j in range(size[1])]
-                    i, j = torch.tensor(pairs).T
+                        i, j = torch.cartesian_prod(torch.arange(size[0]), torch.arange(size[1])).T
                     raw.append(w[copy, i] if block[0] == "diagonal" else w[copy, i, j])
                     src.append(high + j if flipped else low + i)
                     dst.append(low + i if flipped else high + j)

@@ -48,6 +48,8 @@ ENCODERS = (
     PLAIN.but("identity", encoder="identity"),
     PLAIN.but("identity-3-channels", encoder="identity", channels=3),
     PLAIN.but("identity-residual-first", encoder="identity", channels=3, residual=(True, True)),
+    PLAIN.but("identity-then", encoder="identity", channels=3, layers=2),
+    PLAIN.but("identity-then-residual", encoder="identity", channels=5, layers=1, residual=(True,)),
     PLAIN.but("identity-reciprocal", encoder="identity", networks=REVERSED, reciprocal=True),
     PLAIN.but("identity-reciprocal-residual-first", encoder="identity", networks=REVERSED, reciprocal=True, residual=(True,)),
     PLAIN.but("identity-no-update", encoder="identity", residual=()),
@@ -118,3 +120,10 @@ MEMORY = tuple(PLAIN.but("-".join(["memory", *(p or "none" for p in policy), *mo
 ))  # fmt: skip
 
 SAMPLES = (PLAIN, *REDUCTIONS, *ACTIVATIONS, *MESSAGES, *FOURIER, *TABLES, *ENCODERS, *GRAPHS, *SIZES, *MEMORY)
+
+# with autocast to bfloat16: sums, because one rounding more or less moves a minimum's gradient to another edge
+_SUMS = ("sum", "mean", "std")
+LOW_PRECISION = tuple(
+    s.but(f"low-{s.name}", reduce=_SUMS, **(dict(networks=(mlp(3, 16, 11, 2, reverse=s.networks[0].reverse),), width=16, hidden=24, features=17, node_width=8, scale=0.35)))
+    for s in (PLAIN, *MESSAGES[2:9:3], FOURIER[3], TABLES[5], ENCODERS[2], MEMORY[1])
+)  # fmt: skip

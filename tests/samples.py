@@ -151,8 +151,8 @@ def remember(e: ngk.EdgeState, policy: str | None) -> ngk.EdgeState:
     return e
 
 
-def edge_state(s: Sample, t: Tensors) -> ngk.EdgeState:
-    graph = graph_of(s)
+def edge_state(s: Sample, t: Tensors, graph: ngk.NeuralGraph | None = None) -> ngk.EdgeState:
+    graph = graph_of(s) if graph is None else graph
     weights = graph.pack(weights_of(t)) if s.packed else weights_of(t)
     if s.encoder == "identity":
         encoder = encoders.Identity(s.reciprocal)
@@ -176,8 +176,8 @@ def message_of(s: Sample, t: Tensors) -> ngk.Message:
     return make(t["x"], t["message.edge.weight"], t.get("message.edge.bias"), t["message.dst"], t["message.src"], t.get("message.bias"), more, s.activation)
 
 
-def engine(s: Sample, t: Tensors) -> list[torch.Tensor]:
-    e = edge_state(s, t)
+def engine(s: Sample, t: Tensors, graph: ngk.NeuralGraph | None = None) -> list[torch.Tensor]:
+    e = edge_state(s, t, graph)
     out = [ngk.aggregate(e, message_of(s, t), s.reduce)] if s.reduce else []
     if s.head:
         nodes = (t["x"], t["head.dst"], t["head.src"]) if s.head_nodes else ()

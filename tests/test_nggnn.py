@@ -99,8 +99,9 @@ def test_updates_follow_the_order_of_hidden_neurons(layout, seed, reverse):
     for k, (w, b) in enumerate(zip(delta_weights, delta_biases, strict=True)):
         assert w.shape == weights[k].shape
         assert b.shape == biases[k].shape
-        assert relative(moved_weights[k], w[:, orders[k]][:, :, orders[k + 1]]) <= 1e-5
-        assert relative(moved_biases[k], b[:, orders[k + 1]]) <= 1e-5
+        # an untrained head's update can be 0 but for rounding: then a tenth of its scale, 0.01, is the measure
+        assert relative(moved_weights[k], w[:, orders[k]][:, :, orders[k + 1]], 1e-3) <= 1e-5
+        assert relative(moved_biases[k], b[:, orders[k + 1]], 1e-3) <= 1e-5
 
 
 def test_bias_updates_come_from_their_own_neurons(backend: str):

@@ -60,10 +60,18 @@ class FiLMPNAConv(MessagePassing):
 
     def message(self, x_i: Tensor, x_j: Tensor, edge_attr: Tensor) -> Tensor:
         scale, shift = self.edge_encoder(edge_attr).chunk(2, dim=-1)
-        message = x_i + x_j if self.hoist else self.pre_nns[0](torch.cat([x_i, x_j], dim=-1))
-        message = scale * message + shift
-        # Under autocast: reductions in bfloat16 lose the variance, and compiled ones gave NaN gradients (PyTorch 2.13).
-        return message.float() if message.dtype == torch.bfloat16 else message
+        if self.hoist:
+            return single(scale) * (single(x_i) + single(x_j)) + single(shift)
+        return single(scale) * single(self.pre_nns[0](torch.cat([x_i, x_j], dim=-1))) + single(shift)
+
+
+def single(value: Tensor) -> Tensor:
+    """bfloat16 to float32, others as they are.
+
+    Under autocast messages are formed and reduced in float32: in bfloat16 the variance E[m^2] - E[m]^2 is lost, and a compiled backward
+    that evaluates a message again with other roundings finds no edge equal to the minimum and divides by zero (PyTorch 2.13).
+    """
+    return value.float() if value.dtype == torch.bfloat16 else value
 
 
 class EdgeMLP(nn.Module):

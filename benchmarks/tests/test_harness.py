@@ -21,10 +21,10 @@ def test_case_counts():
         Case.parse("2,4,3")
 
 
-def test_edge_pairs_have_equal_neurons():
-    for pair in (memory.EDGE_PAIR, memory.EDGE_PAIR_SMALL):
-        first, second = map(Case.parse, pair)
-        assert first.nodes == second.nodes and first.edges > 1.5 * second.edges
+def test_layouts_of_the_edge_slope_have_equal_neurons():
+    for texts in (memory.EQUAL_NODES, memory.EQUAL_NODES_SMALL):
+        first, *others = map(Case.parse, texts)
+        assert all(case.nodes == first.nodes and first.edges > 1.5 * case.edges for case in others)
 
 
 def test_flops_per_edge():
@@ -140,3 +140,7 @@ def test_oracle_is_the_same_every_time():
     first, second = new_oracle(case), new_oracle(case)
     assert isinstance(first, PyGNGGNN)
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+def test_readmes_show_the_recorded_results():
+    assert report.stale(list(report.READMES)) == [], "run python -m benchmarks.report"

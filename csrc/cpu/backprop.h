@@ -125,7 +125,7 @@ class Backprop {
     if (p.call.grad_params) gemm_outer<V>(w.out[k - 1], lda, in.n_in, g, s.ld, t.n, w.params + s.g_w[direction], s.ld);
     if (k == 1 && !p.call.need_weights) return false;
     gemm<V>(g, s.ld, t.n, s.bwd[direction], next, FromZero<V>{}, scales(k) ? w.out[k - 2] : nullptr);
-    if (k == 1) compact(next, t.n, s.bwd[direction].ld, in.n_in);  // LOAD has no padding
+    compact(next, t.n, s.bwd[direction].ld, p.steps[k - 1].ld);  // LOAD, and what follows it as it is, has no padding
     return true;
   }
 

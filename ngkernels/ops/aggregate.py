@@ -12,6 +12,7 @@ from ..edges import EdgeState, Message
 from ..program import REDUCE, aux_slots, build_message, reductions
 from . import _cpp
 from . import expression as ex
+from .double_backward import second_derivatives
 
 ex.library.define(f"aggregate({ex.SCHEMA}, SymInt rows, int compute) -> (Tensor, Tensor, Tensor)")
 ex.library.define(f"aggregate_backward(Tensor grad, Tensor out, Tensor aux, Tensor ties, {ex.SCHEMA}, int compute, bool[] need) -> Tensor[]")
@@ -38,22 +39,22 @@ def _fake_backward(grad, out, aux, ties, weights, xs, params, table, carriers, t
 def _forward(weights, xs, params, table, carriers, topology, program, rows, compute):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
     outputs = _outputs(params, program, rows)
-    if backends.choose("aggregate", params.device) == "cpp":
+    if ex.backend_of(compute) == "cpp":
         _cpp.aggregate(e, compute, *outputs)
         return outputs
     with torch.no_grad():
-        out, aux, ties = reference.aggregate(*e, rows, compute)
+        out, aux, ties = reference.aggregate(*e, rows, compute & 1)
     return out, aux, ties.to(outputs[2].dtype)
 
 
 @torch.library.impl("ngkernels::aggregate_backward", "CompositeExplicitAutograd", lib=ex.library)
 def _backward(grad, out, aux, ties, weights, xs, params, table, carriers, topology, program, compute, need):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    if backends.choose("aggregate", params.device) == "cpp":
+    if ex.backend_of(compute) == "cpp":
         grads = ex.empty_gradients(e, need)
         _cpp.aggregate_backward(grad.contiguous(), out, aux, ties, e, compute, grads)
         return grads
-    return ex.reference_gradients(lambda f: [reference.aggregate(*f, out.shape[0], compute)[0]], e, [grad], need)
+    return ex.reference_gradients(lambda f: [reference.aggregate(*f, out.shape[0], compute & 1)[0]], e, [grad], need)
 
 
 def _setup(ctx, inputs, output):
@@ -66,7 +67,7 @@ def _setup(ctx, inputs, output):
 
 def _autograd(ctx, grad, _aux, _ties):
     if grad is None:
-        return (None,) * 9
+        return (*ex.no_gradients(ctx), None, None)
     e, (out, aux, ties) = ex.load(ctx)
     need = ex.needs(ctx, e, 0)
     grads = torch.ops.ngkernels.aggregate_backward(grad, out, aux, ties, *e, ctx.compute, need)
@@ -82,12 +83,11 @@ def _setup_double(ctx, inputs, output):
     ctx.rows, ctx.compute, ctx.need = inputs[1].shape[0], inputs[11], inputs[12]
 
 
-def _autograd_double(ctx, grads):
-    """Through the reference: there is no kernel for the second derivative."""
+def _autograd_double(ctx, second):
     e, (grad,) = ex.load(ctx)
     need = [ctx.needs_input_grad[0], *ex.needs(ctx, e, 4)]
-    found = ex.double_gradients(lambda f: [reference.aggregate(*f, ctx.rows, ctx.compute)[0]], e, [grad], ctx.need, grads, need)
-    return (found[0], None, None, None, *ex.unflatten(e, found[1:], need[1:]), None, None)
+    found = second_derivatives("aggregate", e, [grad], second, ctx.rows, ctx.compute, ctx.need, need)
+    return (found[0] if need[0] else None, None, None, None, *ex.unflatten(e, found[1:], need[1:]), None, None)
 
 
 torch.library.register_autograd("ngkernels::aggregate_backward", _autograd_double, setup_context=_setup_double, lib=ex.library)
@@ -123,8 +123,8 @@ def aggregate(edges: EdgeState, message: Message, reduce: Sequence[str] = ("sum"
     if unknown or not reduce or len(set(reduce)) != len(reduce):
         raise ValueError(f"aggregate: expected reduce to be different names of {', '.join(REDUCE)}, got {reduce}")
     message.check("aggregate", edges)
-    tabulate = backends.choose("aggregate", edges.weights[0].device) != "reference"
-    e = build_message(edges, message, reduce, tabulate)
-    out = torch.ops.ngkernels.aggregate(e.weights, e.xs, e.params, e.table, e.carriers, e.topology, e.program, edges.graph.num_rows, ex.compute_mode())[0]
+    compute = ex.compute_mode(backends.choose("aggregate", edges.weights[0].device))
+    e = build_message(edges, message, reduce, ex.backend_of(compute) != "reference")
+    out = torch.ops.ngkernels.aggregate(e.weights, e.xs, e.params, e.table, e.carriers, e.topology, e.program, edges.graph.num_rows, compute)[0]
     natural = tuple(r for r in REDUCE if r in reduce)
     return out if natural == reduce else out[:, [natural.index(r) for r in reduce]]

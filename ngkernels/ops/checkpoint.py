@@ -33,11 +33,11 @@ def checkpoint(edges: EdgeState, store: torch.dtype | None = None) -> EdgeState:
     if store is not None:
         values = run(edges, (), None, "identity", store, "checkpoint")
         return EdgeState(edges.graph.without_sharing(), tuple(values), Identity())
-    tabulate = backends.choose("checkpoint", edges.weights[0].device) != "reference"
-    e = build_state(edges, tabulate)
+    compute = ex.compute_mode(backends.choose("checkpoint", edges.weights[0].device))
+    e = build_state(edges, ex.backend_of(compute) != "reference")
     shapes = ev.output_shapes(edges.graph, edges.width)
     detached = _detached(edges)
-    carriers = torch.ops.ngkernels.carry(e.weights, e.xs, e.params, e.table, e.carriers, e.topology, e.program, shapes, ex.compute_mode())
+    carriers = torch.ops.ngkernels.carry(e.weights, e.xs, e.params, e.table, e.carriers, e.topology, e.program, shapes, compute)
     return replace(detached, steps=(*detached.steps, Mark(tuple(carriers))))
 
 

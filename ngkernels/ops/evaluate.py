@@ -9,6 +9,7 @@ from ..graph import DIAGONAL, NeuralGraph
 from ..reference import evaluate as reference
 from . import _cpp
 from . import expression as ex
+from .double_backward import second_derivatives
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -63,22 +64,22 @@ def _fake_backward(grads, weights, xs, params, table, carriers, topology, progra
 @torch.library.impl("ngkernels::evaluate", "CompositeExplicitAutograd", lib=ex.library)
 def _forward(weights, xs, params, table, carriers, topology, program, shapes, dtype, compute):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    if backends.choose("evaluate", params.device) == "cpp":
+    if ex.backend_of(compute) == "cpp":
         out = _fake(*e, shapes, dtype, compute)
         _cpp.evaluate(e, compute, out)
         return out
     with torch.no_grad():
-        return [t.to(DTYPES[dtype], copy=True) for t in reference.emit(*e, compute)]
+        return [t.to(DTYPES[dtype], copy=True) for t in reference.emit(*e, compute & 1)]
 
 
 @torch.library.impl("ngkernels::evaluate_backward", "CompositeExplicitAutograd", lib=ex.library)
 def _backward(grads, weights, xs, params, table, carriers, topology, program, compute, need):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    if backends.choose("evaluate", params.device) == "cpp":
+    if ex.backend_of(compute) == "cpp":
         out = ex.empty_gradients(e, need)
         _cpp.evaluate_backward([g.contiguous() for g in grads], e, compute, out)
         return out
-    return ex.reference_gradients(lambda f: reference.emit(*f, compute), e, [g.to(params.dtype) for g in grads], need)
+    return ex.reference_gradients(lambda f: reference.emit(*f, compute & 1), e, [g.to(params.dtype) for g in grads], need)
 
 
 def _setup(ctx, inputs, output):
@@ -106,12 +107,11 @@ def _setup_double(ctx, inputs, output):
 
 
 def _autograd_double(ctx, second):
-    """Through the reference: there is no kernel for the second derivative."""
     e, grads = ex.load(ctx)
     first = ctx.needs_input_grad[0]
     first = list(first) if isinstance(first, (list, tuple)) else [bool(first)] * len(grads)
     need = [*first, *ex.needs(ctx, e, 1)]
-    found = ex.double_gradients(lambda f: reference.emit(*f, ctx.compute), e, grads, ctx.need, second, need)
+    found = second_derivatives("evaluate", e, grads, second, -1, ctx.compute, ctx.need, need)
     n = len(grads)
     return ([g if k else None for g, k in zip(found[:n], first, strict=True)], *ex.unflatten(e, found[n:], need[n:]), None, None)
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from .. import backends
+
 SCHEMA = "Tensor[] weights, Tensor[] xs, Tensor params, Tensor table, Tensor[] carriers, Tensor topology, int[] program"
 library = torch.library.Library("ngkernels", "DEF")
 
@@ -37,12 +39,14 @@ class E(NamedTuple):
         return E(list(tensors[:w]), list(tensors[w : w + x]), tensors[w + x], tensors[w + x + 1], list(tensors[w + x + 2 :]), self.topology, self.program)
 
 
-def compute_mode() -> int:
-    """1 (bf16 operands, float32 accumulation) under CPU or CUDA autocast to bfloat16, else 0."""
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16:
-            return 1
-    return 0
+def compute_mode(backend: int) -> int:
+    """The `compute` argument: the backend, and whether bf16 operands are allowed (autocast to bfloat16)."""
+    low = any(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) is torch.bfloat16 for d in ("cpu", "cuda"))
+    return int(low) + 2 * backend
+
+
+def backend_of(compute: int) -> str:
+    return backends.BACKENDS[compute >> 1]
 
 
 def empty_gradients(e: E, need: list[bool]) -> list[torch.Tensor]:
@@ -81,7 +85,7 @@ def reference_gradients(forward: Callable, e: E, grads: list[torch.Tensor], need
             out.append(t.new_empty(0))
         else:
             w, g = next(it)
-            out.append(torch.zeros_like(w) if g is None else (g if create_graph else g.contiguous()))
+            out.append(torch.zeros_like(w) if g is None else (g if create_graph else g.clone()))
     return out
 
 
@@ -102,6 +106,12 @@ def unflatten(e: E, grads: list[torch.Tensor], need: list[bool]) -> tuple:
     return grads[:w], grads[w : w + x], grads[w + x], grads[w + x + 1], grads[w + x + 2 :], None, None
 
 
+def no_gradients(ctx) -> tuple:
+    """What a backward returns for (weights, xs, params, table, carriers, topology, program) when it got nothing."""
+    w, x, c = ctx.sizes
+    return [None] * w, [None] * x, None, None, [None] * c, None, None
+
+
 def save(ctx, e: E, *extra: torch.Tensor) -> None:
     """Keep the expression for backward. Carriers hold nothing: only their number is kept."""
     ctx.sizes = (len(e.weights), len(e.xs), len(e.carriers))
@@ -117,18 +127,3 @@ def load(ctx) -> tuple[E, list[torch.Tensor]]:
     carriers = [params.new_zeros(1).expand(shape) for shape in ctx.carrier_shapes]
     return E(list(saved[:w]), list(saved[w : w + x]), params, table, carriers, topology, ctx.program), list(saved[w + x + 3 :])
 
-
-def double_gradients(forward: Callable, e: E, grads: list[torch.Tensor], first_need: list[bool], second: list[torch.Tensor], need: list[bool]) -> list[torch.Tensor]:
-    """Gradients of (gradients of `forward`) with respect to (grads, the expression's tensors)."""
-    with torch.enable_grad():
-        n = len(grads)
-        leaves = [t.detach().requires_grad_(True) for t in [*grads, *e.differentiable]]
-        inner = reference_gradients(forward, e.with_tensors(leaves[n:]), leaves[:n], first_need, create_graph=True)
-        pairs = [(g, s) for g, s, f in zip(inner, second, first_need, strict=True) if f and s is not None and g.requires_grad]
-        wanted = [t for t, k in zip(leaves, need, strict=True) if k]
-        found = iter(torch.autograd.grad([g for g, _ in pairs], wanted, [s for _, s in pairs], allow_unused=True) if pairs and wanted else [None] * len(wanted))
-    out = []
-    for t, k in zip(leaves, need, strict=True):
-        g = next(found) if k else None
-        out.append((torch.zeros_like(t) if g is None else g) if k else t.new_empty(0))
-    return out

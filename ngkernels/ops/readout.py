@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import backends
-from ..edges import Affine, EdgeState, NodeTerm, _check_activation, _check_matrix
+from ..edges import Affine, EdgeState, NodeTerm, _check_activation, _check_bias, _check_matrix
 from ..program import build_state
 from . import evaluate as ev
 from . import expression as ex
@@ -51,24 +51,23 @@ def readout(
     for k, (w, b) in enumerate(mlp):
         _check_matrix(op, f"mlp[{k}] weight", w, width)
         width = w.shape[0]
-        if b is not None and tuple(b.shape) != (width,):
-            raise ValueError(f"{op}: expected mlp[{k}] bias of shape ({width},), got {tuple(b.shape)}")
-    node = None
-    if x is not None:
-        if weight_dst is None or weight_src is None:
-            raise ValueError(f"{op}: expected weight_dst and weight_src with x, got None")
-        node = NodeTerm(x, weight_dst, weight_src)
-        node.check(op, edges.graph, mlp[0][0].shape[0])
+        _check_bias(op, f"mlp[{k}] bias", b, width)
+    given = [t is not None for t in (x, weight_dst, weight_src)]
+    if any(given) and not all(given):
+        raise ValueError(f"{op}: expected x, weight_dst and weight_src together or none of them, got {sum(given)} of 3")
+    node = NodeTerm(x, weight_dst, weight_src) if x is not None else None
+    if node is not None:
+        node.check(op, edges.graph, mlp[0][0].shape[0], edges.weights[0].device)
     return run(edges, mlp, node, activation, dtype, op)
 
 
 def run(edges: EdgeState, mlp: Sequence[Affine], node: NodeTerm | None, activation: str, dtype: torch.dtype | None, op: str) -> list[torch.Tensor]:
     """The op behind `readout` and a stored checkpoint (an empty mlp)."""
-    tabulate = backends.choose(op, edges.weights[0].device) != "reference"
-    e = build_state(edges, tabulate, mlp, node, activation)
+    compute = ex.compute_mode(backends.choose(op, edges.weights[0].device))
+    e = build_state(edges, ex.backend_of(compute) != "reference", mlp, node, activation)
     dtype = e.params.dtype if dtype is None else dtype
     if dtype not in ev.DTYPES:
         raise TypeError(f"{op}: expected dtype float32, bfloat16, float16 or float64, got {dtype}")
     shapes = ev.output_shapes(edges.graph, e.program[3])
-    return torch.ops.ngkernels.evaluate(e.weights, e.xs, e.params, e.table, e.carriers, e.topology, e.program, shapes, ev.DTYPES.index(dtype), ex.compute_mode())
+    return torch.ops.ngkernels.evaluate(e.weights, e.xs, e.params, e.table, e.carriers, e.topology, e.program, shapes, ev.DTYPES.index(dtype), compute)
 

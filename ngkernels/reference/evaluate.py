@@ -26,7 +26,8 @@ def rows_of(topology: torch.Tensor) -> list[dict[str, int]]:
 class EdgeList:
     """Indices and raw features of all edges of a table's rows, [E] and [E, C], row by row, copy by copy, source-major."""
 
-    def __init__(self, weights: list[torch.Tensor], topology: torch.Tensor, device: torch.device):
+    def __init__(self, weights: list[torch.Tensor], topology: torch.Tensor, like: torch.Tensor, channels: int):
+        device = like.device
         self.rows = rows_of(topology)
         self.n_weights = len(weights)
         self.sizes: list[int] = []
@@ -44,9 +45,8 @@ class EdgeList:
             pieces["weight"].append(torch.full((n,), row["weight"], device=device))
             self.sizes.append(n)
         empty = torch.zeros(0, dtype=torch.int64, device=device)
-        channels = weights[0].shape[-1] if weights else 1
         self.src, self.dst, self.out, self.variant, self.weight = (torch.cat([empty, *pieces[k]]) for k in ("src", "dst", "out", "variant", "weight"))
-        self.raw = torch.cat(pieces["raw"]) if self.rows else weights[0].new_zeros(0, channels)
+        self.raw = torch.cat(pieces["raw"]) if self.rows else like.new_zeros(0, channels)
 
     def _block(self, row, weights, device):
         n_src, n_dst, copies = row["n_src"], row["n_dst"], row["copies"]
@@ -181,7 +181,7 @@ class Evaluator:
 
 def emit(weights, xs, params, table, carriers, topology, program, compute) -> list[torch.Tensor]:
     """e_ij (or a small MLP of it) for every edge: one tensor for each block (copies, n_src, n_dst, n); packed: one [E, n]."""
-    edges = EdgeList(weights, topology, weights[0].device)
+    edges = EdgeList(weights, topology, params, program[prog.HEADER + 2])
     value, _ = Evaluator(edges, xs, params, table, carriers, program, compute).run()
     pieces = value.split(edges.sizes)
     if edges.rows and edges.rows[0]["emit_offset"] >= 0:
@@ -196,7 +196,7 @@ def emit(weights, xs, params, table, carriers, topology, program, compute) -> li
 
 def messages(weights, xs, params, table, carriers, topology, program, compute) -> tuple[torch.Tensor, EdgeList]:
     """Messages [E, F] and their edges."""
-    edges = EdgeList(weights, topology, weights[0].device)
+    edges = EdgeList(weights, topology, params, program[prog.HEADER + 2])
     e, q = Evaluator(edges, xs, params, table, carriers, program, compute).run()
     combine, width = program[2], program[3]
     if combine == prog.PLAIN:

@@ -13,6 +13,7 @@ from ngkernels.nn import diagonal_graph
 from .backbone import ACTIVATIONS, Backbone, in_degree_histogram
 from .checks import CHECK_FINITE, check_batch, check_finite, check_graph, check_layout, check_tensors
 from .embedding import GraphEmbedding
+from .from_reference import load as load_reference
 from .memory import EdgeMemory
 from .norms import NORMS
 from .pooling import Pooling
@@ -124,9 +125,7 @@ class NGGNN(nn.Module):
         Raises:
             ValueError: tensors missing, left over or of the wrong shape. NotImplementedError: an option this model lacks.
         """
-        from .from_reference import load
-
-        return load(cls, state_dict, config, options)
+        return load_reference(cls, state_dict, config, options)
 
     def graph(self, batch_size: int) -> NeuralGraph:
         """The neural graph of `batch_size` networks of the layout. Kept: call it once before torch.compile(fullgraph=True)."""

@@ -29,6 +29,7 @@ class ClassifierConfig:
     num_layers: int = 4
     fourier_features: int = 32
     fourier_sigma: float = 0.5
+    pooling: str = "cat"
     augment: bool = True
     motion: PictureMotion = field(default_factory=PictureMotion)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -56,7 +57,7 @@ def build_model(config: ClassifierConfig, layout: tuple[int, ...], classes: int)
             fourier_features=config.fourier_features,
             fourier_sigma=config.fourier_sigma,
             norm="layer",
-            pooling="cat",
+            pooling=config.pooling,
             edge_memory="recompute",
         )
 

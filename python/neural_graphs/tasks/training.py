@@ -60,6 +60,10 @@ class Progress:
     steps_per_second: float
 
 
+class Interrupted(RuntimeError):
+    """Work was stopped on request after saving its state; the message says where it stands."""
+
+
 class StopRequest:
     """Turns SIGINT and SIGTERM into a flag while it is entered, so that a step in hand can finish; a second signal interrupts at once."""
 

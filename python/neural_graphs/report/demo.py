@@ -1,0 +1,293 @@
+"""The demo, stage by stage: fit networks to real pictures, train NG-GNN on their weights, compare, measure a large step, report.
+
+Results of a finished stage are kept in `<out>/results.json` with the configuration that made them, and used again when a run with
+the same configuration continues.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from rich.console import Console
+
+from ..data import (
+    DigitConfig,
+    InrSet,
+    PictureConfig,
+    SirenConfig,
+    digit_inrs,
+    digit_splits,
+    load_digit_pictures,
+    load_picture,
+    picture_inr,
+    pixel_grid,
+    siren_forward,
+)
+from ..data.sources import available_cores
+from ..data.storage import read_json, write_bytes, write_json
+from ..tasks.baselines import MlpConfig, bounds, run_baseline, weight_baselines
+from ..tasks.inr_classification import ClassifierConfig, train_classifier
+from ..tasks.training import Interrupted, StopRequest, TrainConfig
+from . import large_step, page, plots
+from .progress import ProgressLine
+
+FORMAT = 1
+TITLES = {"cpp": "fused C++ kernels", "reference": "eager PyTorch"}
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Everything that determines a demo run."""
+
+    out: Path
+    cache: Path
+    device: str = "cpu"
+    fresh: bool = False
+    digits: DigitConfig = field(default_factory=DigitConfig)
+    picture: PictureConfig = field(default_factory=PictureConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    baselines: MlpConfig = field(default_factory=MlpConfig)
+    repeats: int = 3
+
+
+def smoke(config: DemoConfig) -> DemoConfig:
+    """Returns the same demo in miniature: every stage runs, in less than a minute; its accuracy means nothing."""
+    train = replace(config.classifier.train, steps=min(config.classifier.train.steps, 60), batch=32, eval_every=20, warmup=10)
+    picture_siren = replace(config.picture.siren, layout=(2, 64, 128, 3), steps=40)
+    return replace(
+        config,
+        digits=replace(config.digits, images=60, per_image=4, chunk=120, siren=replace(config.digits.siren, steps=60)),
+        picture=replace(config.picture, siren=picture_siren),
+        classifier=replace(config.classifier, train=train),
+        baselines=replace(config.baselines, steps=40, batch=64),
+        repeats=1,
+    )
+
+
+class Demo:
+    """Runs the stages in order; `results` collects plain numbers, `figures` the PNGs."""
+
+    def __init__(self, config: DemoConfig, console: Console):
+        self.config, self.console = config, console
+        self.path = config.out / "results.json"
+        self.results: dict[str, Any] = {"format": FORMAT, "machine": machine(config.device), "stages": {}, "seconds": {}}
+        if not config.fresh and self.path.exists():
+            saved = read_json(self.path)
+            if saved.get("format") == FORMAT:
+                self.results = {**saved, "machine": self.results["machine"]}
+
+    def run(self) -> dict[str, Any]:
+        """Runs what is not done yet and writes the report.
+
+        Returns:
+            The results: data, training, baselines, large, seconds.
+
+        Raises:
+            Interrupted: after SIGINT or SIGTERM while training; everything is saved.
+            DataError, ngkernels' errors: one clear sentence each.
+        """
+        networks, picture = self._networks(), self._picture()
+        sets = digit_splits(networks, self.config.digits.seed)
+        with StopRequest() as stop:
+            training = self._stage("training", self._training_identity(), lambda: self._train(sets, stop))
+            baselines = self._stage("baselines", self._baseline_identity(), lambda: self._baselines(sets, stop))
+        large = self._stage("large step", self._large_identity(), self._large_step)
+        results = {
+            "machine": self.results["machine"],
+            "data": self._describe_data(networks, sets),
+            "training": training,
+            "baselines": baselines,
+            "large": large,
+            "seconds": self.results["seconds"],
+        }
+        self._write_report(results, sets, picture)
+        return results
+
+    # ------------------------------------------------------------------------------------------------------------ stages
+
+    def _stage(self, name: str, identity: dict, work: Callable[[], Any]) -> Any:
+        """Returns the saved result of a stage, or does the work and saves it."""
+        saved = self.results["stages"].get(name)
+        if saved is not None and saved["identity"] == identity:
+            return saved["result"]
+        begin = time.monotonic()
+        result = work()
+        self.results["stages"][name] = {"identity": identity, "result": result}
+        self.results["seconds"][name] = result["seconds"] if name == "training" else time.monotonic() - begin
+        write_json(self.path, self.results)
+        return result
+
+    def _networks(self) -> InrSet:
+        begin, config = time.monotonic(), self.config.digits
+        with ProgressLine(self.console, "fit digit networks", config.total) as line:
+            missing: list[int] = []
+
+            def progress(done: int, total: int) -> None:
+                missing.append(total - done)
+                if missing[0]:
+                    line.update(done)
+
+            networks = digit_inrs(config, self.config.cache, progress=progress)
+        if missing[0]:
+            self.results["seconds"]["fit"] = time.monotonic() - begin
+        else:
+            self.console.print(f"{len(networks):,} digit networks from the cache {self.config.cache}", highlight=False, soft_wrap=True)
+        return networks
+
+    def _picture(self) -> InrSet:
+        with ProgressLine(self.console, "fit the large network", self.config.picture.siren.steps) as line:
+            return picture_inr(self.config.picture, self.config.cache, lambda done, total: line.update(done))
+
+    def _train(self, sets: dict[str, InrSet], stop: StopRequest) -> dict[str, Any]:
+        config = self.config.classifier
+        checkpoint = self.config.out / "checkpoint.pt"
+        with ProgressLine(self.console, f"train {config.model}", config.train.steps) as line:
+            trainer, finished = train_classifier(
+                sets,
+                config,
+                self.config.digits.describe(),
+                checkpoint,
+                self.config.device,
+                resume=not self.config.fresh,
+                on_step=lambda p: line.update(p.step, f"loss {p.loss:.3f}, accuracy {100 * p.accuracy:.0f} %, {p.steps_per_second:.0f} steps/s"),
+                stop=stop,
+            )
+        if not finished:
+            raise Interrupted(f"stopped after step {trainer.step} of {config.train.steps}; the state is in {checkpoint}")
+        last = trainer.history[-1]
+        self.console.print(
+            f"test accuracy {last['test_accuracy']:.1f} % (standard error {last['test_standard_error']:.1f})", highlight=False, soft_wrap=True
+        )
+        speed = trainer.step / max(trainer.seconds, 1e-9)
+        return {"history": trainer.history, "seconds": trainer.seconds, "steps_per_second": speed}
+
+    def _baselines(self, sets: dict[str, InrSet], stop: StopRequest) -> list[dict[str, Any]]:
+        config, found = self.config.baselines, []
+        pictures, _ = load_digit_pictures()
+        todo = weight_baselines(self.config.classifier.motion) + bounds(pictures)
+        with ProgressLine(self.console, "train comparisons", len(todo) * config.steps) as line:
+            for index, baseline in enumerate(todo):
+                result = run_baseline(
+                    baseline, sets, config, lambda done, _: line.update(index * config.steps + done, baseline.title), stop
+                )
+                if result is None:
+                    raise Interrupted("stopped while training the comparisons; the trained model is saved")
+                found.append(result)
+        return found
+
+    def _large_step(self) -> dict[str, Any]:
+        """Measures one step with fused kernels and, where it fits in memory, with eager PyTorch."""
+        path = self.config.picture.path(self.config.cache)
+        layout = self.config.picture.siren.layout
+        edges = sum(a * b for a, b in zip(layout[:-1], layout[1:]))
+        measured, notes = [], []
+        available, needed = large_step.available_memory(), edges * large_step.EAGER_BYTES_PER_EDGE + (1 << 29)
+        with ProgressLine(self.console, "measure a large step", 2) as line:
+            for done, backend in enumerate(("cpp", "reference")):
+                line.update(done, TITLES[backend])
+                if backend == "reference" and available is not None and available < needed:
+                    notes.append(f"Eager PyTorch was not run: it may need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free.")
+                    continue
+                try:
+                    entry = large_step.measure(path, backend, self.config.repeats if backend == "cpp" else 1)
+                except large_step.MeasurementError as error:
+                    notes.append(f"{TITLES[backend]} was not measured: {error}.")
+                    continue
+                entry["title"] = TITLES[backend]
+                entry["bytes_per_edge"] = entry["peak_bytes"] / entry["edges"]
+                entry["seconds_per_million_edges"] = entry["seconds"] / entry["edges"] * 1e6
+                measured.append(entry)
+            line.update(2)
+        return {"layout": list(layout), "edges": edges, "measured": measured, "notes": notes}
+
+    # -------------------------------------------------------------------------------------------------------- identities
+
+    def _training_identity(self) -> dict:
+        return {"data": self.config.digits.describe(), "classifier": asdict(self.config.classifier), "device": self.config.device}
+
+    def _baseline_identity(self) -> dict:
+        motion = asdict(self.config.classifier.motion)
+        return {"data": self.config.digits.describe(), "mlp": asdict(self.config.baselines), "motion": motion}
+
+    def _large_identity(self) -> dict:
+        return {"picture": self.config.picture.describe(), "repeats": self.config.repeats, "threads": torch.get_num_threads()}
+
+    # ------------------------------------------------------------------------------------------------------------ report
+
+    def _describe_data(self, networks: InrSet, sets: dict[str, InrSet]) -> dict[str, Any]:
+        return {
+            "networks": len(networks),
+            "layout": list(networks.layout),
+            "pictures": self.config.digits.images,
+            "psnr_median": float(networks.psnr.median()),
+            "psnr_low": float(networks.psnr.quantile(0.05)),
+            "split": {name: len(part.images.unique()) for name, part in sets.items()},
+            "shared_init": self.config.digits.shared_init,
+        }
+
+    def _write_report(self, results: dict[str, Any], sets: dict[str, InrSet], picture: InrSet) -> None:
+        figures = {
+            "accuracy": plots.accuracy_curve(results["training"]["history"], results["baselines"], "Naming a digit from the weights of its network"),
+            "reconstructions": self._digits_figure(sets["test"]),
+            "picture": self._picture_figure(picture),
+        }
+        if results["large"]["measured"]:
+            figures["cost"] = plots.step_cost(results["large"]["measured"])
+        names = {name: f"plots/{name}.png" for name in figures}
+        for name, png in figures.items():
+            write_bytes(self.config.out / names[name], png)
+        write_bytes(self.config.out / "report.html", page.page(results, figures).encode())
+        write_bytes(self.config.out / "report.md", page.markdown(results, names).encode())
+
+    def _digits_figure(self, test: InrSet) -> bytes:
+        chosen = []
+        for label in test.labels.unique().tolist():  # the network of median quality of each class
+            members = (test.labels == label).nonzero().flatten()
+            chosen.append(int(members[test.psnr[members].argsort()[len(members) // 2]]))
+        shown = test.select(torch.tensor(chosen))
+        drawn = siren_forward(shown.weights, shown.biases, pixel_grid(8, 8)).reshape(-1, 8, 8)
+        fine = siren_forward(shown.weights, shown.biases, pixel_grid(64, 64)).reshape(-1, 64, 64)
+        pictures = load_digit_pictures()[0][shown.images]
+        return plots.reconstructions(pictures, drawn, fine, shown.labels.tolist(), shown.psnr.tolist())
+
+    def _picture_figure(self, network: InrSet) -> bytes:
+        config = self.config.picture
+        drawn = siren_forward(network.weights, network.biases, pixel_grid(config.height, config.width)).reshape(config.height, config.width, 3)
+        return plots.picture_comparison(load_picture(config), drawn, float(network.psnr[0]), network.layout)
+
+
+def machine(device: str) -> str:
+    """Returns one line that says where the figures were measured."""
+    from ngkernels import backends
+
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    if device != "cpu":
+        processor = torch.cuda.get_device_name(device)
+    return f"{processor}, {available_cores()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, kernels: {backends.isa()}"
+
+
+def make_config(
+    out: Path, cache: Path, steps: int, seed: int, device: str, model: str, fresh: bool, bf16: bool, small: bool, siren: SirenConfig | None = None
+) -> DemoConfig:
+    """Returns the demo's configuration from the options of the command line."""
+    train = TrainConfig(steps=steps, seed=seed, bf16=bf16, eval_every=max(1, min(500, steps // 16)))
+    config = DemoConfig(
+        out=out,
+        cache=cache,
+        device=device,
+        fresh=fresh,
+        digits=DigitConfig(siren=siren or SirenConfig()),
+        classifier=ClassifierConfig(model=model, train=train),
+        baselines=MlpConfig(seed=seed),
+    )
+    return smoke(config) if small else config
