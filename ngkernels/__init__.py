@@ -4,6 +4,7 @@ from . import encoders
 from .backends import use_backend
 from .edges import EdgeState, Message, NodeTerm
 from .graph import Block, NeuralGraph
+from .ops import table_basis as _table_basis  # noqa: F401  registers the op
 from .ops.aggregate import aggregate
 from .ops.checkpoint import checkpoint
 from .ops.readout import readout

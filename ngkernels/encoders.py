@@ -25,7 +25,8 @@ class Fourier:
 
     frequencies b [m, C] (frozen), weight [D, 2m], bias [D]. With one channel and enough edges the map
     w -> e0 is tabulated: quintic Hermite on a grid of step 2^-k, built from `frequencies` in float64;
-    `table_range` is the largest |w| in the table (None: measured; under torch.compile, 2.0).
+    `table_range` is the largest |w| in the table (None: measured; under torch.compile, 2.0), `step` is k (None: from
+    the frequencies, which reads them: give it under torch.compile, or every edge is evaluated directly).
 
     Reference: Tancik et al., NeurIPS 2020, as used by Kofinas et al., ICLR 2024.
     """
@@ -36,6 +37,7 @@ class Fourier:
     reciprocal: bool = False
     table_range: float | None = None
     table: str = "auto"  # "auto" | "always" | "never"
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,13 @@ _basis_cache: dict = {}
 
 
 def table_basis(frequencies: torch.Tensor, direction: int | None, k: int, half: int, dtype: torch.dtype) -> torch.Tensor:
+    """As `grid_basis`; an op under torch.compile, which must not see the cache."""
+    if torch.compiler.is_compiling():
+        return torch.ops.ngkernels.table_basis(frequencies, -1 if direction is None else direction, k, half, dtype)
+    return grid_basis(frequencies, direction, k, half, dtype)
+
+
+def grid_basis(frequencies: torch.Tensor, direction: int | None, k: int, half: int, dtype: torch.dtype) -> torch.Tensor:
     """[nodes, 3, 2m]: Fourier features, h times their first and h^2 times their second derivative at the grid's nodes.
 
     `direction`: None, or that of a reciprocal encoder. Depends on the frozen frequencies only, so it is kept

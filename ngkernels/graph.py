@@ -152,7 +152,7 @@ class NeuralGraph:
         Raises:
             ValueError: fewer than two layers, or a width below 1.
         """
-        layout = tuple(layout)
+        layout = tuple(d if isinstance(d, float) else int(d) for d in layout)
         if len(layout) < 2:
             raise ValueError(f"NeuralGraph.mlp: expected a layout of at least 2 layers, got {layout}")
         blocks = [Block(DENSE, k, k + 1, k) for k in range(len(layout) - 1)]

@@ -96,7 +96,7 @@ class _Builder:
         maps = [expansion(channels, d, edges.weights[0]).to(self.dtype) for d in range(self.directions)] if enc.reciprocal else None
         if isinstance(enc, Fourier):
             frequencies = [enc.frequencies.to(self.dtype) @ m for m in maps] if maps else [enc.frequencies]
-            self.features = (self.put(torch.stack(frequencies)), enc)  # emitted with the first linear map
+            self.features = (self.put(frequencies[0] if len(frequencies) == 1 else torch.stack(frequencies)), enc)  # emitted with the first linear map
             self.pending = (enc.weight.to(self.dtype), enc.bias.to(self.dtype))
             self.width = enc.weight.shape[1]
             return
@@ -119,7 +119,7 @@ class _Builder:
         table = self.tabulated(enc, channels, w)
         if table is not None:
             self.table = table
-            self.emit(TABLE, m, n_out, weight, bias, node, arg0=table_step(enc.frequencies), arg1=offset)
+            self.emit(TABLE, m, n_out, weight, bias, node, arg0=self.step_of(enc), arg1=offset)
             return
         self.emit(FOURIER, channels, 2 * m, offset)
         self.emit(LIN, 2 * m, n_out, weight, bias, node)
@@ -133,19 +133,30 @@ class _Builder:
             return None
         edges = self.edges
         first = edges.steps[0] if edges.steps else None
-        if id(first) in edges.tables:
-            return edges.tables[id(first)][1]
-        k = table_step(enc.frequencies)
+        shared = edges.tables.setdefault("shared", [])
+        for step, table in shared:
+            if step is first:
+                return table
+        k = self.step_of(enc)
+        if k is None:
+            return None
         if "half" not in edges.tables:
             edges.tables["half"] = table_half(edges.weights, edges.affine, k, enc.table_range)
         half = edges.tables["half"]
-        if enc.table == "auto" and edges.graph.live_edges < 4 * half:  # 2 half nodes: fewer than 2 edges a node
+        if enc.table == "auto" and edges.graph.live_edges < half:  # fewer than one edge for two nodes
             return None
         directions = range(self.directions) if enc.reciprocal else [None]
-        table = torch.stack([table_basis(enc.frequencies, d, k, half, self.dtype) @ w.T for d in directions])
+        tables = [table_basis(enc.frequencies, d, k, half, self.dtype) @ w.T for d in directions]
+        table = tables[0][None] if len(tables) == 1 else torch.stack(tables)
         if first is not None:
-            edges.tables[id(first)] = (first, table)  # with its step: the id stays taken
+            shared.append((first, table))
         return table
+
+    @staticmethod
+    def step_of(enc: Fourier) -> int | None:
+        if enc.step is not None or torch.compiler.is_compiling():
+            return enc.step
+        return table_step(enc.frequencies)
 
     # ---- steps ----
     def linear(self, w: torch.Tensor, b: torch.Tensor | None, node: NodeTerm | None = None) -> None:

@@ -6,8 +6,9 @@ A `Sample` names the networks, the encoder, the updates, the message and the pol
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import oracle as plain
 import torch
@@ -262,3 +263,21 @@ def run_engine(s: Sample, t: Tensors, backend: str, wanted: set[str] | None = No
 
 def run_oracle(s: Sample, t: Tensors, low: bool = False) -> Tensors:
     return run(lambda live: oracle(s, live, low), t)
+
+
+@lru_cache
+def float64_oracle(s: Sample) -> Tensors:
+    return run_oracle(s, leaves(s))
+
+
+@lru_cache
+def float32_oracle(s: Sample) -> tuple[Tensors, Tensors]:
+    """Of the leaves rounded to float32: the truth in float64, and what plain PyTorch makes of it in float32."""
+    t = cast(leaves(s), torch.float32)
+    return run_oracle(s, cast(t, torch.float64)), run_oracle(s, t)
+
+
+def named(samples: Iterable[Sample]) -> dict:
+    """Arguments of pytest.mark.parametrize."""
+    samples = tuple(samples)
+    return {"argvalues": samples, "ids": [s.name for s in samples]}

@@ -119,12 +119,21 @@ class Engine {
       Arena measure, arena;
       layout(measure, w);
       arena.base = static_cast<char*>(scratch(1, measure.used));
-      std::memset(arena.base, 0, measure.used);
       layout(arena, w);
+      clear_worker(w);
       for (int d = 0; d < 2; ++d) w.table_low[d] = call.table_nodes, w.table_high[d] = 0;
       ready[static_cast<size_t>(k)] = 1;
     }
     return w;
+  }
+
+  // Padding must not hold what an earlier call left (denormal numbers are slow), gradients of the table start at 0.
+  void clear_worker(Worker<V>& w) {
+    const size_t tile = static_cast<size_t>(row_blocks<V>(prepared.tile));
+    for (size_t k = 0; k < prepared.steps.size(); ++k) std::memset(w.out[k], 0, sizeof(T) * tile * prepared.steps[k].ld);
+    if (!backward) return;
+    for (T* g : w.g) std::memset(g, 0, sizeof(T) * tile * prepared.max_ld);
+    if (w.table) std::memset(w.table, 0, sizeof(T) * call.directions * call.table_nodes * TABLE_LINES * prepared.table_ld);
   }
 
   int edge_register() const { return call.combine == PLAIN || call.combine == EMIT ? static_cast<int>(prepared.steps.size()) - 1 : call.message_start - 1; }

@@ -38,6 +38,15 @@ class GaussianEncoding(nn.Module):
     def __init__(self, channels: int, features: int = 128, sigma: float = 3.0):
         super().__init__()
         self.b = nn.Parameter(torch.randn(features, channels) * sigma, requires_grad=False)
+        self._step = (self.b._version, encoders.table_step(self.b))
+        self.register_load_state_dict_post_hook(lambda module, _: module.step)
+
+    @property
+    def step(self) -> int:
+        """Grid step of the tabulated encoder (encoders.Fourier): read from the frequencies once for each change of them."""
+        if not torch.compiler.is_compiling() and self._step[0] != self.b._version:
+            self._step = (self.b._version, encoders.table_step(self.b))
+        return self._step[1]
 
     def forward(self, v: torch.Tensor) -> torch.Tensor:
         """gamma(v), [..., 2 features], of v [..., channels]: plain PyTorch, for values that are few."""
@@ -94,7 +103,7 @@ class Encoder(nn.Sequential):
             w, b = maps[-1]
             maps[-1] = (out.weight @ w, torch.addmv(out.bias, out.weight, b))
         if self.kind == "fourier":
-            first = encoders.Fourier(self[0].b, *maps[0], reciprocal=self.reciprocal)
+            first = encoders.Fourier(self[0].b, *maps[0], reciprocal=self.reciprocal, step=self[0].step)
         else:
             first = encoders.Linear(*maps[0], reciprocal=self.reciprocal)
         state = EdgeState(graph, weights, first, affine)

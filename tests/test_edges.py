@@ -1,0 +1,183 @@
+"""EdgeState: an immutable expression over tensors of any strides; it computes nothing until a consumer asks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from compare import assert_bitwise, assert_close
+from oracle import mlp
+from sample_list import PLAIN, REVERSED
+from samples import cast, coefficients, edge_state, engine, leaves, message_of, run, run_engine
+
+import ngkernels as ngk
+from ngkernels import encoders
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# ---- any strides ----
+def transposed(w: torch.Tensor) -> torch.Tensor:
+    """As the (out, in) parameter of a Linear layer."""
+    return w.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def offset(w: torch.Tensor) -> torch.Tensor:
+    """A view into a larger buffer that starts in its middle."""
+    buffer = torch.full((w.numel() + 7,), torch.nan, dtype=w.dtype)
+    buffer[5 : 5 + w.numel()] = w.flatten()
+    return buffer[5 : 5 + w.numel()].view(w.shape)
+
+
+def sliced(w: torch.Tensor) -> torch.Tensor:
+    """Every second row and third column of a larger matrix."""
+    big = torch.full((w.shape[0], 2 * w.shape[1], 3 * w.shape[2], w.shape[3] + 1), torch.nan, dtype=w.dtype)
+    big[:, ::2, 1::3, :-1] = w
+    return big[:, ::2, 1::3, :-1]
+
+
+def channels_first(w: torch.Tensor) -> torch.Tensor:
+    """As a convolution's weight: channels in front."""
+    return w.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)
+
+
+LAYOUTS = (transposed, offset, sliced, channels_first)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("changes", [{}, {"networks": REVERSED, "reciprocal": True}, {"memory": ("virtual", None)}, {"encoder": "fourier", "table": "always"}], ids=["plain", "reversed", "virtual", "table"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strided_weights_are_read_in_place(layout, changes: dict, dtype: torch.dtype, backend: str):
+    sample = PLAIN.but("strided", channels=1 if "table" in changes else 3, **changes)
+    t = cast(leaves(sample), torch.float32, dtype)
+    wanted = run_engine(sample, t, backend)
+    strided = {name: layout(v) if name.startswith("weights.") else v for name, v in t.items()}
+    assert not strided["weights.1"].is_contiguous() or layout is offset
+    with ngk.use_backend(backend):
+        live = {name: v.detach().requires_grad_() for name, v in strided.items()}
+        assert all(live[n].data_ptr() == strided[n].data_ptr() for n in live)
+        found = run_in_place(sample, live)
+    assert_bitwise(found, wanted)
+
+
+def run_in_place(sample, live):
+    """samples.run on these very tensors: a clone would lose their strides."""
+    outputs = engine(sample, live)
+    loss = sum((o * c).sum() for o, c in zip(outputs, coefficients(outputs), strict=True))
+    grads = torch.autograd.grad(loss, list(live.values()), allow_unused=True)
+    result = {f"out.{k}": o.detach() for k, o in enumerate(outputs)}
+    return {**result, **{f"grad.{n}": torch.zeros_like(v) if g is None else g for (n, v), g in zip(live.items(), grads, strict=True)}}
+
+
+def test_expanded_weights(backend: str):
+    """One network, seen as three copies: stride 0 in the batch; the gradient of the one adds up."""
+    many = PLAIN.but("many", networks=(mlp(2, 5, 3, copies=3),))
+    t = leaves(many)
+    for k in range(2):
+        t[f"weights.{k}"] = t[f"weights.{k}"][:1]
+    with ngk.use_backend(backend):
+        found, wanted = (
+            run(lambda live, view=view: engine(many, {n: view(v) if n.startswith("weights.") else v for n, v in live.items()}), t)
+            for view in (lambda v: v.expand(3, -1, -1, -1), lambda v: torch.cat([v] * 3))
+        )
+    assert_close(found, wanted, 1e-13)
+
+
+def test_expanded_leaf_weights(backend: str):
+    """A leaf with stride 0 gets a gradient of its full shape."""
+    sample = PLAIN.but("many", networks=(mlp(2, 5, 3, copies=3),))
+    t = leaves(sample)
+    for k in range(2):
+        t[f"weights.{k}"] = t[f"weights.{k}"][:1].expand(3, -1, -1, -1)
+    with ngk.use_backend(backend):
+        found = run_in_place(sample, {n: v.detach().requires_grad_() for n, v in t.items()})
+    assert_bitwise(found, run_engine(sample, t, backend))
+
+
+def test_node_states_and_matrices_of_any_strides(backend: str):
+    t = cast(leaves(PLAIN), torch.float32)
+    wanted = run_engine(PLAIN, t, backend)
+    strided = {n: v.T.contiguous().T if v.dim() == 2 else v for n, v in t.items()}
+    strided["x"] = torch.stack([t["x"], torch.full_like(t["x"], torch.nan)], 1)[:, 0]
+    strided["x0"] = torch.stack([t["x0"], torch.full_like(t["x0"], torch.nan)], 2)[..., 0]
+    assert not any(strided[n].is_contiguous() for n in ("x", "x0", "message.edge.weight"))
+    with ngk.use_backend(backend):
+        found = run_in_place(PLAIN, {n: v.detach().requires_grad_() for n, v in strided.items()})
+    assert_close(found, wanted, 1e-6)
+
+
+def test_a_matrix_is_one_network_with_one_channel(backend: str):
+    """2-D weights (n_src, n_dst), as the transposed weight of a Linear layer."""
+    modules = [torch.nn.Linear(2, 5), torch.nn.Linear(5, 3)]
+    graph, encoder = ngk.NeuralGraph.mlp([2, 5, 3]), encoders.Linear(torch.randn(4, 1), torch.randn(4))
+    x = torch.randn(10, 6)
+    message = ngk.Message.film(x, torch.randn(6, 4), torch.randn(6), torch.randn(3, 6), torch.randn(3, 6))
+    views = [m.weight.T for m in modules]
+    with ngk.use_backend(backend):
+        found = ngk.aggregate(ngk.EdgeState(graph, views, encoder), message, ("mean", "std"))
+        wanted = ngk.aggregate(ngk.EdgeState(graph, [w.detach().contiguous()[None, :, :, None] for w in views], encoder), message, ("mean", "std"))
+        found.sum().backward()
+    assert torch.equal(found, wanted)
+    assert all(m.weight.grad is not None and m.weight.grad.shape == m.weight.shape for m in modules)
+
+
+# ---- the description ----
+def test_states_are_immutable_and_computed_later():
+    e = edge_state(PLAIN, leaves(PLAIN))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        e.width = 3
+    assert len(e.steps) == len(PLAIN.residual) and e.width == PLAIN.width
+    assert len(e.restrict(-1).steps) == len(e.steps) and e.graph.rows is None
+    assert e.then("relu", torch.zeros(9, PLAIN.width)).width == 9
+
+
+def test_weights_are_not_copied():
+    t = leaves(PLAIN)
+    e = edge_state(PLAIN, t)
+    assert [w.data_ptr() for w in e.weights] == [t["weights.0"].data_ptr(), t["weights.1"].data_ptr()]
+
+
+def test_statistics_scale_and_shift_each_tensor(backend: str):
+    """(scale w + shift) by the engine equals weights prepared by hand, and the gradient carries the scale."""
+    sample = PLAIN.but("affine", affine=True)
+    t, (scale, shift) = leaves(sample), sample.scales
+    prepared = {**t, **{f"weights.{k}": t[f"weights.{k}"] * scale[k] + shift[k] for k in range(2)}}
+    wanted = run_engine(PLAIN, prepared, backend)
+    for k in range(2):
+        wanted[f"grad.weights.{k}"] *= scale[k]
+    assert_close(run_engine(sample, t, backend), wanted, 1e-12)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_pair_of_statistics_for_packed_weights(packed: bool, backend: str):
+    graph = ngk.NeuralGraph.batch([ngk.NeuralGraph.mlp([2, 3])] * 2, packed=packed)
+    weights = [torch.randn(1, 2, 3, 1) for _ in range(2)]
+    affine = ((2.0,), (1.0,)) if packed else ((2.0, 2.0), (1.0, 1.0))
+    with ngk.use_backend(backend):
+        e = ngk.EdgeState(graph, graph.pack(weights) if packed else weights, encoders.Identity(), affine)
+        values = torch.cat([v.flatten() for v in ngk.readout(e, [(torch.eye(1), None)])])
+    torch.testing.assert_close(values, 2 * torch.cat([w.flatten() for w in weights]) + 1)
+
+
+def test_reciprocal_features_are_own_reverse_and_sum(backend: str):
+    graph = ngk.NeuralGraph.mlp([2, 3], reverse=True)
+    w = torch.randn(1, 2, 3, 1)
+    with ngk.use_backend(backend):
+        forward, backward = ngk.readout(ngk.EdgeState(graph, [w], encoders.Identity(reciprocal=True)), [(torch.eye(3), None)])
+    none = torch.zeros_like(w)
+    assert torch.equal(forward, torch.cat([w, none, w], -1))
+    assert torch.equal(backward, torch.cat([none, w, w], -1).transpose(1, 2))
+
+
+def test_tables_are_shared_by_the_consumers_of_a_state():
+    """One table for all that follows a state's first update."""
+    sample = PLAIN.but("table", encoder="fourier", table="always", residual=(False, False))
+    t = cast(leaves(sample), torch.float32)
+    with ngk.use_backend("cpp"):
+        e = edge_state(sample, t)
+        ngk.aggregate(e, message_of(sample, t))
+        tables = dict(e.tables)
+        ngk.aggregate(e.restrict(-1), message_of(sample, t))
+        ngk.readout(e, [(torch.eye(sample.width), None)])
+    assert e.tables.keys() == tables.keys() and all(e.tables[k] is tables[k] for k in tables)
