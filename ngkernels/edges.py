@@ -100,8 +100,8 @@ def _encoder_width(encoder, channels: int) -> int:
         return expanded
     columns = expanded
     if isinstance(encoder, Fourier):
-        if encoder.table not in ("auto", "always", "never"):
-            raise ValueError(f"{op}: expected encoder.table to be auto, always or never, got {encoder.table!r}")
+        if encoder.table not in ("auto", "never"):
+            raise ValueError(f"{op}: expected encoder.table to be auto or never, got {encoder.table!r}")
         _check_matrix(op, "encoder.frequencies", encoder.frequencies, expanded)
         if encoder.frequencies.requires_grad:
             raise NotImplementedError(f"{op}: gradients of encoder.frequencies are not available (they are frozen in Gaussian Fourier features); detach them")

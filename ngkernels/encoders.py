@@ -23,8 +23,8 @@ class Linear:
 class Fourier:
     """e0 = weight [cos(2 pi b w), sin(2 pi b w)] + bias: Gaussian Fourier features and a linear map.
 
-    frequencies b [m, C] (frozen), weight [D, 2m], bias [D]. With one channel and enough edges the map
-    w -> e0 is tabulated: quintic Hermite on a grid of step 2^-k, built from `frequencies` in float64;
+    frequencies b [m, C] (frozen), weight [D, 2m], bias [D]. With one channel the map w -> e0 is tabulated
+    (float32; float64 evaluates it directly): quintic Hermite on a grid of step 2^-k, built from `frequencies` in float64;
     `table_range` is the largest |w| in the table (None: measured; under torch.compile, 2.0), `step` is k (None: from
     the frequencies, which reads them: give it under torch.compile, or every edge is evaluated directly).
 
@@ -36,7 +36,7 @@ class Fourier:
     bias: torch.Tensor
     reciprocal: bool = False
     table_range: float | None = None
-    table: str = "auto"  # "auto" | "always" | "never"
+    table: str = "auto"  # or "never"
     step: int | None = None
 
 

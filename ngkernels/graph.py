@@ -136,8 +136,6 @@ class NeuralGraph:
         self.used_weights = self._renumber(table, "weight")
         self.used_blocks = self._renumber(table, "block")
         self.topology = torch.tensor(table, dtype=torch.int64).reshape(-1, len(COLUMNS))
-        # Edges into the rows of the graph: all of them unless it is restricted.
-        self.live_edges = sum(row[7] * (row[4] if row[0] == KINDS.index(DIAGONAL) else row[4] * row[6]) for row in table)
         self.max_in_degree = self._in_degrees(real=True).max().item() if self.num_nodes else 0
         self._cache: dict = {}
 

@@ -8,6 +8,7 @@ end is applied by the consumer's own matrix. Nothing in this file touches anythi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -143,8 +144,6 @@ class _Builder:
         if "half" not in edges.tables:
             edges.tables["half"] = table_half(edges.weights, edges.affine, k, enc.table_range)
         half = edges.tables["half"]
-        if enc.table == "auto" and edges.graph.live_edges < half:  # fewer than one edge for two nodes
-            return None
         directions = range(self.directions) if enc.reciprocal else [None]
         tables = [table_basis(enc.frequencies, d, k, half, self.dtype) @ w.T for d in directions]
         table = tables[0][None] if len(tables) == 1 else torch.stack(tables)
@@ -227,36 +226,43 @@ def _dtype(edges: EdgeState) -> torch.dtype:
     return torch.float64 if edges.weights[0].dtype == torch.float64 else torch.float32
 
 
+def _full_precision(device: torch.device) -> AbstractContextManager:
+    """Autocast is for the edges' matrix products (the op's `compute`), not for the small matrices folded here."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+
+
 def build_state(edges: EdgeState, tabulate: bool, head: Sequence[Affine] = (), node: NodeTerm | None = None, activation: str = "relu") -> Expression:
     """The expression whose register is e_ij itself, or a small MLP of it: W_k .. act(W_0 e + node term + b_0)."""
-    b = _Builder(edges, _dtype(edges), tabulate)
-    for step in edges.steps:
-        b.step(step)
-    for k, (w, bias) in enumerate(head):
-        if k:
-            b.act(activation)
-        b.linear(w, bias, node if k == 0 else None)
-    b.materialise()
-    return b.finish(EMIT, b.width, 0, len(b.instructions))
+    with _full_precision(edges.weights[0].device):
+        b = _Builder(edges, _dtype(edges), tabulate)
+        for step in edges.steps:
+            b.step(step)
+        for k, (w, bias) in enumerate(head):
+            if k:
+                b.act(activation)
+            b.linear(w, bias, node if k == 0 else None)
+        b.materialise()
+        return b.finish(EMIT, b.width, 0, len(b.instructions))
 
 
 def build_message(edges: EdgeState, message: Message, reduce: Sequence[str], tabulate: bool) -> Expression:
     """The expression of a message and the set of its reductions."""
-    b = _Builder(edges, _dtype(edges), tabulate)
-    for step in edges.steps:
-        b.step(step)
-    mask = sum(1 << REDUCE.index(r) for r in reduce)
-    if message.kind == "concat":
-        b.linear(message.weight_edge, message.bias_edge, message.node)
+    with _full_precision(edges.weights[0].device):
+        b = _Builder(edges, _dtype(edges), tabulate)
+        for step in edges.steps:
+            b.step(step)
+        mask = sum(1 << REDUCE.index(r) for r in reduce)
+        if message.kind == "concat":
+            b.linear(message.weight_edge, message.bias_edge, message.node)
+            for w, bias in message.mlp:
+                b.act(message.activation)
+                b.linear(w, bias)
+            return b.finish(PLAIN, b.width, mask, len(b.instructions))
+        b.linear(message.weight_edge, message.bias_edge)
+        start = len(b.instructions)
+        hidden = message.node.weight_dst.shape[0]
+        b.emit(LIN, 0, hidden, -1, b.put(message.node.bias), message.node)
         for w, bias in message.mlp:
             b.act(message.activation)
             b.linear(w, bias)
-        return b.finish(PLAIN, b.width, mask, len(b.instructions))
-    b.linear(message.weight_edge, message.bias_edge)
-    start = len(b.instructions)
-    hidden = message.node.weight_dst.shape[0]
-    b.emit(LIN, 0, hidden, -1, b.put(message.node.bias), message.node)
-    for w, bias in message.mlp:
-        b.act(message.activation)
-        b.linear(w, bias)
-    return b.finish(COMBINE[message.kind], message.width, mask, start)
+        return b.finish(COMBINE[message.kind], message.width, mask, start)

@@ -32,8 +32,9 @@ class Sample:
     encoder: str = "linear"
     reciprocal: bool = False
     frequencies: int = 3
-    table: str = "auto"
+    table: str = "never"  # or "auto"
     table_range: float | None = None
+    step: int | None = None
     layers: int = 0  # of the encoder after its first
     residual: tuple[bool, ...] = (False, True)  # one entry an update
     activation: str = "silu"
@@ -160,7 +161,7 @@ def edge_state(s: Sample, t: Tensors, graph: ngk.NeuralGraph | None = None) -> n
     elif s.encoder == "linear":
         encoder = encoders.Linear(t["encoder.weight"], t["encoder.bias"], s.reciprocal)
     else:
-        encoder = encoders.Fourier(frequencies(s, t["encoder.weight"].dtype), t["encoder.weight"], t["encoder.bias"], s.reciprocal, s.table_range, s.table)
+        encoder = encoders.Fourier(frequencies(s, t["encoder.weight"].dtype), t["encoder.weight"], t["encoder.bias"], s.reciprocal, s.table_range, s.table, s.step)
     e = ngk.EdgeState(graph, weights, encoder, s.scales)
     for w, b in pairs(t, "then", s.layers):
         e = e.then(s.activation, w, b)

@@ -151,7 +151,7 @@ def test_fourier_features_stay_bounded_for_any_finite_weight(backend: str):
 @pytest.mark.parametrize("far", [3.0, 100.0])
 def test_weights_beyond_the_table_are_evaluated_directly(far: float, backend: str):
     """Beside weights inside it; in value and in the gradients of weight and encoder."""
-    sample = PLAIN.but("beyond", encoder="fourier", table="always", table_range=1.0, head=0, networks=REVERSED, reciprocal=True)
+    sample = PLAIN.but("beyond", encoder="fourier", table="auto", table_range=1.0, head=0, networks=REVERSED, reciprocal=True)
     t = cast(leaves(sample), torch.float32)
     t["weights.0"][0, 1, 2] = far
     t["weights.1"][1, 4, 0] = -far

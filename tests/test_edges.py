@@ -46,7 +46,7 @@ LAYOUTS = (transposed, offset, sliced, channels_first)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("changes", [{}, {"networks": REVERSED, "reciprocal": True}, {"memory": ("virtual", None)}, {"encoder": "fourier", "table": "always"}], ids=["plain", "reversed", "virtual", "table"])
+@pytest.mark.parametrize("changes", [{}, {"networks": REVERSED, "reciprocal": True}, {"memory": ("virtual", None)}, {"encoder": "fourier", "table": "auto"}], ids=["plain", "reversed", "virtual", "table"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strided_weights_are_read_in_place(layout, changes: dict, dtype: torch.dtype, backend: str):
     sample = PLAIN.but("strided", channels=1 if "table" in changes else 3, **changes)
@@ -155,7 +155,7 @@ def test_one_pair_of_statistics_for_packed_weights(packed: bool, backend: str):
     weights = [torch.randn(1, 2, 3, 1) for _ in range(2)]
     affine = ((2.0,), (1.0,)) if packed else ((2.0, 2.0), (1.0, 1.0))
     with ngk.use_backend(backend):
-        e = ngk.EdgeState(graph, graph.pack(weights) if packed else weights, encoders.Identity(), affine)
+        e = ngk.EdgeState(graph, graph.pack([torch.cat(weights)]) if packed else weights, encoders.Identity(), affine)
         values = torch.cat([v.flatten() for v in ngk.readout(e, [(torch.eye(1), None)])])
     torch.testing.assert_close(values, 2 * torch.cat([w.flatten() for w in weights]) + 1)
 
@@ -172,7 +172,7 @@ def test_reciprocal_features_are_own_reverse_and_sum(backend: str):
 
 def test_tables_are_shared_by_the_consumers_of_a_state():
     """One table for all that follows a state's first update."""
-    sample = PLAIN.but("table", encoder="fourier", table="always", residual=(False, False))
+    sample = PLAIN.but("table", encoder="fourier", table="auto", residual=(False, False))
     t = cast(leaves(sample), torch.float32)
     with ngk.use_backend("cpp"):
         e = edge_state(sample, t)

@@ -44,7 +44,7 @@ def test_counts_and_degrees(networks):
     assert graph.num_graphs == sum(net.copies for net in networks)
     assert graph.num_weights == len(weights) and graph.weight_shapes(2) == [tuple(w.shape) for w in weights]
     assert graph.has_reverse == any(net.reverse for net in networks)
-    assert graph.num_rows == graph.num_nodes and graph.live_edges == graph.num_edges
+    assert graph.num_rows == graph.num_nodes
     assert graph.topology.shape == (sum(len(net.blocks) * (2 if net.reverse else 1) for net in networks), len(COLUMNS))
     assert graph.topology.dtype == torch.int64
 
@@ -60,12 +60,13 @@ def test_node_layers_and_owners(networks):
 
 @groups
 @pytest.mark.parametrize("layer", [0, 1, -1])
-def test_restriction_counts_only_the_edges_into_its_layer(networks, layer: int):
+def test_restriction_keeps_the_blocks_into_its_layer(networks, layer: int):
     graph, _, edges = edges_of(networks)
     rows = plain.node_rows(networks, layer)
     small = graph.restrict(layer)
     assert small.num_rows == len(rows) and small.num_nodes == graph.num_nodes
-    assert small.live_edges == torch.isin(edges.dst, rows).sum()
+    kept = [into == layer % len(networks[n].layers) for into, n in zip(edges.into, edges.networks, strict=True)]
+    assert len(small.topology) == sum(kept) and list(small.used_blocks) == [k for k, keep in enumerate(kept) if keep]
     assert small is graph.restrict(layer) and small.rows == layer
 
 
@@ -184,6 +185,16 @@ ERRORS = {
     "restrict-beyond": (lambda: ngk.NeuralGraph.mlp([3, 2]).restrict(2), ValueError, r"NeuralGraph.restrict: expected layer between -2 and 1 \(2 node layers\), got 2"),
     "restrict-before": (lambda: ngk.NeuralGraph.mlp([3, 2]).restrict(-3), ValueError, r"NeuralGraph.restrict: expected layer between -2 and 1 \(2 node layers\), got -3"),
     "node-layer": (lambda: ngk.NeuralGraph.mlp([3, 2]).node_layer(2), ValueError, r"NeuralGraph.node_layer: expected layer between -2 and 1 \(2 node layers\), got 2"),
+    "pack-too-many": (
+        lambda: ngk.NeuralGraph.batch([ngk.NeuralGraph.mlp([3, 2])] * 2, packed=True).pack([torch.zeros(1, 3, 2, 1)] * 2),
+        ValueError,
+        "NeuralGraph.pack: expected 1 weight tensor.*, got 2",
+    ),
+    "pack-shape": (
+        lambda: ngk.NeuralGraph.batch([ngk.NeuralGraph.mlp([3, 2])], packed=True).pack([torch.zeros(1, 2, 3, 1)]),
+        ValueError,
+        r"NeuralGraph.pack: expected .*\(1, 3, 2, .*got \(1, 2, 3, 1\)",
+    ),
     "sparse": (
         lambda: ngk.NeuralGraph.from_edge_index(torch.zeros(2, 3, dtype=torch.int64), 4),
         NotImplementedError,

@@ -75,14 +75,16 @@ __attribute__((noinline)) void activate(int kind, const typename V::T* z, typena
   }
 }
 
-// cos and sin of 2 pi t, t in turns: half turns are taken off exactly, then Taylor on [-pi/2, pi/2] (1e-7 in float).
+// cos and sin of 2 pi (t + rest), in turns: whole and half turns are taken off exactly (of `rest` too: it is large where
+// t is), then Taylor on [-pi/2, pi/2] (1e-7 in float).
 template <class V>
 NGK_INLINE void cos_sin_turns(typename V::R t, typename V::R rest, typename V::R* c, typename V::R* s) {
   using T = typename V::T;
   using R = typename V::R;
+  const R whole = V::add(V::sub(t, V::rint(t)), V::sub(rest, V::rint(rest)));
   if constexpr (sizeof(T) == 8) {
     T a[V::W], b[V::W], x[V::W];
-    V::store(x, V::add(V::sub(t, V::rint(t)), rest));
+    V::store(x, whole);
     for (int k = 0; k < V::W; ++k) {
       a[k] = std::cos(T(6.283185307179586476925) * x[k]);
       b[k] = std::sin(T(6.283185307179586476925) * x[k]);
@@ -91,9 +93,9 @@ NGK_INLINE void cos_sin_turns(typename V::R t, typename V::R rest, typename V::R
     *s = V::load(b);
     return;
   }
-  const R half = V::rint(V::add(t, t));
-  const R turns = V::add(V::fma(half, V::set1(T(-0.5)), t), rest);
-  const R odd = V::sub(half, V::mul(V::set1(T(2)), V::rint(V::mul(half, V::set1(T(0.5))))));  // -1, 0 or 1
+  const R half = V::rint(V::add(whole, whole));
+  const R turns = V::fma(half, V::set1(T(-0.5)), whole);
+  const R odd = V::sub(half, V::mul(V::set1(T(2)), V::rint(V::mul(half, V::set1(T(0.5))))));  // odd: -1 or 1
   const R sign = V::fma(V::mul(odd, odd), V::set1(T(-2)), V::set1(T(1)));
   const R x = V::mul(turns, V::set1(T(6.283185307179586))), y = V::mul(x, x);
   R p = V::set1(T(-2.5052108385441720e-8));

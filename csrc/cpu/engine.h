@@ -182,34 +182,34 @@ class Engine {
         for (int64_t c = 0; c < F; ++c) {
           const T d = s.s1[at + c] / nb, mb = s.shift[at + c] + d, m2 = s.s2[at + c] - s.s1[at + c] * d, delta = mb - mean[c];
           mean[c] = na > 0 ? mean[c] + delta * (nb / (na + nb)) : mb;
-          spread[c] += (m2 > 0 ? m2 : T(0)) + (na > 0 ? delta * delta * (na * nb / (na + nb)) : T(0));
+          spread[c] += (m2 < 0 ? T(0) : m2) + (na > 0 ? delta * delta * (na * nb / (na + nb)) : T(0));
           if (slots.sum >= 0) out[slots.sum * F + c] += s.s1[at + c] + nb * s.shift[at + c];
         }
       } else {
         for (int64_t c = 0; mean && c < F; ++c) mean[c] += s.s1[at + c];
         for (int64_t c = 0; slots.sum >= 0 && c < F; ++c) out[slots.sum * F + c] += s.s1[at + c];
       }
-      if (slots.min >= 0) merge_extreme<false>(na, out + slots.min * F, row, slots.min_tie, s.lo + at, s.lo_ties + at);
-      if (slots.max >= 0) merge_extreme<true>(na, out + slots.max * F, row, slots.max_tie, s.hi + at, s.hi_ties + at);
+      if (slots.min >= 0) merge_extreme<false>(na, out + slots.min * F, row, slots.min_tie, s.lo + at, s.lo_ties + at, s.s1 + at);
+      if (slots.max >= 0) merge_extreme<true>(na, out + slots.max * F, row, slots.max_tie, s.hi + at, s.hi_ties + at, s.s1 + at);
       seen[row] += static_cast<int32_t>(nb);
     }
   }
 
   template <bool MAXIMUM>
-  void merge_extreme(T na, T* best, int64_t row, int slot, const T* value, const T* ties) {
+  void merge_extreme(T na, T* best, int64_t row, int slot, const T* value, const T* ties, const T* sum) {
     if (call.tie_bytes == 2) {
-      merge_extreme<MAXIMUM>(na, best, static_cast<uint16_t*>(call.ties) + (row * slots.ties + slot) * call.width, value, ties);
+      merge_extreme<MAXIMUM>(na, best, static_cast<uint16_t*>(call.ties) + (row * slots.ties + slot) * call.width, value, ties, sum);
     } else {
-      merge_extreme<MAXIMUM>(na, best, static_cast<uint32_t*>(call.ties) + (row * slots.ties + slot) * call.width, value, ties);
+      merge_extreme<MAXIMUM>(na, best, static_cast<uint32_t*>(call.ties) + (row * slots.ties + slot) * call.width, value, ties, sum);
     }
   }
   template <bool MAXIMUM, class Count>
-  void merge_extreme(T na, T* best, Count* n, const T* value, const T* ties) {
+  void merge_extreme(T na, T* best, Count* n, const T* value, const T* ties, const T* sum) {
     for (int64_t c = 0; c < call.width; ++c) {
       const bool better = na == 0 || (MAXIMUM ? value[c] > best[c] : value[c] < best[c]);
       const Count more = static_cast<Count>(ties[c]);
       n[c] = better ? more : static_cast<Count>(n[c] + (value[c] == best[c] ? more : 0));
-      best[c] = better ? value[c] : best[c];
+      best[c] = sum[c] != sum[c] ? sum[c] : better ? value[c] : best[c];  // a NaN among the messages stays
     }
   }
 

@@ -73,7 +73,7 @@ struct Stats {
   template <int KIND>
   void join(const Slots& slots, int i, bool fresh, const Registers<V>& g, int first, int last) {
     const R zero = V::zero(), one = V::set1(T(1));
-    const bool sums = slots.sum >= 0 || slots.centre(), spread = slots.spread(), low = slots.min >= 0, high = slots.max >= 0;
+    const bool spread = slots.spread(), low = slots.min >= 0, high = slots.max >= 0;
     for (int c = 0; c < ld; c += V::W) {
       const int64_t at = static_cast<int64_t>(i) * ld + c;
       R s, y;
@@ -84,11 +84,9 @@ struct Stats {
       R h = fresh ? start : V::load(hi + at), hn = fresh ? zero : V::load(hi_ties + at);
       for (int r = first; r < last; ++r) {
         const R m = Registers<V>::template message<KIND>(g, r, c, &s, &y);
-        if (sums) {
-          const R d = V::sub(m, k);
-          a = V::add(a, d);
-          b = V::fma(d, d, b);
-        }
+        const R d = V::sub(m, k);
+        a = V::add(a, d);  // always: a NaN in it is how merging learns of one
+        b = V::fma(d, d, b);
         if (low) extreme_step<false>(m, one, l, ln);
         if (high) extreme_step<true>(m, one, h, hn);
       }
