@@ -209,10 +209,17 @@ def main(
         console.print(f"left out: {name}: {reason}", style="yellow", markup=False)
     run = records.new_run()
     todo = [(p, g, s, c) for p in chosen for g in grads for s, c in points(p, quick)]
-    rows = [
-        measure(run, p, c, g == "on", threads, dtype, s, malloc) for p, g, s, c in track(todo, "measuring", console=console, transient=True)
-    ]
+    rows, failures = [], []
+    for provider, grad, series, case in track(todo, "measuring", console=console, transient=True):
+        try:
+            rows.append(measure(run, provider, case, grad == "on", threads, dtype, series, malloc))
+        except RuntimeError as failure:  # shown, and the exit status tells
+            failures.append(str(failure))
     show(rows)
+    for failure in failures:
+        console.print(f"not measured: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if failures:
+        raise SystemExit(f"{len(failures)} not measured, reasons above")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -108,6 +109,7 @@ def record(run: str, case: Case, key: tuple, samples: Samples, threads: int, rat
         "foreign_cores": samples.foreign,
         "calls_per_sample": samples.calls,
         "median": samples.median,
+        "cpu_median": statistics.median(samples.cpu_seconds),
         "noisy": samples.noisy,
         "flops": todo.flops,
         "bytes": todo.bytes,

@@ -122,9 +122,16 @@ def leaves(s: Sample, seed: int = 0) -> Tensors:
     return t
 
 
+_FREQUENCIES: dict[tuple, torch.Tensor] = {}
+
+
 def frequencies(s: Sample, dtype: torch.dtype) -> torch.Tensor:
-    g = torch.Generator().manual_seed(7)
-    return torch.randn(s.frequencies, s.encoded, generator=g, dtype=torch.float64).to(dtype)
+    """The same tensor each time, so that torch.compile sees a constant."""
+    key = (s.frequencies, s.encoded, dtype)
+    if key not in _FREQUENCIES:
+        g = torch.Generator().manual_seed(7)
+        _FREQUENCIES[key] = torch.randn(s.frequencies, s.encoded, generator=g, dtype=torch.float64).to(dtype)
+    return _FREQUENCIES[key]
 
 
 def weights_of(t: Tensors) -> list[torch.Tensor]:
@@ -257,9 +264,15 @@ def run(f: Callable[[Tensors], list[torch.Tensor]], t: Tensors, wanted: set[str]
     return result
 
 
-def run_engine(s: Sample, t: Tensors, backend: str, wanted: set[str] | None = None) -> Tensors:
+def run_engine(s: Sample, t: Tensors, backend: str, wanted: set[str] | None = None, autocast: torch.dtype | None = None) -> Tensors:
+    """With `autocast`, the forward alone runs under it, as PyTorch asks."""
+
+    def forward(live: Tensors) -> list[torch.Tensor]:
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            return engine(s, live)
+
     with ngk.use_backend(backend):
-        return run(lambda live: engine(s, live), t, wanted)
+        return run(forward, t, wanted)
 
 
 def run_oracle(s: Sample, t: Tensors, low: bool = False) -> Tensors:

@@ -16,6 +16,7 @@ import ngkernels as ngk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLOAT32_FLOOR = 8e-6
+BFLOAT16_FLOOR = 2**-8  # one rounding
 READ = tuple(replace(s, reduce=()) for s in SAMPLES if s.head and not any(s.memory))
 HEADS = (
     *(s.but(f"head-{s.activation}", reduce=(), head=3, residual=(True,)) for s in ACTIVATIONS),
@@ -36,13 +37,11 @@ def test_float32_within_twice_the_error_of_plain_pytorch(sample: Sample, backend
     assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), backend), wanted, plain, FLOAT32_FLOOR)
 
 
-@pytest.mark.parametrize("sample", **named(replace(s, reduce=()) for s in LOW_PRECISION))
+@pytest.mark.parametrize("sample", **named(replace(s, reduce=()) for s in LOW_PRECISION if s.kind == "film"))
 def test_bfloat16_operands_within_twice_the_error_of_plain_autocast(sample: Sample, backend: str):
     t = cast(leaves(sample), torch.float32)
     wanted, plain = run_oracle(sample, cast(t, torch.float64)), run_oracle(sample, t, low=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = run_engine(sample, t, backend)
-    assert_budget(found, wanted, plain, 2e-3)
+    assert_budget(run_engine(sample, t, backend, autocast=torch.bfloat16), wanted, plain, BFLOAT16_FLOOR)
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.float64], ids=str)

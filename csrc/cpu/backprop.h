@@ -174,30 +174,51 @@ class Backprop {
       if (grad) {
         if (index < w.table_low[direction]) w.table_low[direction] = index;
         if (index + 2 > w.table_high[direction]) w.table_high[direction] = index + 2;
-        lines(w.hermite + r, gr, ld, [&](int c, R weight, R x, int l) {
-          T* q = grad + (index * TABLE_LINES + l) * ld + c;
-          V::store(q, V::fma(weight, x, V::load(q)));
-        });
+        T* q = grad + index * TABLE_LINES * ld;
+        int c = 0;
+        for (; c + 2 * V::W <= ld; c += 2 * V::W) spread<2>(w.hermite + r, gr + c, ld, q + c);
+        if (c < ld) spread<1>(w.hermite + r, gr + c, ld, q + c);
       }
       if (p.call.need_weights) {
+        const T* q = base + index * TABLE_LINES * ld;
         R total = V::zero();
-        lines(w.slope + r, gr, ld, [&](int c, R weight, R x, int l) { total = V::fma(V::mul(weight, x), V::load(base + (index * TABLE_LINES + l) * ld + c), total); });
+        int c = 0;
+        for (; c + 2 * V::W <= ld; c += 2 * V::W) total = rise<2>(w.slope + r, gr + c, ld, q + c, total);
+        if (c < ld) total = rise<1>(w.slope + r, gr + c, ld, q + c, total);
         next[r] = V::sum(total) * steps;
       }
     }
   }
 
-  // f(column, weight of line l, gradient, l) over an edge's lines of the table.
-  template <class F>
-  void lines(const T* weights, const T* g, int ld, F&& f) {
-    R weight[2 * TABLE_LINES];
+  // Lines q of a cell's gradient += weight of the line * g, NV vectors of columns.
+  template <int NV>
+  NGK_INLINE_MEMBER void spread(const T* hermite, const T* g, int64_t ld, T* q) {
+    R x[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) x[v] = V::load(g + v * V::W);
 #pragma GCC unroll 6
-    for (int l = 0; l < 2 * TABLE_LINES; ++l) weight[l] = V::set1(weights[l * p.tile]);
-    for (int c = 0; c < ld; c += V::W) {
-      const R x = V::load(g + c);
-#pragma GCC unroll 6
-      for (int l = 0; l < 2 * TABLE_LINES; ++l) f(c, weight[l], x, l);
+    for (int l = 0; l < 2 * TABLE_LINES; ++l, q += ld) {
+      const R weight = V::set1(hermite[l * p.tile]);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) V::store(q + v * V::W, V::fma(weight, x[v], V::load(q + v * V::W)));
     }
+  }
+
+  // total + <g, slope of the curve> in units of the step.
+  template <int NV>
+  NGK_INLINE_MEMBER R rise(const T* slope, const T* g, int64_t ld, const T* q, R total) {
+    R sum[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) sum[v] = V::zero();
+#pragma GCC unroll 6
+    for (int l = 0; l < 2 * TABLE_LINES; ++l, q += ld) {
+      const R weight = V::set1(slope[l * p.tile]);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) sum[v] = V::fma(weight, V::load(q + v * V::W), sum[v]);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) total = V::fma(sum[v], V::load(g + v * V::W), total);
+    return total;
   }
 
   T direct(T value, int direction, const T* g, int k) {

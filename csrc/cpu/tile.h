@@ -262,19 +262,30 @@ class Evaluator {
       const T* si = s.node ? w.s[k] + static_cast<int64_t>(t.i[r]) * ld : s.bias;
       const T* tj = s.node ? w.t[k] + static_cast<int64_t>(t.j[r]) * ld : nullptr;
       if (w.cell[r] >= 0) {
-        const T *h = w.hermite + r, *q = base + static_cast<int64_t>(w.cell[r]) * TABLE_LINES * ld;
-        R weight[2 * TABLE_LINES];
-        for (int l = 0; l < 2 * TABLE_LINES; ++l) weight[l] = V::set1(h[l * p.tile]);
-        for (int c = 0; c < ld; c += V::W) {
-          R acc = tj ? V::add(V::load(si + c), V::load(tj + c)) : V::load(si + c);
-#pragma GCC unroll 6
-          for (int l = 0; l < 2 * TABLE_LINES; ++l) acc = V::fma(weight[l], V::load(q + l * ld + c), acc);
-          V::store(out + c, acc);
-        }
+        const T* q = base + static_cast<int64_t>(w.cell[r]) * TABLE_LINES * ld;
+        int c = 0;
+        for (; c + 2 * V::W <= ld; c += 2 * V::W) curve<2>(w.hermite + r, q + c, ld, si + c, tj ? tj + c : nullptr, out + c);
+        if (c < ld) curve<1>(w.hermite + r, q + c, ld, si + c, tj ? tj + c : nullptr, out + c);
       } else {
         direct(w.out[k - 1][r], direction, si, tj, in, s, out);
       }
     }
+  }
+
+  // out = si + tj + sum over the lines q of a cell, NV vectors of columns.
+  template <int NV>
+  NGK_INLINE_MEMBER void curve(const T* hermite, const T* q, int64_t ld, const T* si, const T* tj, T* out) {
+    R acc[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) acc[v] = tj ? V::add(V::load(si + v * V::W), V::load(tj + v * V::W)) : V::load(si + v * V::W);
+#pragma GCC unroll 6
+    for (int l = 0; l < 2 * TABLE_LINES; ++l, q += ld) {
+      const R weight = V::set1(hermite[l * p.tile]);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) acc[v] = V::fma(weight, V::load(q + v * V::W), acc[v]);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) V::store(out + v * V::W, acc[v]);
   }
 
   void direct(T value, int direction, const T* si, const T* tj, const Instr& in, const Step<V>& s, T* out) {

@@ -10,6 +10,7 @@
 #endif
 
 #define NGK_INLINE __attribute__((always_inline)) static inline
+#define NGK_INLINE_MEMBER __attribute__((always_inline)) inline
 
 namespace ngk {
 
