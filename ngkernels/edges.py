@@ -35,8 +35,8 @@ def _check_bias(op: str, name: str, b: torch.Tensor | None, width: int) -> None:
         raise ValueError(f"{op}: expected {name} of shape ({width},), got {tuple(b.shape)}")
 
 
-def _check_matrix(op: str, name: str, w: torch.Tensor, columns: int | None) -> None:
-    _check_tensor(op, name, w)
+def _check_matrix(op: str, name: str, w: torch.Tensor, columns: int | None, device: torch.device | None = None) -> None:
+    _check_tensor(op, name, w, device)
     if w.dim() != 2 or (columns is not None and w.shape[1] != columns):
         raise ValueError(f"{op}: expected {name} of shape (*, {'*' if columns is None else columns}), got {tuple(w.shape)}")
 
@@ -91,7 +91,7 @@ class Mark:
     carriers: tuple[torch.Tensor, ...]
 
 
-def _encoder_width(encoder, channels: int) -> int:
+def _encoder_width(encoder, channels: int, device: torch.device) -> int:
     op = "EdgeState"
     if not isinstance(encoder, (Linear, Fourier, Identity)):
         raise TypeError(f"{op}: expected encoder Linear, Fourier or Identity of ngkernels.encoders, got {type(encoder).__name__}")
@@ -102,11 +102,11 @@ def _encoder_width(encoder, channels: int) -> int:
     if isinstance(encoder, Fourier):
         if encoder.table not in ("auto", "never"):
             raise ValueError(f"{op}: expected encoder.table to be auto or never, got {encoder.table!r}")
-        _check_matrix(op, "encoder.frequencies", encoder.frequencies, expanded)
+        _check_matrix(op, "encoder.frequencies", encoder.frequencies, expanded, device)
         if encoder.frequencies.requires_grad:
             raise NotImplementedError(f"{op}: gradients of encoder.frequencies are not available (they are frozen in Gaussian Fourier features); detach them")
         columns = 2 * encoder.frequencies.shape[0]
-    _check_matrix(op, "encoder.weight", encoder.weight, columns)
+    _check_matrix(op, "encoder.weight", encoder.weight, columns, device)
     _check_bias(op, "encoder.bias", encoder.bias, encoder.weight.shape[0])
     return encoder.weight.shape[0]
 
@@ -117,6 +117,8 @@ def _canonical(graph: NeuralGraph, weights) -> tuple[torch.Tensor, ...]:
     for k, w in enumerate(weights):
         if not isinstance(w, torch.Tensor):
             raise TypeError(f"EdgeState: expected weights[{k}] to be a tensor, got {type(w).__name__}")
+        if w.layout is not torch.strided:
+            raise NotImplementedError(f"EdgeState: expected weights[{k}] to be a strided tensor, got {w.layout}; sparse weights are not built yet, use .to_dense()")
     if len(weights) != graph.num_weights:
         raise ValueError(f"EdgeState: expected {graph.num_weights} weight tensors (one for each forward block), got {len(weights)}")
     if not weights:
@@ -126,8 +128,6 @@ def _canonical(graph: NeuralGraph, weights) -> tuple[torch.Tensor, ...]:
     for k, (w, shape) in enumerate(zip(weights, graph.weight_shapes(channels), strict=True)):
         if tuple(w.shape) != shape:
             raise ValueError(f"EdgeState: expected weights[{k}] of shape {shape} (copies, n_src, n_dst, channels), got {tuple(w.shape)}")
-        if w.layout is not torch.strided:
-            raise NotImplementedError(f"EdgeState: expected weights[{k}] to be a strided tensor, got {w.layout}; sparse weights are not built yet, use .to_dense()")
         _check_tensor("EdgeState", f"weights[{k}]", w, weights[0].device)
         if w.dtype == torch.float64 and weights[0].dtype != torch.float64 or w.dtype != torch.float64 and weights[0].dtype == torch.float64:
             raise TypeError(f"EdgeState: expected weights all float64 or none, got {weights[0].dtype} and {w.dtype}")
@@ -169,7 +169,7 @@ class EdgeState:
             return
         object.__setattr__(self, "weights", _canonical(self.graph, self.weights))
         channels = self.weights[0].shape[-1]
-        object.__setattr__(self, "width", _encoder_width(self.encoder, channels))
+        object.__setattr__(self, "width", _encoder_width(self.encoder, channels, self.weights[0].device))
         if self.affine is not None:
             if len(self.affine) != 2:
                 raise ValueError(f"EdgeState: expected affine to be (scale, shift), got {len(self.affine)} entries")
@@ -180,7 +180,7 @@ class EdgeState:
     def then(self, activation: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> EdgeState:
         """e' = weight act(e) + bias: a further layer of the encoder. weight [D', D], bias [D']."""
         _check_activation("EdgeState.then", activation)
-        _check_matrix("EdgeState.then", "weight", weight, self.width)
+        _check_matrix("EdgeState.then", "weight", weight, self.width, self.weights[0].device)
         _check_bias("EdgeState.then", "bias", bias, weight.shape[0])
         return replace(self, steps=(*self.steps, Activate(activation, weight, bias)), width=weight.shape[0])
 
@@ -214,8 +214,8 @@ class EdgeState:
         """
         op = "EdgeState.update"
         _check_activation(op, activation)
-        _check_matrix(op, "weight_edge", weight_edge, self.width)
-        _check_matrix(op, "weight_out", weight_out, weight_edge.shape[0])
+        _check_matrix(op, "weight_edge", weight_edge, self.width, self.weights[0].device)
+        _check_matrix(op, "weight_out", weight_out, weight_edge.shape[0], self.weights[0].device)
         if residual and weight_out.shape[0] != self.width:
             raise ValueError(f"{op}: expected weight_out with {self.width} rows (residual), got {weight_out.shape[0]}")
         node = NodeTerm(x, weight_dst, weight_src, bias)
@@ -285,14 +285,15 @@ class Message:
         if self.kind not in MESSAGES:
             raise ValueError(f"{op}: expected a message of kind {', '.join(MESSAGES)}, got {self.kind!r}")
         _check_activation(op, self.activation)
-        _check_matrix(op, "weight_edge", self.weight_edge, edges.width)
+        device = edges.weights[0].device
+        _check_matrix(op, "weight_edge", self.weight_edge, edges.width, device)
         _check_bias(op, "bias_edge", self.bias_edge, self.weight_edge.shape[0])
         _check_matrix(op, "weight_dst", self.node.weight_dst, None)
         hidden = self.node.weight_dst.shape[0]
-        self.node.check(op, edges.graph, hidden, edges.weights[0].device)
+        self.node.check(op, edges.graph, hidden, device)
         width = hidden
         for k, (w, b) in enumerate(self.mlp):
-            _check_matrix(op, f"mlp[{k}] weight", w, width)
+            _check_matrix(op, f"mlp[{k}] weight", w, width, device)
             width = w.shape[0]
             _check_bias(op, f"mlp[{k}] bias", b, width)
         rows = {"film": 2 * width, "concat": hidden}.get(self.kind, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,7 +69,25 @@ class Part:
 
     @property
     def num_weights(self) -> int:
-        return 1 + max((b.weight for b in self.blocks), default=-1)
+        return sum(not b.reverse for b in self.blocks)
+
+    @property
+    def weight_sizes(self) -> tuple[tuple[int, ...], ...]:
+        """(copies, n_src, n_dst) or (copies, n) of each weight, without channels."""
+        sizes = {}
+        for b in self.blocks:
+            if not b.reverse:
+                n_src, n_dst = self.layers[b.src], self.layers[b.dst]
+                sizes[b.weight] = (self.copies, min(n_src, n_dst)) if b.kind == DIAGONAL else (self.copies, n_src, n_dst)
+        return tuple(sizes[k] for k in range(len(sizes)))
+
+    @property
+    def max_in_degree(self) -> int:
+        """An upper bound that the first neurons of a layer reach."""
+        degree = [0] * len(self.layers)
+        for b in self.blocks:
+            degree[b.dst] += 1 if b.kind == DIAGONAL else self.layers[b.src]
+        return max(degree)
 
 
 def _layer_index(op: str, part: Part, layer: int) -> int:
@@ -136,7 +155,8 @@ class NeuralGraph:
         self.used_weights = self._renumber(table, "weight")
         self.used_blocks = self._renumber(table, "block")
         self.topology = torch.tensor(table, dtype=torch.int64).reshape(-1, len(COLUMNS))
-        self.max_in_degree = self._in_degrees(real=True).max().item() if self.num_nodes else 0
+        self.max_in_degree = max(p.max_in_degree for p in self.parts)
+        self._weight_sizes = [size for p in self.parts for size in p.weight_sizes]
         self._cache: dict = {}
 
     # ---- constructors ----
@@ -250,7 +270,7 @@ class NeuralGraph:
             out += p.copies * out_stride
         return table, out
 
-    def _in_degrees(self, real: bool) -> torch.Tensor:
+    def _in_degrees(self) -> torch.Tensor:
         pieces = [torch.zeros(0, dtype=torch.int64)]
         for p in self.parts:
             deg = [torch.zeros(d, dtype=torch.int64) for d in p.layers]
@@ -259,34 +279,45 @@ class NeuralGraph:
                     deg[b.dst][: min(p.layers[b.src], p.layers[b.dst])] += 1
                 else:
                     deg[b.dst] += p.layers[b.src]
-            pieces.append(torch.cat(deg).repeat(1 if real else p.copies))
+            pieces.append(torch.cat(deg).repeat(p.copies))
         return torch.cat(pieces)
 
     @property
     def in_degree(self) -> torch.Tensor:
         """In-degree of every node, int64 [num_nodes]."""
         if "in_degree" not in self._cache:
-            self._cache["in_degree"] = self._in_degrees(real=False)
+            self._cache["in_degree"] = self._in_degrees()
         return self._cache["in_degree"]
 
     def weight_shapes(self, channels: int) -> list[tuple[int, ...]]:
         """Expected shape of each weight tensor: (copies, d0, d1, C) dense, (copies, n, C) diagonal, [E, C] packed."""
         if self.packed:
-            edges = sum(p.copies * sum(p.edges_of(b) for b in p.blocks if not b.reverse) for p in self.parts)
-            return [(edges, channels)]
-        shapes = []
-        for p in self.parts:
-            for b in sorted((b for b in p.blocks if not b.reverse), key=lambda b: b.weight):
-                n_src, n_dst = p.layers[b.src], p.layers[b.dst]
-                shapes.append((p.copies, min(n_src, n_dst), channels) if b.kind == DIAGONAL else (p.copies, n_src, n_dst, channels))
-        return shapes
+            return [(sum(math.prod(size) for size in self._weight_sizes), channels)]
+        return [(*size, channels) for size in self._weight_sizes]
 
     def pack(self, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One tensor [forward edges, C] from a list of weight tensors in this graph's (unpacked) order."""
-        weights, flat = list(weights), []
+        """One tensor [forward edges, C] from weight tensors in the order of `batch`, a tensor (copies, ..., C) for each
+        weight of each part; equal networks that `batch` joined to one part may also come one by one (1, ..., C).
+
+        Raises:
+            ValueError: too many or too few tensors, or shapes that do not fit.
+        """
+        rest, flat = list(weights), []
+
+        def fits(tensors, p: Part, copies: int) -> bool:
+            return len(tensors) == p.num_weights and all(tuple(t.shape[:-1]) == (copies, *size[1:]) for t, size in zip(tensors, p.weight_sizes))
+
         for p in self.parts:
-            group, weights = weights[: p.num_weights], weights[p.num_weights :]
-            flat.append(torch.cat([w.reshape(p.copies, -1, w.shape[-1]) for w in group], 1).flatten(0, 1))
+            n = p.num_weights
+            groups = [rest[:n]] if fits(rest[:n], p, p.copies) else [rest[k * n : (k + 1) * n] for k in range(p.copies)]
+            rest = rest[n * len(groups) :]
+            for group in groups:
+                if not fits(group, p, p.copies // len(groups)):
+                    sizes = ", ".join(f"({', '.join(map(str, size))}, C)" for size in p.weight_sizes)
+                    raise ValueError(f"NeuralGraph.pack: expected weights {sizes} for a network of widths {p.layers}, got {[tuple(t.shape) for t in group]}")
+                flat.append(torch.cat([w.reshape(w.shape[0], -1, w.shape[-1]) for w in group], 1).flatten(0, 1))
+        if rest:
+            raise ValueError(f"NeuralGraph.pack: expected {len(list(weights)) - len(rest)} weight tensors for {self}, got {len(list(weights))}")
         return torch.cat(flat)
 
     def node_layer(self, layer: int) -> torch.Tensor:

@@ -214,7 +214,7 @@ class _Builder:
         program = header + [v for record in self.instructions for v in record]
         params = torch.cat(self.params) if self.params else self.table.new_zeros(0)
         topology = self.edges.graph.topology.to(params.device)
-        xs = [x.to(self.dtype) for x in self.xs]
+        xs = [x.to(self.dtype).contiguous() for x in self.xs]
         graph = self.edges.graph
         weights = [self.edges.weights[k] for k in graph.used_weights]
         carriers = list(self.carriers) if graph.packed else [self.carriers[k] for k in graph.used_blocks if self.carriers]
@@ -226,14 +226,14 @@ def _dtype(edges: EdgeState) -> torch.dtype:
     return torch.float64 if edges.weights[0].dtype == torch.float64 else torch.float32
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager:
+def full_precision(device: torch.device) -> AbstractContextManager:
     """Autocast is for the edges' matrix products (the op's `compute`), not for the small matrices folded here."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def build_state(edges: EdgeState, tabulate: bool, head: Sequence[Affine] = (), node: NodeTerm | None = None, activation: str = "relu") -> Expression:
     """The expression whose register is e_ij itself, or a small MLP of it: W_k .. act(W_0 e + node term + b_0)."""
-    with _full_precision(edges.weights[0].device):
+    with full_precision(edges.weights[0].device):
         b = _Builder(edges, _dtype(edges), tabulate)
         for step in edges.steps:
             b.step(step)
@@ -247,7 +247,7 @@ def build_state(edges: EdgeState, tabulate: bool, head: Sequence[Affine] = (), n
 
 def build_message(edges: EdgeState, message: Message, reduce: Sequence[str], tabulate: bool) -> Expression:
     """The expression of a message and the set of its reductions."""
-    with _full_precision(edges.weights[0].device):
+    with full_precision(edges.weights[0].device):
         b = _Builder(edges, _dtype(edges), tabulate)
         for step in edges.steps:
             b.step(step)

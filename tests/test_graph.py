@@ -168,7 +168,7 @@ ERRORS = {
     "weight-gap": (
         lambda: ngk.NeuralGraph.from_blocks([3, 2], [ngk.Block("dense", 0, 1, 1)]),
         ValueError,
-        r"NeuralGraph: expected weights 0..1 to have a forward block each, got \[1\]",
+        r"NeuralGraph: expected weights 0..0 to have a forward block each, got \[1\]",
     ),
     "weight-reversed-only": (
         lambda: ngk.NeuralGraph([Part((3, 2), (ngk.Block("dense", 1, 0, 0, True),))]),

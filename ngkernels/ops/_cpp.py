@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import torch
 
+from .. import backends
 from . import expression as ex
+
+backends.why_not("cpp")  # loads the library now, not while something is traced; the reason is kept where it is not there
+
+
+def _arguments(e: ex.E, compute: int) -> tuple:
+    """What every kernel takes; node states may come with any strides (compiled code hands them over as they are)."""
+    xs = [x.contiguous() for x in e.xs]
+    return e.weights, xs, e.params.contiguous(), e.table.contiguous(), e.topology, e.program, compute & 1
 
 
 def aggregate(e: ex.E, compute: int, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor) -> None:
-    torch.ops.ngkernels_C.aggregate(e.weights, e.xs, e.params, e.table, e.topology, e.program, compute & 1, out, aux, ties)
+    torch.ops.ngkernels_C.aggregate(*_arguments(e, compute), out, aux, ties)
 
 
 def aggregate_backward(grad, out, aux, ties, e: ex.E, compute: int, grads: list[torch.Tensor]) -> None:
-    torch.ops.ngkernels_C.aggregate_backward(grad, out, aux, ties, e.weights, e.xs, e.params, e.table, e.topology, e.program, compute & 1, grads)
+    torch.ops.ngkernels_C.aggregate_backward(grad, out, aux, ties, *_arguments(e, compute), grads)
 
 
 def evaluate(e: ex.E, compute: int, out: list[torch.Tensor]) -> None:
-    torch.ops.ngkernels_C.evaluate(e.weights, e.xs, e.params, e.table, e.topology, e.program, compute & 1, out)
+    torch.ops.ngkernels_C.evaluate(*_arguments(e, compute), out)
 
 
 def evaluate_backward(grad_out: list[torch.Tensor], e: ex.E, compute: int, grads: list[torch.Tensor]) -> None:
-    torch.ops.ngkernels_C.evaluate_backward(grad_out, e.weights, e.xs, e.params, e.table, e.topology, e.program, compute & 1, grads)
+    torch.ops.ngkernels_C.evaluate_backward(grad_out, *_arguments(e, compute), grads)

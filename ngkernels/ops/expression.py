@@ -50,14 +50,9 @@ def backend_of(compute: int) -> str:
 
 
 def empty_gradients(e: E, need: list[bool]) -> list[torch.Tensor]:
-    """Uninitialised gradients, each with the strides of its tensor (a transposed view gets a transposed gradient)."""
-    out = []
-    for t, n in zip(e.differentiable, need, strict=True):
-        out.append(torch.empty_like(t, memory_format=torch.preserve_format) if n else t.new_empty(0))
-    for k in range(len(out) - len(e.carriers), len(out)):
-        if need[k]:
-            out[k] = e.carriers[k - len(out)].new_empty(e.carriers[k - len(out)].shape)
-    return out
+    """Uninitialised gradients: of weights with their strides (a transposed view gets a transposed gradient), else contiguous."""
+    formats = [torch.preserve_format] * len(e.weights) + [torch.contiguous_format] * (len(need) - len(e.weights))
+    return [torch.empty_like(t, memory_format=f) if n else t.new_empty(0) for t, n, f in zip(e.differentiable, need, formats, strict=True)]
 
 
 @contextlib.contextmanager

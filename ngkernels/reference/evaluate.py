@@ -182,7 +182,8 @@ class Evaluator:
 def emit(weights, xs, params, table, carriers, topology, program, compute) -> list[torch.Tensor]:
     """e_ij (or a small MLP of it) for every edge: one tensor for each block (copies, n_src, n_dst, n); packed: one [E, n]."""
     edges = EdgeList(weights, topology, params, program[prog.HEADER + 2])
-    value, _ = Evaluator(edges, xs, params, table, carriers, program, compute).run()
+    with prog.full_precision(params.device):
+        value, _ = Evaluator(edges, xs, params, table, carriers, program, compute).run()
     pieces = value.split(edges.sizes)
     if edges.rows and edges.rows[0]["emit_offset"] >= 0:
         out = value.new_zeros(sum(edges.sizes), value.shape[1])
@@ -197,7 +198,8 @@ def emit(weights, xs, params, table, carriers, topology, program, compute) -> li
 def messages(weights, xs, params, table, carriers, topology, program, compute) -> tuple[torch.Tensor, EdgeList]:
     """Messages [E, F] and their edges."""
     edges = EdgeList(weights, topology, params, program[prog.HEADER + 2])
-    e, q = Evaluator(edges, xs, params, table, carriers, program, compute).run()
+    with prog.full_precision(params.device):
+        e, q = Evaluator(edges, xs, params, table, carriers, program, compute).run()
     combine, width = program[2], program[3]
     if combine == prog.PLAIN:
         return e, edges
