@@ -30,7 +30,7 @@ from benchmarks.providers import PROVIDERS, Provider, usable
 # both orientations, because what a wide layer holds while it is computed depends on which side is wide.
 EQUAL_NODES = ("2x3072x3072x3", "2x1024x5120x3", "2x5120x1024x3")
 EQUAL_NODES_SMALL = ("2x512x512x3", "2x64x960x3", "2x960x64x3")
-HIDDEN, HIDDEN_SMALL = (128, 256, 512, 1024, 1536), (48, 96, 144, 192)
+HIDDEN, HIDDEN_QUICK = (128, 256, 512, 1024, 1536), (128, 512)
 WARM = "2x8x8x3"
 # glibc raises its threshold for separate mappings with every large block freed, and then keeps freed blocks: peaks jump by tens of percent
 # with the order of sizes. A fixed threshold makes the peak that of live memory, for every provider alike; --malloc default leaves it.
@@ -161,11 +161,11 @@ def summary(rows: list[dict]) -> list[dict]:
 
 
 def points(provider: Provider, quick: bool) -> list[tuple[str, Case]]:
-    """(series, case) of a provider; those that keep kilobytes per edge get smaller networks."""
-    small = quick or provider.backend in (None, "reference")
-    equal, hidden = (EQUAL_NODES_SMALL, HIDDEN_SMALL) if small else (EQUAL_NODES, HIDDEN)
-    nodes = [Case((2, h, 2 * h, 3)) for h in (hidden[:2] if quick else hidden)]
-    return [("edges", Case.parse(text)) for text in equal] + [("nodes", case) for case in nodes]
+    """(series, case) of a provider. Those that keep kilobytes per edge get smaller networks, and no series for neurons."""
+    kilobytes = provider.backend in (None, "reference")
+    equal = EQUAL_NODES_SMALL if quick or kilobytes else EQUAL_NODES
+    hidden = () if kilobytes else HIDDEN_QUICK if quick else HIDDEN
+    return [("edges", Case.parse(text)) for text in equal] + [("nodes", Case((2, h, 2 * h, 3))) for h in hidden]
 
 
 def show(rows: list[dict]) -> None:

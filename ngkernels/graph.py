@@ -103,7 +103,7 @@ def _check_part(part: Part) -> None:
             raise ValueError(f"NeuralGraph: expected layer widths to be integers of at least 1, got {width!r} in {part.layers}")
     if part.copies < 1:
         raise ValueError(f"NeuralGraph: expected copies of at least 1, got {part.copies}")
-    owners = set()
+    owners: set[int] = set()
     for b in part.blocks:
         if b.kind not in KINDS:
             raise NotImplementedError(f"NeuralGraph: block kind {b.kind!r} is not built; available: {', '.join(KINDS)}")
@@ -114,8 +114,9 @@ def _check_part(part: Part) -> None:
             if b.weight in owners:
                 raise ValueError(f"NeuralGraph: expected one forward block for each weight, got two for weight {b.weight}")
             owners.add(b.weight)
-    if owners != set(range(part.num_weights)):
-        raise ValueError(f"NeuralGraph: expected weights 0..{part.num_weights - 1} to have a forward block each, got {sorted(owners)}")
+    named = 1 + max([-1, *[b.weight for b in part.blocks]])
+    if owners != set(range(named)):
+        raise ValueError(f"NeuralGraph: expected weights 0..{named - 1} to have a forward block each, got {sorted(owners)}")
 
 
 class NeuralGraph:

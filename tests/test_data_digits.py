@@ -34,7 +34,10 @@ def chunks(cache):
 
 
 def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip([*a.weights, *a.biases, a.labels, a.images, a.psnr], [*b.weights, *b.biases, b.labels, b.images, b.psnr]))
+    return all(
+        torch.equal(x, y)
+        for x, y in zip([*a.weights, *a.biases, a.labels, a.images, a.psnr], [*b.weights, *b.biases, b.labels, b.images, b.psnr])
+    )
 
 
 def test_order_labels_and_quality(tmp_path):
@@ -128,7 +131,9 @@ def test_splits_keep_the_networks_of_a_picture_together(tmp_path):
 
 
 def test_the_large_picture(tmp_path):
-    config = PictureConfig(height=12, width=16, siren=SirenConfig(layout=(2, 32, 32, 3), steps=30, lr=3e-3, decay=0, first_bound=None, points_per_step=64))
+    config = PictureConfig(
+        height=12, width=16, siren=SirenConfig(layout=(2, 32, 32, 3), steps=30, lr=3e-3, decay=0, first_bound=None, points_per_step=64)
+    )
     network = picture_inr(config, tmp_path)
     assert equal(network, picture_inr(config, tmp_path))
     picture = load_picture(config)

@@ -41,7 +41,7 @@ def test_mnist_inr_round_trip(tmp_path, suffix):
     splits = export_mnist_layout(sets, tmp_path, suffix)
     content = json.loads(splits.read_text())
     assert set(content) == {"train", "val", "test"} and set(content["train"]) == {"path", "label"}
-    assert content["train"]["path"][1] == f"mnist-inrs/mnist_png_training_1_100/run_1/model_final{suffix}"
+    assert content["train"]["path"][1] == f"mnist-inrs/mnist_png_training_1_100/run_0/model_final{suffix}"
     assert content["test"]["path"][5].startswith("mnist-inrs/mnist_png_testing_5_102/run_")
     for read in (read_splits(splits), read_collection(tmp_path)):
         for name in sets:

@@ -168,7 +168,7 @@ ERRORS = {
     "weight-gap": (
         lambda: ngk.NeuralGraph.from_blocks([3, 2], [ngk.Block("dense", 0, 1, 1)]),
         ValueError,
-        r"NeuralGraph: expected weights 0..0 to have a forward block each, got \[1\]",
+        r"NeuralGraph: expected weights 0..1 to have a forward block each, got \[1\]",
     ),
     "weight-reversed-only": (
         lambda: ngk.NeuralGraph([Part((3, 2), (ngk.Block("dense", 1, 0, 0, True),))]),
@@ -186,14 +186,14 @@ ERRORS = {
     "restrict-before": (lambda: ngk.NeuralGraph.mlp([3, 2]).restrict(-3), ValueError, r"NeuralGraph.restrict: expected layer between -2 and 1 \(2 node layers\), got -3"),
     "node-layer": (lambda: ngk.NeuralGraph.mlp([3, 2]).node_layer(2), ValueError, r"NeuralGraph.node_layer: expected layer between -2 and 1 \(2 node layers\), got 2"),
     "pack-too-many": (
-        lambda: ngk.NeuralGraph.batch([ngk.NeuralGraph.mlp([3, 2])] * 2, packed=True).pack([torch.zeros(1, 3, 2, 1)] * 2),
+        lambda: ngk.NeuralGraph.batch([ngk.NeuralGraph.mlp([3, 2])] * 2, packed=True).pack([torch.zeros(1, 3, 2, 1)] * 3),
         ValueError,
-        "NeuralGraph.pack: expected 1 weight tensor.*, got 2",
+        "NeuralGraph.pack: expected 2 weight tensors.*, got 3",
     ),
     "pack-shape": (
         lambda: ngk.NeuralGraph.batch([ngk.NeuralGraph.mlp([3, 2])], packed=True).pack([torch.zeros(1, 2, 3, 1)]),
         ValueError,
-        r"NeuralGraph.pack: expected .*\(1, 3, 2, .*got \(1, 2, 3, 1\)",
+        r"NeuralGraph.pack: expected .*\(1, 3, 2, .*got \[\(1, 2, 3, 1\)\]",
     ),
     "sparse": (
         lambda: ngk.NeuralGraph.from_edge_index(torch.zeros(2, 3, dtype=torch.int64), 4),

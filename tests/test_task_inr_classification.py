@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from neural_graphs.data import DigitConfig, InrSet, PictureMotion, SirenConfig, digit_inrs, digit_splits, load_digit_pictures, permute_hidden
+from neural_graphs.data import (
+    DigitConfig,
+    InrSet,
+    PictureMotion,
+    SirenConfig,
+    digit_inrs,
+    digit_splits,
+    load_digit_pictures,
+    permute_hidden,
+)
 from neural_graphs.tasks.baselines import MlpConfig, bounds, run_baseline, weight_baselines
 from neural_graphs.tasks.inr_classification import (
     ClassifierConfig,

@@ -12,12 +12,15 @@ import warnings
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Optional
+from typing import Annotated
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads make a busy machine many times slower
 
-import typer  # noqa: E402
-from rich.console import Console  # noqa: E402
+try:
+    import typer
+    from rich.console import Console
+except ImportError as missing:
+    sys.exit(f'error: ngk needs the package {missing.name}; pip install "ngkernels[demo]"')
 
 EXPECTED = (ValueError, TypeError, NotImplementedError, RuntimeError, FloatingPointError, OSError, MemoryError)
 STOPPED = 130
@@ -48,33 +51,39 @@ class _State:
     debug = False
 
 
-CACHE = typer.Option(None, "--cache", help="Folder for generated networks. [default: $NGK_CACHE, or ~/.cache/ngkernels]", show_default=False)
-DEVICE = typer.Option("cpu", "--device", help="cpu, cuda or cuda:<number>.")
-SEED = typer.Option(0, "--seed", min=0, help="Seed of everything random: initial parameters, batches, augmentation.")
-THREADS = typer.Option(None, "--threads", min=1, help="CPU threads of a training step. [default: torch's choice]", show_default=False)
-RESUME = typer.Option(True, "--resume/--fresh", help="Continue what the output folder holds, or start anew and overwrite it.")
-BF16 = typer.Option(False, "--bf16", help="Train under bfloat16 autocast.")
+# fmt: off
+Cache = Annotated[Path | None, typer.Option("--cache", help="Folder for generated networks. [default: $NGK_CACHE, or ~/.cache/ngkernels]", show_default=False)]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:<number>.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random: initial parameters, batches, augmentation.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of a training step. [default: torch's choice]", show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Continue what the output folder holds, or start anew and overwrite it.")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocast.")]
+Reader = Annotated[Model, typer.Option("--model", help="The model that reads the networks.")]
+# fmt: on
 
 
 @app.callback()
-def _options(debug: bool = typer.Option(False, "--debug", help="Show the full traceback of an error.")) -> None:
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False) -> None:
     _State.debug = debug
 
 
 @app.command()
 def demo(
-    out: Optional[Path] = typer.Option(
-        None, "--out", help="Folder for the report, plots and checkpoint. [default: ngk-demo, or ngk-demo-smoke]", show_default=False
-    ),
-    steps: int = typer.Option(8000, "--steps", min=1, help="Training steps. One long schedule is much better than a shorter one."),
-    smoke: bool = typer.Option(False, "--smoke", help="Every stage in miniature, in less than a minute; its accuracy means nothing."),
-    model: Model = typer.Option(Model.ng_gnn, "--model", help="The model that reads the networks."),
-    device: str = DEVICE,
-    seed: int = SEED,
-    threads: Optional[int] = THREADS,
-    bf16: bool = BF16,
-    resume: bool = RESUME,
-    cache: Optional[Path] = CACHE,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Folder for the report, plots and checkpoint. [default: ngk-demo, or ngk-demo-smoke]", show_default=False
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps. One long schedule is much better than a short one.")] = 8000,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Every stage in miniature, under a minute; its accuracy means nothing.")] = False,
+    model: Reader = Model.ng_gnn,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    threads: Threads = None,
+    bf16: Bf16 = False,
+    resume: Resume = True,
+    cache: Cache = None,
 ) -> None:
     """Fit networks to real pictures, train a model on their weights, compare, measure, write a report.
 
@@ -85,31 +94,34 @@ def demo(
     from .report.demo import Demo, make_config
 
     out = out or Path("ngk-demo-smoke" if smoke else "ngk-demo")
-    config = make_config(out, cache or default_cache(), steps, seed, device, model.value, not resume, bf16, smoke)
+    options = {"steps": steps, "seed": seed, "device": device, "model": model.value, "fresh": not resume, "bf16": bf16, "small": smoke}
+    config = make_config(out, cache or default_cache(), **options)
     results = Demo(config, console).run()
     from .report.page import findings
 
     for sentence in findings(results):
-        console.print("- " + sentence, highlight=False)
+        console.print("- " + sentence, highlight=False, soft_wrap=True)
     for note in results["large"]["notes"]:
-        console.print("- " + note, highlight=False)
+        console.print("- " + note, highlight=False, soft_wrap=True)
     console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 @app.command("fit-inrs")
 def fit_inrs(
-    images: int = typer.Option(1797, "--images", min=1, max=1797, help="How many of the 1,797 pictures."),
-    per_image: int = typer.Option(16, "--per-image", min=1, help="Networks per picture, each from its own random start."),
-    layout: str = typer.Option("2,8,8,1", "--layout", help="Widths of the SIREN; 2 inputs and 1 output."),
-    steps: int = typer.Option(250, "--steps", min=1, help="Adam steps of the fit."),
-    shared_init: bool = typer.Option(
-        False, "--shared-init", help="Start all networks from one random initialisation. This makes the task trivial: for comparisons only."
-    ),
-    seed: int = SEED,
-    workers: Optional[int] = typer.Option(None, "--workers", min=1, help="Cores. [default: all]", show_default=False),
-    cache: Optional[Path] = CACHE,
-    export: Optional[Path] = typer.Option(None, "--export", help="Also write one file per network, in the public MNIST-INR layout, here."),
-    suffix: Suffix = typer.Option(Suffix.pth, "--format", help="File format of --export."),
+    images: Annotated[int, typer.Option("--images", min=1, max=1797, help="How many of the 1,797 pictures.")] = 1797,
+    per_image: Annotated[int, typer.Option("--per-image", min=1, help="Networks per picture, each from its own random start.")] = 16,
+    layout: Annotated[str, typer.Option("--layout", help="Widths of the SIREN; 2 inputs and 1 output.")] = "2,8,8,1",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Adam steps of the fit.")] = 250,
+    shared_init: Annotated[
+        bool, typer.Option("--shared-init", help="One random start for all networks. It makes the task trivial: for comparisons only.")
+    ] = False,
+    seed: Seed = 0,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Cores. [default: all]", show_default=False)] = None,
+    cache: Cache = None,
+    export: Annotated[
+        Path | None, typer.Option("--export", help="Also write one file per network here, in the public MNIST-INR layout.")
+    ] = None,
+    suffix: Annotated[Suffix, typer.Option("--format", help="File format of --export.")] = Suffix.pth,
 ) -> None:
     """Fit one small network (a SIREN) to each picture of scikit-learn's digits, several times over.
 
@@ -135,24 +147,28 @@ def fit_inrs(
 
 @train_app.command("inr-classification")
 def train_inr_classification(
-    data: str = typer.Option("digits", "--data", help='"digits" (generated here), or a folder in a public layout (MNIST-INR, FMNIST-INR, NFN).'),
-    splits: Optional[Path] = typer.Option(None, "--splits", help="Splits JSON of a public layout. [default: the one in the folder]", show_default=False),
-    out: Path = typer.Option(Path("ngk-inr-classification"), "--out", help="Folder for the checkpoint and metrics.json."),
-    steps: int = typer.Option(8000, "--steps", min=1, help="Training steps."),
-    batch: int = typer.Option(64, "--batch", min=1, help="Networks per step."),
-    lr: float = typer.Option(2e-3, "--lr", help="Peak learning rate of AdamW."),
-    weight_decay: float = typer.Option(1e-2, "--weight-decay", min=0.0),
-    d_hid: int = typer.Option(32, "--d-hid", min=1, help="Width of node and edge states."),
-    num_layers: int = typer.Option(4, "--layers", min=1, help="Message-passing layers."),
-    augment: bool = typer.Option(True, "--augment/--no-augment", help="Turn, scale and shift the pictures a little, in weight space."),
-    model: Model = typer.Option(Model.ng_gnn, "--model"),
-    eval_every: int = typer.Option(500, "--eval-every", min=1, help="Steps between two evaluations."),
-    device: str = DEVICE,
-    seed: int = SEED,
-    threads: Optional[int] = THREADS,
-    bf16: bool = BF16,
-    resume: bool = RESUME,
-    cache: Optional[Path] = CACHE,
+    data: Annotated[
+        str, typer.Option("--data", help='"digits" (made here), or a folder in a public layout (MNIST-INR, FMNIST-INR, NFN).')
+    ] = "digits",
+    splits: Annotated[
+        Path | None, typer.Option("--splits", help="Splits JSON of a public layout. [default: the one in the folder]", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint and metrics.json.")] = Path("ngk-inr-classification"),
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 8000,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Networks per step.")] = 64,
+    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of AdamW.")] = 2e-3,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0, help="Weight decay of AdamW.")] = 1e-2,
+    d_hid: Annotated[int, typer.Option("--d-hid", min=1, help="Width of node and edge states.")] = 32,
+    num_layers: Annotated[int, typer.Option("--layers", min=1, help="Message-passing layers.")] = 4,
+    augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Turn, scale, shift the pictures, in weight space.")] = True,
+    eval_every: Annotated[int, typer.Option("--eval-every", min=1, help="Steps between two evaluations.")] = 500,
+    model: Reader = Model.ng_gnn,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    threads: Threads = None,
+    bf16: Bf16 = False,
+    resume: Resume = True,
+    cache: Cache = None,
 ) -> None:
     """Name the class of a picture from the weights of a network that draws it, without running the network.
 
@@ -189,6 +205,7 @@ def train_inr_classification(
 def _read_sets(console: Console, data: str, splits: Path | None, cache: Path):
     """Returns (sets by split, what describes them in a checkpoint)."""
     from .data import DigitConfig, digit_inrs, digit_splits, read_collection
+    from .data.digits import SPLIT_SEED
     from .report.progress import ProgressLine
 
     if data == "digits":
@@ -196,7 +213,10 @@ def _read_sets(console: Console, data: str, splits: Path | None, cache: Path):
             raise ValueError("--splits goes with --data FOLDER; the digits have a fixed split")
         config = DigitConfig()
         with ProgressLine(console, "fit digit networks", config.total) as line:
-            return digit_splits(digit_inrs(config, cache, progress=lambda done, total: line.update(done))), config.describe()
+            return digit_splits(digit_inrs(config, cache, progress=lambda done, total: line.update(done))), {
+                **config.describe(),
+                "split": SPLIT_SEED,
+            }
     sets = read_collection(data, splits)
     sizes = {name: len(part) for name, part in sets.items()}
     console.print(f"{sum(sizes.values()):,} networks {list(sets['train'].layout)} from {data}: {sizes}", highlight=False, soft_wrap=True)
@@ -214,11 +234,9 @@ def _layout(text: str) -> tuple[int, ...]:
 
 
 def _prepare(device: str, threads: int | None) -> Console:
-    """Checks the device, sets the threads, shows warnings as notes; returns the console."""
+    """Checks the device, sets the threads; returns the console."""
     import torch
 
-    console = Console()
-    warnings.showwarning = lambda message, *_: console.print(f"[yellow]note:[/yellow] {message}", highlight=False)
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -229,14 +247,16 @@ def _prepare(device: str, threads: int | None) -> Console:
         raise ValueError(f'--device: "{device}" was asked for, but torch {torch.__version__} sees no GPU here; use --device cpu')
     if threads is not None:
         torch.set_num_threads(threads)
-    return console
+    return Console()
 
 
-def main() -> None:
-    """Entry point of the console script."""
-    errors = Console(stderr=True)
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script; `arguments` default to the command line. Ends with SystemExit."""
+    errors, notes = Console(stderr=True), Console()
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: notes.print(f"[yellow]note:[/yellow] {message}", highlight=False, soft_wrap=True)
+            app(args=arguments)
     except KeyboardInterrupt:
         errors.print("interrupted; what was finished is kept, and the same command continues", highlight=False)
         sys.exit(STOPPED)

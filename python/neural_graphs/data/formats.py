@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -131,7 +132,9 @@ def read_nfn(root: Path | str, progress: Progress | None = None) -> dict[str, In
         if number and _NFN_FOLDER.search(path.parent.name):
             indexed[int(number[1])] = path
     if not indexed or sorted(indexed) != list(range(len(indexed))):
-        raise DataError(f"read_nfn: expected {root} to hold *_<label>s/net<index>.pth with indices 0, 1, ... without gaps, got {len(indexed)} files")
+        raise DataError(
+            f"read_nfn: expected {root} to hold *_<label>s/net<index>.pth with indices 0, 1, ... without gaps, got {len(indexed)} files"
+        )
     paths = [indexed[index] for index in range(len(indexed))]
     first, second = len(paths) * 45 // 60, len(paths) * 50 // 60
     parts = {"train": paths[:first], "val": paths[first:second], "test": paths[second:]}
@@ -159,14 +162,15 @@ def export_mnist_layout(sets: Mapping[str, InrSet], root: Path | str, suffix: st
     """
     if suffix not in (".pth", ".safetensors"):
         raise ValueError(f'export_mnist_layout: expected suffix ".pth" or ".safetensors", got "{suffix}"')
-    root, splits = Path(root), {}
+    root, splits, runs = Path(root), {}, Counter()
     total, done = sum(map(len, sets.values())), 0
     for name, networks in sets.items():
-        paths, kind, runs = [], "testing" if name == "test" else "training", {}
+        paths, kind = [], "testing" if name == "test" else "training"
         for row in range(len(networks)):
             label, image = int(networks.labels[row]), int(networks.images[row])
-            run = runs[image] = runs.get(image, -1) + 1
-            path = Path("mnist-inrs") / f"mnist_png_{kind}_{label}_{image}" / f"run_{run}" / f"model_final{suffix}"
+            folder = f"mnist_png_{kind}_{label}_{image}"
+            path = Path("mnist-inrs") / folder / f"run_{runs[folder]}" / f"model_final{suffix}"
+            runs[folder] += 1
             write_bytes(root / path, _network_bytes(networks, row, suffix))
             paths.append(path.as_posix())
             done += 1

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,14 +41,14 @@ class InrSet:
         """Weights of one network."""
         return sum(weight.shape[1] * weight.shape[2] for weight in self.weights)
 
-    def select(self, index: Tensor) -> "InrSet":
+    def select(self, index: Tensor) -> InrSet:
         """Returns the networks at `index` (positions [K] int64, or a mask [M] bool)."""
         return self._map(lambda tensor: tensor[index])
 
-    def to(self, device: torch.device | str) -> "InrSet":
+    def to(self, device: torch.device | str) -> InrSet:
         return self._map(lambda tensor: tensor.to(device))
 
-    def _map(self, function) -> "InrSet":
+    def _map(self, function) -> InrSet:
         return InrSet(
             tuple(function(weight) for weight in self.weights),
             tuple(function(bias) for bias in self.biases),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import torch
 from torch import Tensor
@@ -58,9 +58,7 @@ def picture_inr(config: PictureConfig, cache: Path | str, progress: Progress | N
     if not path.exists():
         target = load_picture(config).reshape(1, -1, 3)
         points = pixel_grid(config.height, config.width)
-        weights, biases, error = fit_sirens(
-            target, points, config.siren, torch.Generator().manual_seed(config.seed), progress=progress
-        )
+        weights, biases, error = fit_sirens(target, points, config.siren, torch.Generator().manual_seed(config.seed), progress=progress)
         write_tensors(path, pack(InrSet(tuple(weights), tuple(biases), torch.tensor([0]), torch.tensor([0]), psnr(error))))
     tensors, _ = read_tensors(path, "delete it and run again")
     return unpack(tensors, str(path))

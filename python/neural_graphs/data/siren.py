@@ -12,8 +12,8 @@ most of the time of such small matrices on bookkeeping.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,17 +23,17 @@ from torch import Tensor
 class SirenConfig:
     """How SIRENs are initialised and fitted.
 
-    The defaults are for small images and are chosen so that the *weights* carry the image: a low-frequency start (`first_bound`)
-    and decoupled decay (`decay`: W <- (1 - decay lr) W at every step). With the plain SIREN initialisation
-    (`first_bound=None`, `decay=0`) the fit is far better, but the weights are mostly initialisation noise.
+    The defaults are for small images and are chosen so that the *weights* carry the image: a small, low-frequency start
+    (`first_bound`, `bias_bound`) and decoupled decay (`decay`: W <- (1 - decay lr) W at every step). With the plain SIREN
+    initialisation (`first_bound=None`, `decay=0`) the fit is far better, but the weights are mostly initialisation noise.
     """
 
     layout: tuple[int, ...] = (2, 8, 8, 1)
     steps: int = 250
-    lr: float = 1e-2  # Adam, cosine to zero
-    decay: float = 3.0
-    first_bound: float | None = 0.05  # first layer U(-bound, bound); None: 1 / d_0, the SIREN paper's
-    bias_bound: float | None = 0.02  # None: 1 / sqrt(fan_in), torch's default for linear layers
+    lr: float = 5e-3  # Adam, cosine to zero
+    decay: float = 2.0
+    first_bound: float | None = 0.005  # first layer U(-bound, bound); None: 1 / d_0, the SIREN paper's
+    bias_bound: float | None = 0.005  # None: 1 / sqrt(fan_in), torch's default for linear layers
     omega: float = 30.0
     offset: float = 0.5
     points_per_step: int | None = None  # None: every pixel at every step
@@ -144,9 +144,7 @@ def _check_fit(targets: Tensor, points: Tensor, config: SirenConfig) -> None:
     if points.dim() != 2 or points.shape[1] != config.layout[0]:
         raise ValueError(f"fit_sirens: expected points of shape [P, {config.layout[0]}], got {list(points.shape)}")
     if targets.dim() != 3 or targets.shape[1:] != (points.shape[0], config.layout[-1]):
-        raise ValueError(
-            f"fit_sirens: expected targets of shape [M, {points.shape[0]}, {config.layout[-1]}], got {list(targets.shape)}"
-        )
+        raise ValueError(f"fit_sirens: expected targets of shape [M, {points.shape[0]}, {config.layout[-1]}], got {list(targets.shape)}")
 
 
 def _gradients(parameters: list[Tensor], points: Tensor, wanted: Tensor, config: SirenConfig) -> list[Tensor]:

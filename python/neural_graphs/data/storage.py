@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 
@@ -129,7 +130,9 @@ def read_json(path: Path | str) -> Any:
         raise DataError(f"read: {path} is not valid JSON (line {error.lineno}: {error.msg}); delete it or restore it") from error
 
 
-def read_tensors(path: Path | str, remedy: str = "restore it from its source, or delete it") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(
+    path: Path | str, remedy: str = "restore it from its source, or delete it"
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Returns (tensors by name, metadata) of a safetensors file.
 
     Raises:

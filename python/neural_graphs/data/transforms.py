@@ -6,8 +6,8 @@ All functions take and return `(weights, biases)` with weights[l] [M, d_l, d_{l+
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ class Normalisation:
     bias_std: tuple[float, ...]
 
     @staticmethod
-    def measure(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> "Normalisation":
+    def measure(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Normalisation:
         """Returns the statistics of a training set."""
 
         def spread(tensor: Tensor) -> float:

@@ -6,34 +6,30 @@ the same configuration continues.
 
 from __future__ import annotations
 
-import platform
+import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
-import torch
 from rich.console import Console
 
 from ..data import (
     DigitConfig,
     InrSet,
     PictureConfig,
-    SirenConfig,
     digit_inrs,
     digit_splits,
     load_digit_pictures,
-    load_picture,
     picture_inr,
-    pixel_grid,
-    siren_forward,
 )
-from ..data.sources import available_cores
-from ..data.storage import read_json, write_bytes, write_json
+from ..data.digits import SPLIT_SEED
+from ..data.storage import read_json, write_json
 from ..tasks.baselines import MlpConfig, bounds, run_baseline, weight_baselines
 from ..tasks.inr_classification import ClassifierConfig, train_classifier
 from ..tasks.training import Interrupted, StopRequest, TrainConfig
-from . import large_step, page, plots
+from . import large_step, publish
 from .progress import ProgressLine
 
 FORMAT = 1
@@ -75,7 +71,7 @@ class Demo:
     def __init__(self, config: DemoConfig, console: Console):
         self.config, self.console = config, console
         self.path = config.out / "results.json"
-        self.results: dict[str, Any] = {"format": FORMAT, "machine": machine(config.device), "stages": {}, "seconds": {}}
+        self.results: dict[str, Any] = {"format": FORMAT, "machine": publish.machine(config.device), "stages": {}, "seconds": {}}
         if not config.fresh and self.path.exists():
             saved = read_json(self.path)
             if saved.get("format") == FORMAT:
@@ -92,26 +88,27 @@ class Demo:
             DataError, ngkernels' errors: one clear sentence each.
         """
         networks, picture = self._networks(), self._picture()
-        sets = digit_splits(networks, self.config.digits.seed)
+        sets = digit_splits(networks)
         with StopRequest() as stop:
             training = self._stage("training", self._training_identity(), lambda: self._train(sets, stop))
             baselines = self._stage("baselines", self._baseline_identity(), lambda: self._baselines(sets, stop))
         large = self._stage("large step", self._large_identity(), self._large_step)
         results = {
             "machine": self.results["machine"],
-            "data": self._describe_data(networks, sets),
+            "data": publish.describe_data(self.config.digits, networks, sets),
             "training": training,
             "baselines": baselines,
             "large": large,
             "seconds": self.results["seconds"],
         }
-        self._write_report(results, sets, picture)
+        publish.write(self.config.out, results, publish.figures(results, sets["test"], self.config.picture, picture))
         return results
 
     # ------------------------------------------------------------------------------------------------------------ stages
 
     def _stage(self, name: str, identity: dict, work: Callable[[], Any]) -> Any:
         """Returns the saved result of a stage, or does the work and saves it."""
+        identity = json.loads(json.dumps(identity))  # as it reads back: lists for tuples
         saved = self.results["stages"].get(name)
         if saved is not None and saved["identity"] == identity:
             return saved["result"]
@@ -150,18 +147,22 @@ class Demo:
             trainer, finished = train_classifier(
                 sets,
                 config,
-                self.config.digits.describe(),
+                self._data_identity(),
                 checkpoint,
                 self.config.device,
                 resume=not self.config.fresh,
-                on_step=lambda p: line.update(p.step, f"loss {p.loss:.3f}, accuracy {100 * p.accuracy:.0f} %, {p.steps_per_second:.0f} steps/s"),
+                on_step=lambda p: line.update(
+                    p.step, f"loss {p.loss:.3f}, accuracy {100 * p.accuracy:.0f} %, {p.steps_per_second:.0f} steps/s"
+                ),
                 stop=stop,
             )
         if not finished:
             raise Interrupted(f"stopped after step {trainer.step} of {config.train.steps}; the state is in {checkpoint}")
         last = trainer.history[-1]
         self.console.print(
-            f"test accuracy {last['test_accuracy']:.1f} % (standard error {last['test_standard_error']:.1f})", highlight=False, soft_wrap=True
+            f"test accuracy {last['test_accuracy']:.1f} % (standard error {last['test_standard_error']:.1f})",
+            highlight=False,
+            soft_wrap=True,
         )
         speed = trainer.step / max(trainer.seconds, 1e-9)
         return {"history": trainer.history, "seconds": trainer.seconds, "steps_per_second": speed}
@@ -172,9 +173,9 @@ class Demo:
         todo = weight_baselines(self.config.classifier.motion) + bounds(pictures)
         with ProgressLine(self.console, "train comparisons", len(todo) * config.steps) as line:
             for index, baseline in enumerate(todo):
-                result = run_baseline(
-                    baseline, sets, config, lambda done, _: line.update(index * config.steps + done, baseline.title), stop
-                )
+                before, title = index * config.steps, baseline.title
+                show = lambda done, _, before=before, title=title: line.update(before + done, title)  # noqa: E731
+                result = run_baseline(baseline, sets, config, show, stop)
                 if result is None:
                     raise Interrupted("stopped while training the comparisons; the trained model is saved")
                 found.append(result)
@@ -207,77 +208,22 @@ class Demo:
 
     # -------------------------------------------------------------------------------------------------------- identities
 
+    def _data_identity(self) -> dict:
+        return {**self.config.digits.describe(), "split": SPLIT_SEED}
+
     def _training_identity(self) -> dict:
-        return {"data": self.config.digits.describe(), "classifier": asdict(self.config.classifier), "device": self.config.device}
+        return {"data": self._data_identity(), "classifier": asdict(self.config.classifier), "device": self.config.device}
 
     def _baseline_identity(self) -> dict:
         motion = asdict(self.config.classifier.motion)
-        return {"data": self.config.digits.describe(), "mlp": asdict(self.config.baselines), "motion": motion}
+        return {"data": self._data_identity(), "mlp": asdict(self.config.baselines), "motion": motion}
 
     def _large_identity(self) -> dict:
-        return {"picture": self.config.picture.describe(), "repeats": self.config.repeats, "threads": torch.get_num_threads()}
-
-    # ------------------------------------------------------------------------------------------------------------ report
-
-    def _describe_data(self, networks: InrSet, sets: dict[str, InrSet]) -> dict[str, Any]:
-        return {
-            "networks": len(networks),
-            "layout": list(networks.layout),
-            "pictures": self.config.digits.images,
-            "psnr_median": float(networks.psnr.median()),
-            "psnr_low": float(networks.psnr.quantile(0.05)),
-            "split": {name: len(part.images.unique()) for name, part in sets.items()},
-            "shared_init": self.config.digits.shared_init,
-        }
-
-    def _write_report(self, results: dict[str, Any], sets: dict[str, InrSet], picture: InrSet) -> None:
-        figures = {
-            "accuracy": plots.accuracy_curve(results["training"]["history"], results["baselines"], "Naming a digit from the weights of its network"),
-            "reconstructions": self._digits_figure(sets["test"]),
-            "picture": self._picture_figure(picture),
-        }
-        if results["large"]["measured"]:
-            figures["cost"] = plots.step_cost(results["large"]["measured"])
-        names = {name: f"plots/{name}.png" for name in figures}
-        for name, png in figures.items():
-            write_bytes(self.config.out / names[name], png)
-        write_bytes(self.config.out / "report.html", page.page(results, figures).encode())
-        write_bytes(self.config.out / "report.md", page.markdown(results, names).encode())
-
-    def _digits_figure(self, test: InrSet) -> bytes:
-        chosen = []
-        for label in test.labels.unique().tolist():  # the network of median quality of each class
-            members = (test.labels == label).nonzero().flatten()
-            chosen.append(int(members[test.psnr[members].argsort()[len(members) // 2]]))
-        shown = test.select(torch.tensor(chosen))
-        drawn = siren_forward(shown.weights, shown.biases, pixel_grid(8, 8)).reshape(-1, 8, 8)
-        fine = siren_forward(shown.weights, shown.biases, pixel_grid(64, 64)).reshape(-1, 64, 64)
-        pictures = load_digit_pictures()[0][shown.images]
-        return plots.reconstructions(pictures, drawn, fine, shown.labels.tolist(), shown.psnr.tolist())
-
-    def _picture_figure(self, network: InrSet) -> bytes:
-        config = self.config.picture
-        drawn = siren_forward(network.weights, network.biases, pixel_grid(config.height, config.width)).reshape(config.height, config.width, 3)
-        return plots.picture_comparison(load_picture(config), drawn, float(network.psnr[0]), network.layout)
-
-
-def machine(device: str) -> str:
-    """Returns one line that says where the figures were measured."""
-    from ngkernels import backends
-
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    if device != "cpu":
-        processor = torch.cuda.get_device_name(device)
-    return f"{processor}, {available_cores()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, kernels: {backends.isa()}"
+        return {"picture": self.config.picture.describe(), "repeats": self.config.repeats}
 
 
 def make_config(
-    out: Path, cache: Path, steps: int, seed: int, device: str, model: str, fresh: bool, bf16: bool, small: bool, siren: SirenConfig | None = None
+    out: Path, cache: Path, *, steps: int, seed: int, device: str, model: str, fresh: bool, bf16: bool, small: bool
 ) -> DemoConfig:
     """Returns the demo's configuration from the options of the command line."""
     train = TrainConfig(steps=steps, seed=seed, bf16=bf16, eval_every=max(1, min(500, steps // 16)))
@@ -286,7 +232,6 @@ def make_config(
         cache=cache,
         device=device,
         fresh=fresh,
-        digits=DigitConfig(siren=siren or SirenConfig()),
         classifier=ClassifierConfig(model=model, train=train),
         baselines=MlpConfig(seed=seed),
     )

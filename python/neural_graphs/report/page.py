@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import html
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 CSS = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1f2933; max-width: 60rem; margin: 2.5rem auto; padding: 0 1.2rem; }
@@ -45,7 +46,9 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         f"{last['test_standard_error']:.1f}), after {last['step']:,} steps at {training['steps_per_second']:.0f} steps per second.",
     ]
     if weights is not None:
-        found.append(f"The best of the MLPs on flattened weights reaches {weights['accuracy']:.1f} %: a network's neurons have no order to rely on.")
+        found.append(
+            f"The best of the MLPs on flattened weights reaches {weights['accuracy']:.1f} %: a network's neurons have no order to rely on."
+        )
     measured = large["measured"]
     if len(measured) > 1:
         memory = measured[1]["bytes_per_edge"] / measured[0]["bytes_per_edge"]
@@ -71,8 +74,11 @@ def caveats(results: Mapping[str, Any]) -> list[str]:
         f"One split by picture ({' / '.join(str(data['split'][name]) for name in ('train', 'val', 'test'))} pictures; all networks of a picture on "
         f"one side) and one seed. The standard error counts the {data['split']['test']} test pictures as independent, not their networks.",
         start,
-        "The fit starts from low frequencies and decays the weights, so that the weights carry the picture. From the usual SIREN "
-        "start (about 60 dB) weights are mostly noise of the initialisation, and every method stays near chance.",
+        "The fit starts from small weights of low frequency and decays them, so that the weights carry the picture. From the usual "
+        "SIREN start (about 60 dB) weights are mostly noise of the initialisation, and every method stays near chance.",
+        "How networks are fitted was chosen by accuracy: 17 variants were compared (6 of them with NG-GNN, the others with an MLP), "
+        "looking at test accuracy on another split of the same pictures. The first recipe tried gave 82.8 % there and the chosen one "
+        "89.6 %. The split used here was not looked at, but its pictures are not new, so expect the figures to be a little too good.",
         "Training pictures are turned, scaled and shifted a little, exactly, in weight space; signs of neurons are made canonical (sin is "
         "odd). The MLPs get the same, except the plain one, and the best of ten validation checkpoints.",
         "The large network shows cost, not accuracy. Memory is the peak of a fresh process above its size before the network was read: "
@@ -110,7 +116,7 @@ def page(results: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
         _figure(figures.get("reconstructions"), f"One {data['layout']} network for each class, of median quality."),
         "<h2>A large network</h2>",
         _figure(figures.get("picture"), f"One network of {large['edges']:,} weights, fitted to a photograph."),
-        _figure(figures.get("cost"), "One training step: forward, backward, gradients of all weights (log scales)."),
+        _figure(figures.get("cost"), "One training step: forward, backward, gradients of all parameters and of all weights read."),
         _table(("one training step", "peak memory", "bytes per edge", "s per million edges"), cost_rows(results), first_is_ours=True),
         _list(large["notes"]),
         "<h2>What to keep in mind</h2>",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -42,7 +43,9 @@ def accuracy_curve(history: Sequence[dict[str, float]], baselines: Sequence[dict
         axes.set_xlim(0, max(steps))
         for position, (_, text, colour) in zip(_spread([line[0] for line in lines], 4.6), lines):
             weight = "bold" if colour == BLUE else "normal"
-            axes.annotate(text, (1.015, position), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=10, fontweight=weight)
+            axes.annotate(
+                text, (1.015, position), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=10, fontweight=weight
+            )
         axes.set_xlabel("training steps")
         axes.set_ylabel("test accuracy, %")
         axes.set_title(title, pad=24)
@@ -82,8 +85,8 @@ def reconstructions(pictures: Tensor, drawn: Tensor, fine: Tensor, labels: Seque
 def picture_comparison(picture: Tensor, drawn: Tensor, psnr: float, layout: Sequence[int]) -> bytes:
     """A photograph [h, w, 3], what the large network draws [h, w, 3], and the difference."""
     with _style():
-        figure = _empty_figure(11, 3.2)
-        grid = figure.add_gridspec(1, 3, left=0.01, right=0.99, top=0.86, bottom=0.02, wspace=0.04)
+        figure = _empty_figure(11, 2.85)
+        grid = figure.add_gridspec(1, 3, left=0.01, right=0.99, top=0.9, bottom=0.02, wspace=0.04)
         error = ((picture - drawn).abs().mean(2, keepdim=True) * 10).clamp(0, 1).expand(-1, -1, 3)
         titles = (
             f"photograph, {picture.shape[1]} x {picture.shape[0]}",
@@ -105,24 +108,25 @@ def step_cost(measured: Sequence[dict[str, Any]]) -> bytes:
         measured: dicts with `title`, `bytes_per_edge`, `seconds_per_million_edges`.
     """
     with _style():
-        figure = _empty_figure(10, 1.25 + 0.62 * len(measured))
-        top, bottom = 1 - 0.62 / (1.25 + 0.62 * len(measured)), 0.5 / (1.25 + 0.62 * len(measured))
-        grid = figure.add_gridspec(1, 2, left=0.2, right=0.97, top=top, bottom=bottom, wspace=0.12)
-        panels = (("bytes_per_edge", "peak memory, bytes per edge", ",.0f"), ("seconds_per_million_edges", "seconds per million edges", ",.2f"))
+        height = 1.0 + 0.6 * len(measured)
+        figure = _empty_figure(10, height)
+        grid = figure.add_gridspec(1, 2, left=0.17, right=0.98, top=1 - 0.42 / height, bottom=0.42 / height, wspace=0.1)
+        panels = (
+            ("bytes_per_edge", "peak memory, bytes per edge", ",.0f"),
+            ("seconds_per_million_edges", "seconds per million edges", ",.2f"),
+        )
         for column, (key, title, form) in enumerate(panels):
             axes = figure.add_subplot(grid[0, column])
             values = [entry[key] for entry in measured]
-            colours = [BLUE if index == 0 else GREY for index in range(len(values))]
-            axes.barh(range(len(values)), values, color=colours, height=0.56)
-            axes.set_xscale("log")
-            axes.set_xlim(min(values) / 4, max(values) * 5)
+            axes.barh(range(len(values)), values, color=[BLUE if index == 0 else GREY for index in range(len(values))], height=0.56)
+            axes.set_xlim(0, max(values) * 1.2)
             axes.set_ylim(len(values) - 0.4, -0.6)
             axes.set_yticks(range(len(values)), [entry["title"] for entry in measured] if column == 0 else [""] * len(values))
             axes.tick_params(axis="y", length=0)
+            axes.locator_params(axis="x", nbins=5)
             for index, value in enumerate(values):
-                axes.text(value * 1.12, index, format(value, form), va="center", fontsize=11, fontweight="bold")
+                axes.text(value + max(values) * 0.015, index, format(value, form), va="center", fontsize=11, fontweight="bold")
             axes.set_title(title)
-            axes.minorticks_off()
         return _png(figure)
 
 

@@ -19,7 +19,7 @@ class ProgressLine:
         self._begin = self._last = time.monotonic()
         self._first: int | None = None
 
-    def __enter__(self) -> "ProgressLine":
+    def __enter__(self) -> ProgressLine:
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),

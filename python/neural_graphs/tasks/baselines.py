@@ -7,8 +7,8 @@ the neural-graph model does not get.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,18 @@ def run_baseline(
     progress: Callable[[int, int], None] | None = None,
     stop: StopRequest | None = None,
 ) -> dict | None:
-    """Trains one baseline and returns {name, title, reads, accuracy, standard_error} on the test set; None if `stop` was requested."""
+    """Trains one baseline and returns {name, title, reads, accuracy, standard_error} on the test set; None if `stop` was requested.
+
+    The result depends on the configuration alone; the global random generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # initial parameters and dropout
+        best = _train(baseline, sets, config, progress, stop)
+    return None if best is None else {"name": baseline.name, "title": baseline.title, "reads": baseline.reads, **best}
+
+
+def _train(baseline, sets, config: MlpConfig, progress, stop) -> dict[str, float] | None:
+    """Returns the test score at the best validation checkpoint."""
     train = _first_of_each_picture(sets["train"]) if baseline.once_per_picture else sets["train"]
     classes = 1 + int(max(networks.labels.max() for networks in sets.values()))
     clean = baseline.features(train, None)
@@ -134,17 +145,15 @@ def run_baseline(
             best = max(best, _evaluate(mlp, inputs, sets), key=lambda pair: pair[0])
             if progress is not None:
                 progress(step + 1, config.steps)
-    return {"name": baseline.name, "title": baseline.title, "reads": baseline.reads, **best[1]}
+    return best[1]
 
 
 def _mlp(features: int, classes: int, config: MlpConfig) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        layers: list[nn.Module] = []
-        for _ in range(3):
-            layers += [nn.Linear(features, config.width), nn.ReLU(), nn.Dropout(config.dropout)]
-            features = config.width
-        return nn.Sequential(*layers, nn.Linear(features, classes))
+    layers: list[nn.Module] = []
+    for _ in range(3):
+        layers += [nn.Linear(features, config.width), nn.ReLU(), nn.Dropout(config.dropout)]
+        features = config.width
+    return nn.Sequential(*layers, nn.Linear(features, classes))
 
 
 @torch.no_grad()
