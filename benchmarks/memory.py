@@ -112,7 +112,9 @@ def child(request: dict) -> dict:
     }
 
 
-def measure(run: str, provider: Provider, case: Case, weight_grads: bool, threads: int, dtype: str, series: str, malloc: str) -> dict:
+def measure(
+    run: str, provider: Provider, case: Case, weight_grads: bool, threads: int, dtype: str, series: str, malloc: str, name: str = "memory"
+) -> dict:
     """Starts a fresh process for one point and records what it found."""
     request = {
         "provider": provider.name, "layout": list(case.layout), "batch": case.batch,
@@ -126,7 +128,7 @@ def measure(run: str, provider: Provider, case: Case, weight_grads: bool, thread
         tail = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise RuntimeError(f"memory: {provider.name} at {case.label} failed: {tail[0]}")
     result = json.loads(done.stdout.splitlines()[-1])
-    return records.append("memory", run, {**request, "series": series, "edges": case.edges, "nodes": case.nodes, **result})
+    return records.append(name, run, {**request, "series": series, "edges": case.edges, "nodes": case.nodes, **result})
 
 
 def slope(points: list[tuple[float, float]]) -> float:
@@ -189,7 +191,7 @@ def main(
     malloc: Annotated[
         str, typer.Option(help="fixed: freed blocks of 1 MiB go back at once (glibc). default: as the system does.")
     ] = "fixed",
-    quick: Annotated[bool, typer.Option("--quick", help="Small networks and few of them: does everything run?")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small networks, few of them, recorded apart: does everything run?")] = False,
     request: Annotated[str, typer.Option("--child", hidden=True)] = "",
 ) -> None:
     """Measures peak bytes of a training step of NG-GNN and their slope in edges and in neurons; appends one JSON line per point.
@@ -212,7 +214,7 @@ def main(
     rows, failures = [], []
     for provider, grad, series, case in track(todo, "measuring", console=console, transient=True):
         try:
-            rows.append(measure(run, provider, case, grad == "on", threads, dtype, series, malloc))
+            rows.append(measure(run, provider, case, grad == "on", threads, dtype, series, malloc, "memory-quick" if quick else "memory"))
         except RuntimeError as failure:  # shown, and the exit status tells
             failures.append(str(failure))
     show(rows)

@@ -89,7 +89,7 @@ class Candidates:
         return step
 
 
-def record(run: str, case: Case, key: tuple, samples: Samples, threads: int, rates: dict, error) -> dict:
+def record(name: str, run: str, case: Case, key: tuple, samples: Samples, threads: int, rates: dict, error) -> dict:
     """One measurement as it is stored."""
     provider, dtype, grad = key
     todo = work.train_step(case, weight_grads=grad == "on")
@@ -118,7 +118,7 @@ def record(run: str, case: Case, key: tuple, samples: Samples, threads: int, rat
         "share": bound / samples.median,
         "errors": error,
     }
-    return records.append("train_step", run, measurement)
+    return records.append(name, run, measurement)
 
 
 def show(case: Case, threads: int, rows: list[dict]) -> None:
@@ -148,7 +148,14 @@ def measure(run, case, providers, dtypes, grads, threads, rates, samples, quick)
         found = interleave(ready.steps, want, rounds, length, tick=lambda: progress.advance(task))
     for failure in ready.failures:
         console.print(f"not measured: {failure}", style="red", markup=False, highlight=False, soft_wrap=True)
-    show(case, threads, [record(run, case, key, s, threads, rates, ready.errors[key[:2]]) for key, s in found.items()])
+    show(
+        case,
+        threads,
+        [
+            record("train_step-quick" if quick else "train_step", run, case, key, s, threads, rates, ready.errors[key[:2]])
+            for key, s in found.items()
+        ],
+    )
     failures = ready.failures
     del ready, found
     gc.collect()
@@ -164,7 +171,7 @@ def main(
     weight_grads: Annotated[str, typer.Option(help="Gradients of the input weights: on, off or both.")] = "off,on",
     providers: Annotated[str, typer.Option(help=f"Who is timed: default, or some of {', '.join(PROVIDERS)}.")] = "default",
     samples: Annotated[int, typer.Option(help="Quiet samples wanted of each; a sample lasts 0.3 s or one step.")] = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="Two small layouts, short samples: does everything run?")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two small layouts, short samples, recorded apart: does everything run?")] = False,
 ) -> None:
     """Times forward + cross-entropy + backward of NG-GNN and appends one JSON line per measurement.
 

@@ -24,11 +24,17 @@ constexpr int HEADER = 10, RECORD = 10;
 
 Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return F32;
-    case ScalarType::Double: return F64;
-    case ScalarType::BFloat16: return BF16;
-    case ScalarType::Half: return F16;
-    default: STD_TORCH_CHECK(false, "ngkernels: expected float32, float64, bfloat16 or float16 edge values"); return F32;
+    case ScalarType::Float:
+      return F32;
+    case ScalarType::Double:
+      return F64;
+    case ScalarType::BFloat16:
+      return BF16;
+    case ScalarType::Half:
+      return F16;
+    default:
+      STD_TORCH_CHECK(false, "ngkernels: expected float32, float64, bfloat16 or float16 edge values");
+      return F32;
   }
 }
 
@@ -39,7 +45,8 @@ EdgeTensor edge_tensor(const Tensor& t, bool packed) {
   e.data = const_cast<void*>(t.const_data_ptr());
   e.dtype = dtype_of(t);
   const int64_t dim = t.dim();
-  STD_TORCH_CHECK(t.is_cpu() && (packed ? dim == 2 : dim == 3 || dim == 4), "ngkernels: expected CPU edge tensors of rank ", packed ? "2" : "3 or 4", ", got rank ", dim);
+  STD_TORCH_CHECK(t.is_cpu() && (packed ? dim == 2 : dim == 3 || dim == 4), "ngkernels: expected CPU edge tensors of rank ",
+                  packed ? "2" : "3 or 4", ", got rank ", dim);
   e.channels = static_cast<int>(t.size(dim - 1));
   e.stride[3] = t.stride(dim - 1);
   if (packed) {
@@ -54,7 +61,8 @@ EdgeTensor edge_tensor(const Tensor& t, bool packed) {
 
 void* data(const Tensor& t, ScalarType type, const char* name) {
   if (t.numel() == 0) return nullptr;
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type, "ngkernels: expected ", name, " contiguous, on the CPU, of the compute dtype");
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type, "ngkernels: expected ", name,
+                  " contiguous, on the CPU, of the compute dtype");
   return const_cast<void*>(t.const_data_ptr());
 }
 
@@ -62,10 +70,12 @@ struct Problem {
   Call call;
   bool f64 = false, packed = false;
 
-  Problem(const Tensors& weights, const Tensors& xs, const Tensor& params, const Tensor& table, const Tensor& topology, const Ints& program) {
+  Problem(const Tensors& weights, const Tensors& xs, const Tensor& params, const Tensor& table, const Tensor& topology,
+          const Ints& program) {
     const ScalarType type = table.scalar_type();
     f64 = type == ScalarType::Double;
-    STD_TORCH_CHECK(program.size() >= HEADER && program[8] == RECORD && program.size() == static_cast<size_t>(HEADER + RECORD * program[1]), "ngkernels: malformed program");
+    STD_TORCH_CHECK(program.size() >= HEADER && program[8] == RECORD && program.size() == static_cast<size_t>(HEADER + RECORD * program[1]),
+                    "ngkernels: malformed program");
     call.directions = static_cast<int>(program[0]);
     call.combine = static_cast<int>(program[2]);
     call.width = static_cast<int>(program[3]);
@@ -74,9 +84,12 @@ struct Problem {
     call.tie_bytes = static_cast<int>(program[9]);
     for (size_t k = HEADER; k < program.size(); k += RECORD) {
       const int64_t* r = program.data() + k;
-      call.instrs.push_back({static_cast<int>(r[0]), static_cast<int>(r[1]), static_cast<int>(r[2]), r[3], r[4], static_cast<int>(r[5]), r[6], r[7], r[8], r[9]});
+      call.instrs.push_back({static_cast<int>(r[0]), static_cast<int>(r[1]), static_cast<int>(r[2]), r[3], r[4], static_cast<int>(r[5]),
+                             r[6], r[7], r[8], r[9]});
     }
-    STD_TORCH_CHECK(topology.dim() == 2 && topology.size(1) == ROW_COLUMNS && topology.is_contiguous() && topology.scalar_type() == ScalarType::Long, "ngkernels: malformed topology table");
+    STD_TORCH_CHECK(
+        topology.dim() == 2 && topology.size(1) == ROW_COLUMNS && topology.is_contiguous() && topology.scalar_type() == ScalarType::Long,
+        "ngkernels: malformed topology table");
     call.rows.resize(static_cast<size_t>(topology.size(0)));
     if (!call.rows.empty()) std::memcpy(static_cast<void*>(call.rows.data()), topology.const_data_ptr(), call.rows.size() * sizeof(Row));
     packed = !call.rows.empty() && call.rows[0].emit_offset >= 0;
@@ -96,15 +109,18 @@ struct Problem {
   // What would let a kernel leave its memory.
   void check() const {
     for (const Row& r : call.rows) {
-      STD_TORCH_CHECK(r.weight >= 0 && r.weight < static_cast<int64_t>(call.weights.size()), "ngkernels: a block names a weight tensor that is not there");
+      STD_TORCH_CHECK(r.weight >= 0 && r.weight < static_cast<int64_t>(call.weights.size()),
+                      "ngkernels: a block names a weight tensor that is not there");
       const int64_t last = (r.copies - 1) * r.node_stride;
-      STD_TORCH_CHECK(call.xs.empty() || (r.src + last + r.n_src <= call.nodes && r.dst + last + r.n_dst <= call.nodes), "ngkernels: a block names nodes that x does not have");
+      STD_TORCH_CHECK(call.xs.empty() || (r.src + last + r.n_src <= call.nodes && r.dst + last + r.n_dst <= call.nodes),
+                      "ngkernels: a block names nodes that x does not have");
     }
     for (size_t k = 0; k < call.instrs.size(); ++k) {
       const Instr& in = call.instrs[k];
       STD_TORCH_CHECK(in.x < static_cast<int>(call.xs.size()), "ngkernels: an instruction names a node state that is not there");
       STD_TORCH_CHECK(k == 0 ? in.op == LOAD : in.op != LOAD, "ngkernels: a program starts with one LOAD");
-      for (int64_t offset : {in.w, in.b, in.wd, in.ws}) STD_TORCH_CHECK(offset < call.n_params || offset <= 0, "ngkernels: an instruction names parameters that are not there");
+      for (int64_t offset : {in.w, in.b, in.wd, in.ws})
+        STD_TORCH_CHECK(offset < call.n_params || offset <= 0, "ngkernels: an instruction names parameters that are not there");
       if (in.op == TABLE) STD_TORCH_CHECK(call.table_nodes >= 3, "ngkernels: expected a table");
     }
   }
@@ -151,7 +167,8 @@ std::string forced;
 bool supports(const char* name) {
 #if defined(__x86_64__)
   if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
   if (!std::strcmp(name, "avx512")) return wide;
   if (!std::strcmp(name, "avx512_bf16")) return wide && __builtin_cpu_supports("avx512bf16");
 #endif
@@ -198,16 +215,20 @@ void bind_reduced(Problem& p, const Tensor& out, const Tensor& aux, const Tensor
   p.call.aux = data(aux, type, "aux");
   p.call.ties = ties.numel() ? const_cast<void*>(ties.const_data_ptr()) : nullptr;
   p.call.out_rows = out.size(0);
-  for (const Row& r : p.call.rows) STD_TORCH_CHECK(r.out + (r.copies - 1) * r.out_stride + r.n_dst <= p.call.out_rows, "ngkernels: a block names output rows that are not there");
+  for (const Row& r : p.call.rows)
+    STD_TORCH_CHECK(r.out + (r.copies - 1) * r.out_stride + r.n_dst <= p.call.out_rows,
+                    "ngkernels: a block names output rows that are not there");
 }
 
-void aggregate(Tensors weights, Tensors xs, Tensor params, Tensor table, Tensor topology, Ints program, int64_t compute, Tensor out, Tensor aux, Tensor ties) {
+void aggregate(Tensors weights, Tensors xs, Tensor params, Tensor table, Tensor topology, Ints program, int64_t compute, Tensor out,
+               Tensor aux, Tensor ties) {
   Problem p(weights, xs, params, table, topology, program);
   bind_reduced(p, out, aux, ties);
   if (out.numel()) kernels(p, compute).aggregate(p.call, parallel, threads());
 }
 
-void aggregate_backward(Tensor grad, Tensor out, Tensor aux, Tensor ties, Tensors weights, Tensors xs, Tensor params, Tensor table, Tensor topology, Ints program, int64_t compute, Tensors grads) {
+void aggregate_backward(Tensor grad, Tensor out, Tensor aux, Tensor ties, Tensors weights, Tensors xs, Tensor params, Tensor table,
+                        Tensor topology, Ints program, int64_t compute, Tensors grads) {
   Problem p(weights, xs, params, table, topology, program);
   bind_reduced(p, out, aux, ties);
   p.call.grad_out = data(grad, p.f64 ? ScalarType::Double : ScalarType::Float, "grad");
@@ -218,7 +239,8 @@ void aggregate_backward(Tensor grad, Tensor out, Tensor aux, Tensor ties, Tensor
 
 void bind_values(Problem& p, const Tensors& values) {
   for (const Tensor& v : values) p.call.values.push_back(edge_tensor(v, p.packed));
-  STD_TORCH_CHECK(p.packed ? values.size() == 1 : values.size() == p.call.rows.size(), "ngkernels: expected one tensor of values for each block");
+  STD_TORCH_CHECK(p.packed ? values.size() == 1 : values.size() == p.call.rows.size(),
+                  "ngkernels: expected one tensor of values for each block");
 }
 
 void evaluate(Tensors weights, Tensors xs, Tensor params, Tensor table, Tensor topology, Ints program, int64_t compute, Tensors out) {
@@ -227,7 +249,8 @@ void evaluate(Tensors weights, Tensors xs, Tensor params, Tensor table, Tensor t
   kernels(p, compute).evaluate(p.call, parallel, threads());
 }
 
-void evaluate_backward(Tensors values, Tensors weights, Tensors xs, Tensor params, Tensor table, Tensor topology, Ints program, int64_t compute, Tensors grads) {
+void evaluate_backward(Tensors values, Tensors weights, Tensors xs, Tensor params, Tensor table, Tensor topology, Ints program,
+                       int64_t compute, Tensors grads) {
   Problem p(weights, xs, params, table, topology, program);
   bind_values(p, values);
   p.want(grads, weights);

@@ -16,7 +16,7 @@ enum Kind : int { DENSE, DIAGONAL };
 enum Dtype : int { F32, BF16, F16, F64 };
 
 constexpr double STD_THRESHOLD = 1e-5;  // a variance up to here counts as 0, with gradient 0
-constexpr int TABLE_LINES = 3;  // of a grid node: value, slope and curvature, in units of the step
+constexpr int TABLE_LINES = 3;          // of a grid node: value, slope and curvature, in units of the step
 constexpr double LEAKY_SLOPE = 0.01;
 
 // One step on the register of an edge. n_in == 0: the register starts at the node term (message register).
@@ -34,8 +34,8 @@ struct Instr {
 
 // One block of the graph: ngkernels/graph.py COLUMNS, in its order.
 struct Row {
-  int64_t kind, weight, variant, src, n_src, dst, n_dst, copies, node_stride, out, out_stride, src_axis, shared, offset, edge_stride,
-      block, emit_offset, emit_stride, part;
+  int64_t kind, weight, variant, src, n_src, dst, n_dst, copies, node_stride, out, out_stride, src_axis, shared, offset, edge_stride, block,
+      emit_offset, emit_stride, part;
   int64_t edges() const { return kind == DIAGONAL ? n_src : n_src * n_dst; }
 };
 constexpr int ROW_COLUMNS = sizeof(Row) / sizeof(int64_t);

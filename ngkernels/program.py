@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .edges import ACTIVATIONS, Activate, Affine, EdgeState, Mark, Message, NodeTerm, Update
-from .encoders import Fourier, Identity, Linear, expansion, table_basis, table_half, table_step
+from .encoders import Fourier, Linear, expansion, table_basis, table_half, table_step
 
 LOAD, FOURIER, TABLE, LIN, ACT, ADD, MARK = range(7)
 RECORD = 10  # ints an instruction: op, n_in, n_out, weight, bias, x, weight_dst, weight_src, arg0, arg1

@@ -124,6 +124,6 @@ SAMPLES = (PLAIN, *REDUCTIONS, *ACTIVATIONS, *MESSAGES, *FOURIER, *TABLES, *ENCO
 # with autocast to bfloat16: sums, because one rounding more or less moves a minimum's gradient to another edge
 _SUMS = ("sum", "mean", "std")
 LOW_PRECISION = tuple(
-    s.but(f"low-{s.name}", reduce=_SUMS, **(dict(networks=(mlp(3, 16, 11, 2, reverse=s.networks[0].reverse),), width=16, hidden=24, features=17, node_width=8, scale=0.35)))
+    s.but(f"low-{s.name}", reduce=_SUMS, networks=(mlp(3, 16, 11, 2, reverse=s.networks[0].reverse),), width=16, hidden=24, features=17, node_width=8, scale=0.35)
     for s in (PLAIN, *MESSAGES[2:9:3], FOURIER[3], TABLES[5], ENCODERS[2], MEMORY[1])
 )  # fmt: skip

@@ -181,3 +181,24 @@ def test_tables_are_shared_by_the_consumers_of_a_state():
         ngk.aggregate(e.restrict(-1), message_of(sample, t))
         ngk.readout(e, [(torch.eye(sample.width), None)])
     assert e.tables.keys() == tables.keys() and all(e.tables[k] is tables[k] for k in tables)
+
+
+@pytest.mark.parametrize("encoder", [{"encoder": "linear"}, {"encoder": "fourier"}, {"encoder": "fourier", "table": "auto"}], ids=["linear", "fourier", "table"])
+def test_a_state_may_be_used_again(encoder: dict, backend: str):
+    """In two backward passes, first without gradients, after a parameter has changed: nothing of a call is left behind in it."""
+    sample = PLAIN.but("again", head=0, **encoder)
+    t = {name: v.requires_grad_() for name, v in cast(leaves(sample), torch.float32).items()}
+    wanted = run_engine(sample, {n: v.detach() for n, v in t.items()}, backend)
+    with ngk.use_backend(backend):
+        e, message = edge_state(sample, t), message_of(sample, t)
+        with torch.no_grad():
+            ngk.aggregate(e, message, sample.reduce)
+        for _ in range(2):
+            out = ngk.aggregate(e, message, sample.reduce)
+            grads = torch.autograd.grad((out * coefficients([out])[0]).sum(), list(t.values()))
+            assert_close({f"grad.{n}": g for n, g in zip(t, grads, strict=True)}, {n: g for n, g in wanted.items() if n != "out.0"}, 1e-6)
+        with torch.no_grad():
+            t["encoder.weight"].mul_(2)
+            found = ngk.aggregate(e, message, sample.reduce)
+    wanted = run_engine(sample, {n: v.detach() for n, v in t.items()}, backend, set())
+    assert_close({"out.0": found}, wanted, 1e-6)

@@ -140,7 +140,3 @@ def test_oracle_is_the_same_every_time():
     first, second = new_oracle(case), new_oracle(case)
     assert isinstance(first, PyGNGGNN)
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
-
-
-def test_readmes_show_the_recorded_results():
-    assert report.stale(list(report.READMES)) == [], "run python -m benchmarks.report"

@@ -26,9 +26,15 @@ class Backprop {
       const Step<V>& s = p.steps[k];
       if (w.grad_add[k]) Evaluator<V>::add(g, w.grad_add[k], g, t.n, s.ld, s.ld);
       switch (in.op) {
-        case MARK: write_carrier(t, s.ld, in.n_out, g); return;
-        case ACT: multiply(g, w.out[k - 1], Evaluator<V>::vector_count(t.n, s.ld)); break;
-        case ADD: copy_rows(g, s.ld, w.grad_add[in.arg0], p.steps[in.arg0].ld, t.n); break;
+        case MARK:
+          write_carrier(t, s.ld, in.n_out, g);
+          return;
+        case ACT:
+          multiply(g, w.out[k - 1], Evaluator<V>::vector_count(t.n, s.ld));
+          break;
+        case ADD:
+          copy_rows(g, s.ld, w.grad_add[in.arg0], p.steps[in.arg0].ld, t.n);
+          break;
         case LIN:
           if (!linear(t, k, direction, g, next)) return;
           swap(g, next);
@@ -45,7 +51,9 @@ class Backprop {
           fourier(t, k, direction, g, next);
           swap(g, next);
           break;
-        case LOAD: write_weights(t, g, p.steps[0].ld); return;
+        case LOAD:
+          write_weights(t, g, p.steps[0].ld);
+          return;
       }
     }
   }
@@ -113,7 +121,9 @@ class Backprop {
   }
 
   // Whether instruction k's product with its input's derivative comes out of its GEMM.
-  bool scales(int k) const { return k > 1 && p.call.instrs[k - 1].op == ACT && !w.grad_add[k - 1] && p.steps[k - 1].ld == p.steps[k].bwd[0].ld; }
+  bool scales(int k) const {
+    return k > 1 && p.call.instrs[k - 1].op == ACT && !w.grad_add[k - 1] && p.steps[k - 1].ld == p.steps[k].bwd[0].ld;
+  }
 
   // False when nothing below wants a gradient.
   bool linear(const Tile<V>& t, int k, int direction, const T* g, T* next) {
@@ -131,7 +141,8 @@ class Backprop {
 
   static void copy_rows(const T* from, int ld_from, T* to, int ld_to, int rows) {
     const int n = ld_from < ld_to ? ld_from : ld_to;
-    for (int r = 0; r < rows; ++r) std::memcpy(to + static_cast<int64_t>(r) * ld_to, from + static_cast<int64_t>(r) * ld_from, sizeof(T) * n);
+    for (int r = 0; r < rows; ++r)
+      std::memcpy(to + static_cast<int64_t>(r) * ld_to, from + static_cast<int64_t>(r) * ld_from, sizeof(T) * n);
   }
 
   static void compact(T* g, int rows, int from, int to) {
@@ -254,7 +265,8 @@ class Backprop {
       const int cols = row.kind == DIAGONAL ? 1 : t.piece->cols();
       for (int r = 0; r < t.n; ++r)
         for (int c = 0; c < channels; ++c)
-          w.raw_grad[(static_cast<int64_t>(t.i[r]) * cols + (row.kind == DIAGONAL ? 0 : t.j[r])) * channels + c] = g[static_cast<int64_t>(r) * channels + c];
+          w.raw_grad[(static_cast<int64_t>(t.i[r]) * cols + (row.kind == DIAGONAL ? 0 : t.j[r])) * channels + c] =
+              g[static_cast<int64_t>(r) * channels + c];
       return;
     }
     scatter<V>(t, view(target, row, t.piece->copy, false, row.offset, row.edge_stride), channels, g, channels);

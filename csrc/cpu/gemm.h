@@ -76,8 +76,8 @@ NGK_INLINE void finish_block(typename V::R (&acc)[MR][NV], typename V::T* c, int
 }
 
 template <class V, int MR, int NV, class From>
-NGK_INLINE void gemm_block(const typename V::T* a, int64_t lda, const typename V::T* b, int ldb, typename V::T* c, int ldc, int K, int row, int col,
-                           const From& from, const typename V::T* scale) {
+NGK_INLINE void gemm_block(const typename V::T* a, int64_t lda, const typename V::T* b, int ldb, typename V::T* c, int ldc, int K, int row,
+                           int col, const From& from, const typename V::T* scale) {
   using R = typename V::R;
   R acc[MR][NV];
 #pragma GCC unroll 16
@@ -99,7 +99,8 @@ NGK_INLINE void gemm_block(const typename V::T* a, int64_t lda, const typename V
 }
 
 template <class V, int MR, int NV, class From>
-NGK_INLINE void dot_block(const uint32_t* a, int lda, const uint32_t* b, int ldb, float* c, int ldc, int pairs, int row, int col, const From& from, const float* scale) {
+NGK_INLINE void dot_block(const uint32_t* a, int lda, const uint32_t* b, int ldb, float* c, int ldc, int pairs, int row, int col,
+                          const From& from, const float* scale) {
   typename V::R acc[MR][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
@@ -113,9 +114,11 @@ NGK_INLINE void dot_block(const uint32_t* a, int lda, const uint32_t* b, int ldb
   finish_block<V, MR, NV>(acc, c, ldc, col, scale);
 }
 
-// c[rows, ld] = from + a[rows, K] m, times scale[rows, ld] where given. a, c and scale have room for rows rounded up to MR; at most 512 columns of K for bf16.
+// c[rows, ld] = from + a[rows, K] m, times scale[rows, ld] where given. a, c and scale have room for rows rounded up to MR; at most 512
+// columns of K for bf16.
 template <class V, class From>
-__attribute__((noinline)) void gemm(const typename V::T* a, int64_t lda, int rows, const Matrix<V>& m, typename V::T* c, const From& from, const typename V::T* scale = nullptr) {
+__attribute__((noinline)) void gemm(const typename V::T* a, int64_t lda, int rows, const Matrix<V>& m, typename V::T* c, const From& from,
+                                    const typename V::T* scale = nullptr) {
   if constexpr (V::BF16) {
     if (m.pairs && m.K > 1 && m.K <= 512) {
       uint32_t packed[V::MR * 256];
@@ -127,16 +130,24 @@ __attribute__((noinline)) void gemm(const typename V::T* a, int64_t lda, int row
             packed[r * pairs + k] = to_bf16(p[0]) | static_cast<uint32_t>(to_bf16(hi)) << 16;
           }
         int col = 0;
-        for (; col + 2 * V::W <= m.ld; col += 2 * V::W) dot_block<V, V::MR, 2>(packed, pairs, m.pairs, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, pairs, row, col, from, scale ? scale + static_cast<int64_t>(row) * m.ld : nullptr);
-        if (col < m.ld) dot_block<V, V::MR, 1>(packed, pairs, m.pairs, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, pairs, row, col, from, scale ? scale + static_cast<int64_t>(row) * m.ld : nullptr);
+        for (; col + 2 * V::W <= m.ld; col += 2 * V::W)
+          dot_block<V, V::MR, 2>(packed, pairs, m.pairs, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, pairs, row, col, from,
+                                 scale ? scale + static_cast<int64_t>(row) * m.ld : nullptr);
+        if (col < m.ld)
+          dot_block<V, V::MR, 1>(packed, pairs, m.pairs, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, pairs, row, col, from,
+                                 scale ? scale + static_cast<int64_t>(row) * m.ld : nullptr);
       }
       return;
     }
   }
   for (int row = 0; row < rows; row += V::MR) {
     int col = 0;
-    for (; col + 2 * V::W <= m.ld; col += 2 * V::W) gemm_block<V, V::MR, 2>(a + row * lda, lda, m.p, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, m.K, row, col, from, scale ? scale + static_cast<int64_t>(row) * m.ld : nullptr);
-    if (col < m.ld) gemm_block<V, V::MR, 1>(a + row * lda, lda, m.p, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, m.K, row, col, from, scale ? scale + static_cast<int64_t>(row) * m.ld : nullptr);
+    for (; col + 2 * V::W <= m.ld; col += 2 * V::W)
+      gemm_block<V, V::MR, 2>(a + row * lda, lda, m.p, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, m.K, row, col, from,
+                              scale ? scale + static_cast<int64_t>(row) * m.ld : nullptr);
+    if (col < m.ld)
+      gemm_block<V, V::MR, 1>(a + row * lda, lda, m.p, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, m.K, row, col, from,
+                              scale ? scale + static_cast<int64_t>(row) * m.ld : nullptr);
   }
 }
 
@@ -166,7 +177,8 @@ NGK_INLINE void outer_block(const typename V::T* a, int64_t lda, const typename 
 }
 
 template <class V, int NV>
-NGK_INLINE void outer_columns(const typename V::T* a, int64_t lda, int K, const typename V::T* g, int ldg, int rows, typename V::T* w, int ldw) {
+NGK_INLINE void outer_columns(const typename V::T* a, int64_t lda, int K, const typename V::T* g, int ldg, int rows, typename V::T* w,
+                              int ldw) {
   int k = 0;
   for (; k + V::MR <= K; k += V::MR) outer_block<V, V::MR, NV>(a + k, lda, g, ldg, rows, w + static_cast<int64_t>(k) * ldw, ldw);
   if constexpr (V::MR > 8)
@@ -177,7 +189,8 @@ NGK_INLINE void outer_columns(const typename V::T* a, int64_t lda, int K, const 
 
 // w[K, ldw] += a[rows, K]^T g[rows, ldw]: a weight gradient.
 template <class V>
-__attribute__((noinline)) void gemm_outer(const typename V::T* a, int64_t lda, int K, const typename V::T* g, int ldg, int rows, typename V::T* w, int ldw) {
+__attribute__((noinline)) void gemm_outer(const typename V::T* a, int64_t lda, int K, const typename V::T* g, int ldg, int rows,
+                                          typename V::T* w, int ldw) {
   int col = 0;
   for (; col + 2 * V::W <= ldw; col += 2 * V::W) outer_columns<V, 2>(a, lda, K, g + col, ldg, rows, w + col, ldw);
   if (col < ldw) outer_columns<V, 1>(a, lda, K, g + col, ldg, rows, w + col, ldw);

@@ -10,7 +10,7 @@
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
-#include "engine.h"
+#include "kernels.h"
 
 namespace ngk {
 const Isa& isa_avx2() {

@@ -10,7 +10,7 @@
 
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#include "engine.h"
+#include "kernels.h"
 
 namespace ngk {
 const Isa& isa_avx512_bf16() {

@@ -4,7 +4,7 @@
 
 #include <cmath>
 #include <cstring>
-#include "engine.h"
+#include "kernels.h"
 
 namespace ngk {
 const Isa& isa_scalar() {

@@ -48,10 +48,17 @@ struct Tag {
 template <class F>
 NGK_INLINE void with_kind(int kind, F&& f) {
   switch (kind) {
-    case PLAIN: f(Tag<PLAIN>{}); break;
-    case FILM: f(Tag<FILM>{}); break;
-    case GATE: f(Tag<GATE>{}); break;
-    default: f(Tag<PRODUCT>{});
+    case PLAIN:
+      f(Tag<PLAIN>{});
+      break;
+    case FILM:
+      f(Tag<FILM>{});
+      break;
+    case GATE:
+      f(Tag<GATE>{});
+      break;
+    default:
+      f(Tag<PRODUCT>{});
   }
 }
 
@@ -154,7 +161,8 @@ struct Coefficients {
   }
   static void shifts(const Registers<V>& g, int n, const T* late, int ld, T* ge) {
     if (g.F % V::W == 0) return;
-    for (int r = 0; r < n; ++r) std::memcpy(ge + static_cast<int64_t>(r) * g.lde + g.F, late + static_cast<int64_t>(r) * ld, sizeof(T) * g.F);
+    for (int r = 0; r < n; ++r)
+      std::memcpy(ge + static_cast<int64_t>(r) * g.lde + g.F, late + static_cast<int64_t>(r) * ld, sizeof(T) * g.F);
   }
 };
 

@@ -21,10 +21,10 @@ struct Arena {
 template <class V>
 struct Step {
   using T = typename V::T;
-  Matrix<V> fwd[2], bwd[2];  // LIN: [n_in, n_out] and its transpose, by direction
-  Matrix<V> wd, ws, wd_t, ws_t;  // node term: [d_x, n_out] and transposes
-  T* bias = nullptr;             // [ld], zero where none
-  int ld = 0;                    // of the result
+  Matrix<V> fwd[2], bwd[2];                                   // LIN: [n_in, n_out] and its transpose, by direction
+  Matrix<V> wd, ws, wd_t, ws_t;                               // node term: [d_x, n_out] and transposes
+  T* bias = nullptr;                                          // [ld], zero where none
+  int ld = 0;                                                 // of the result
   int64_t g_w[2] = {-1, -1}, g_b = -1, g_wd = -1, g_ws = -1;  // offsets into the padded parameter gradients
   bool node = false;
 };
@@ -56,13 +56,16 @@ struct Prepared {
     const T* src = params + offset;
     if (p)
       for (int k = 0; k < m.K; ++k)
-        for (int n = 0; n < m.ld; ++n) p[k * m.ld + n] = n >= m.N ? T(0) : (transpose ? src[k * cols + n] : src[static_cast<int64_t>(n) * cols + k]);
+        for (int n = 0; n < m.ld; ++n)
+          p[k * m.ld + n] = n >= m.N ? T(0) : (transpose ? src[k * cols + n] : src[static_cast<int64_t>(n) * cols + k]);
     m.p = p;
     if constexpr (V::BF16) {
       uint32_t* q = arena.take<uint32_t>(static_cast<size_t>((m.K + 1) / 2) * m.ld);
       if (p)
         for (int k = 0; k < m.K; k += 2)
-          for (int n = 0; n < m.ld; ++n) q[k / 2 * m.ld + n] = to_bf16(p[k * m.ld + n]) | (k + 1 < m.K ? static_cast<uint32_t>(to_bf16(p[(k + 1) * m.ld + n])) << 16 : 0u);
+          for (int n = 0; n < m.ld; ++n)
+            q[k / 2 * m.ld + n] =
+                to_bf16(p[k * m.ld + n]) | (k + 1 < m.K ? static_cast<uint32_t>(to_bf16(p[(k + 1) * m.ld + n])) << 16 : 0u);
       m.pairs = q;
     }
     return m;

@@ -27,7 +27,8 @@ void cut(const Row& row, int64_t index, int64_t copy, std::vector<Piece>& out) {
   const int64_t tall = std::min<int64_t>(1024, std::max<int64_t>(64, PIECE_EDGES / J));
   const int64_t ni = ceil_div(row.n_dst, tall), I = ceil_div(row.n_dst, ni);
   for (int64_t i = 0; i < row.n_dst; i += I)
-    for (int64_t j = 0; j < row.n_src; j += J) out.push_back({&row, index, copy, i, std::min(row.n_dst, i + I), j, std::min(row.n_src, j + J)});
+    for (int64_t j = 0; j < row.n_src; j += J)
+      out.push_back({&row, index, copy, i, std::min(row.n_dst, i + I), j, std::min(row.n_src, j + J)});
 }
 
 }  // namespace
@@ -76,7 +77,8 @@ std::vector<int32_t> degrees(const Call& call) {
   return count;
 }
 
-void run_items(const Plan& plan, Parallel parallel, int threads, void* ctx, void (*process)(void*, int, const Item&), void (*commit)(void*, int, const Item&)) {
+void run_items(const Plan& plan, Parallel parallel, int threads, void* ctx, void (*process)(void*, int, const Item&),
+               void (*commit)(void*, int, const Item&)) {
   struct State {
     const Plan& plan;
     void* ctx;

@@ -9,7 +9,7 @@ namespace ngk {
 
 struct Piece {
   const Row* row;
-  int64_t index;  // of the row
+  int64_t index;                 // of the row
   int64_t copy, i0, i1, j0, j1;  // destinations, sources; diagonal: j0 = i0, j1 = i1
   int rows() const { return static_cast<int>(i1 - i0); }
   int cols() const { return static_cast<int>(j1 - j0); }
@@ -33,7 +33,8 @@ Plan make_plan(const Call& call);
 std::vector<int32_t> degrees(const Call& call);
 
 // process(ctx, worker, item) concurrently; commit(ctx, worker, item) one at a time, in the order of the items.
-void run_items(const Plan& plan, Parallel parallel, int threads, void* ctx, void (*process)(void*, int, const Item&), void (*commit)(void*, int, const Item&));
+void run_items(const Plan& plan, Parallel parallel, int threads, void* ctx, void (*process)(void*, int, const Item&),
+               void (*commit)(void*, int, const Item&));
 
 // Memory of one worker, kept between calls; 64-byte aligned, content unspecified. slot 0: shared by a call, 1: worker.
 void* scratch(int slot, size_t bytes);

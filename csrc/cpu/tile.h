@@ -41,8 +41,8 @@ NGK_INLINE View view(const EdgeTensor& t, const Row& row, int64_t copy, bool own
 
 template <class V>
 struct Tile {
-  int n;              // edges
-  const int *i, *j;   // local destination and source of each edge; entries up to row_blocks(n) are valid
+  int n;             // edges
+  const int *i, *j;  // local destination and source of each edge; entries up to row_blocks(n) are valid
   const Piece* piece;
   // Calls f(i, first, last) for the runs of edges of one destination.
   template <class F>
@@ -74,10 +74,14 @@ NGK_INLINE void gather(const Tile<V>& t, const View& v, int channels, typename V
 template <class V>
 void gather(const Tile<V>& t, const View& v, int channels, typename V::T* buffer, int ld) {
   switch (v.dtype) {
-    case F32: return gather<V, float>(t, v, channels, buffer, ld, [](float x) { return x; });
-    case F64: return gather<V, double>(t, v, channels, buffer, ld, [](double x) { return x; });
-    case BF16: return gather<V, uint16_t>(t, v, channels, buffer, ld, [](uint16_t x) { return from_bf16(x); });
-    case F16: return gather<V, uint16_t>(t, v, channels, buffer, ld, [](uint16_t x) { return from_f16(x); });
+    case F32:
+      return gather<V, float>(t, v, channels, buffer, ld, [](float x) { return x; });
+    case F64:
+      return gather<V, double>(t, v, channels, buffer, ld, [](double x) { return x; });
+    case BF16:
+      return gather<V, uint16_t>(t, v, channels, buffer, ld, [](uint16_t x) { return from_bf16(x); });
+    case F16:
+      return gather<V, uint16_t>(t, v, channels, buffer, ld, [](uint16_t x) { return from_f16(x); });
   }
 }
 template <class V, class S, class Convert>
@@ -92,9 +96,12 @@ template <class V>
 void scatter(const Tile<V>& t, const View& v, int channels, const typename V::T* buffer, int ld) {
   using T = typename V::T;
   switch (v.dtype) {
-    case F32: return scatter<V, float>(t, v, channels, buffer, ld, [](T x) { return static_cast<float>(x); });
-    case F64: return scatter<V, double>(t, v, channels, buffer, ld, [](T x) { return static_cast<double>(x); });
-    case BF16: return scatter<V, uint16_t>(t, v, channels, buffer, ld, [](T x) { return to_bf16(static_cast<float>(x)); });
+    case F32:
+      return scatter<V, float>(t, v, channels, buffer, ld, [](T x) { return static_cast<float>(x); });
+    case F64:
+      return scatter<V, double>(t, v, channels, buffer, ld, [](T x) { return static_cast<double>(x); });
+    case BF16:
+      return scatter<V, uint16_t>(t, v, channels, buffer, ld, [](T x) { return to_bf16(static_cast<float>(x)); });
     case F16:
       return scatter<V, uint16_t>(t, v, channels, buffer, ld, [](T x) {
         const _Float16 f = static_cast<_Float16>(x);
@@ -109,15 +116,16 @@ void scatter(const Tile<V>& t, const View& v, int channels, const typename V::T*
 template <class V>
 struct Worker {
   using T = typename V::T;
-  std::vector<T*> out;        // result of each instruction, [tile, ld]
-  std::vector<T*> s, t;       // node terms of the current piece, [rows, ld] and [cols, ld]
+  std::vector<T*> out;   // result of each instruction, [tile, ld]
+  std::vector<T*> s, t;  // node terms of the current piece, [rows, ld] and [cols, ld]
   std::vector<T*> grad_s, grad_t;
-  std::vector<T*> grad_add;   // gradient waiting at the instruction an ADD reads
+  std::vector<T*> grad_add;            // gradient waiting at the instruction an ADD reads
   std::vector<T*> grad_x_i, grad_x_j;  // node gradients of the piece held until its commit, [rows, d_x], [cols, d_x]
   int *i = nullptr, *j = nullptr;
   T* cell = nullptr;                       // of each edge in the table, [tile]; -1: beyond it
   T *hermite = nullptr, *slope = nullptr;  // its interpolation weights and their derivatives, [2 TABLE_LINES][tile]
-  T *g[3] = {nullptr, nullptr, nullptr}, *message = nullptr /* FiLM shifts on their way */, *coefficients = nullptr, *stats = nullptr, *rest = nullptr;
+  T *g[3] = {nullptr, nullptr, nullptr}, *message = nullptr /* FiLM shifts on their way */, *coefficients = nullptr, *stats = nullptr,
+    *rest = nullptr;
   T *params = nullptr, *table = nullptr, *raw_grad = nullptr;  // gradients of the current item; raw_grad: of the piece
   int64_t table_low[2], table_high[2];
 };
@@ -179,17 +187,29 @@ class Evaluator {
       const Step<V>& s = p.steps[k];
       const T* prev = k ? w.out[k - 1] : nullptr;
       switch (in.op) {
-        case LOAD: load(t, in); break;
-        case FOURIER:
-          for (int r = 0; r < t.n; ++r) fourier_row<V>(p.params + in.w + static_cast<int64_t>(direction) * in.n_in * (in.n_out / 2), in.n_out / 2, in.n_in, prev + static_cast<int64_t>(r) * p.steps[k - 1].ld, w.out[k] + static_cast<int64_t>(r) * s.ld);
+        case LOAD:
+          load(t, in);
           break;
-        case TABLE: table(t, static_cast<int>(k), direction); break;
-        case LIN: linear(t, static_cast<int>(k), direction, prev); break;
+        case FOURIER:
+          for (int r = 0; r < t.n; ++r)
+            fourier_row<V>(p.params + in.w + static_cast<int64_t>(direction) * in.n_in * (in.n_out / 2), in.n_out / 2, in.n_in,
+                           prev + static_cast<int64_t>(r) * p.steps[k - 1].ld, w.out[k] + static_cast<int64_t>(r) * s.ld);
+          break;
+        case TABLE:
+          table(t, static_cast<int>(k), direction);
+          break;
+        case LIN:
+          linear(t, static_cast<int>(k), direction, prev);
+          break;
         case ACT:
           activate<V, GRAD>(static_cast<int>(in.arg0), prev, w.out[k], GRAD ? w.out[k - 1] : nullptr, vector_count(t.n, s.ld));
           break;
-        case ADD: add(prev, w.out[in.arg0], w.out[k], t.n, s.ld, p.steps[in.arg0].ld); break;
-        case MARK: std::memcpy(w.out[k], prev, sizeof(T) * row_blocks<V>(t.n) * s.ld); break;
+        case ADD:
+          add(prev, w.out[in.arg0], w.out[k], t.n, s.ld, p.steps[in.arg0].ld);
+          break;
+        case MARK:
+          std::memcpy(w.out[k], prev, sizeof(T) * row_blocks<V>(t.n) * s.ld);
+          break;
       }
     }
   }
@@ -199,7 +219,8 @@ class Evaluator {
   static void add(const T* a, const T* b, T* out, int rows, int ld, int ldb) {
     const int n = ld < ldb ? ld : ldb;
     for (int r = 0; r < rows; ++r)
-      for (int c = 0; c < n; ++c) out[static_cast<int64_t>(r) * ld + c] = a[static_cast<int64_t>(r) * ld + c] + b[static_cast<int64_t>(r) * ldb + c];
+      for (int c = 0; c < n; ++c)
+        out[static_cast<int64_t>(r) * ld + c] = a[static_cast<int64_t>(r) * ld + c] + b[static_cast<int64_t>(r) * ldb + c];
   }
 
  private:

@@ -15,7 +15,8 @@
 namespace ngk {
 
 // 2^f on [-1/2, 1/2], relative error 7.5e-8 (minimax).
-constexpr float EXP2_C[6] = {1.000000071654682f, 0.693146967064733f, 0.24022119723848634f, 0.055507132735430245f, 0.00967554133421011f, 0.0013276471979301512f};
+constexpr float EXP2_C[6] = {1.000000071654682f,    0.693146967064733f,   0.24022119723848634f,
+                             0.055507132735430245f, 0.00967554133421011f, 0.0013276471979301512f};
 
 template <class Value>
 struct Scalar {
@@ -33,7 +34,7 @@ struct Scalar {
   NGK_INLINE R div(R a, R b) { return a / b; }
   NGK_INLINE R fma(R a, R b, R c) { return a * b + c; }  // one rounding or two: the same on every path of one library
   NGK_INLINE R fms(R a, R b, R c) { return a * b - c; }
-  NGK_INLINE R lower(R a, R b) { return b < a ? b : a; }   // a where either is NaN
+  NGK_INLINE R lower(R a, R b) { return b < a ? b : a; }  // a where either is NaN
   NGK_INLINE R upper(R a, R b) { return b > a ? b : a; }
   NGK_INLINE R rint(R a) { return std::nearbyint(a); }
   NGK_INLINE R floor(R a) { return std::floor(a); }

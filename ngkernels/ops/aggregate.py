@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from .. import backends
-from ..reference import evaluate as reference
 from ..edges import EdgeState, Message
 from ..program import REDUCE, aux_slots, build_message, reductions
+from ..reference import evaluate as reference
 from . import _cpp
 from . import expression as ex
 from .double_backward import second_derivatives

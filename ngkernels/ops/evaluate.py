@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from .. import backends
 from ..graph import DIAGONAL, NeuralGraph
 from ..reference import evaluate as reference
 from . import _cpp

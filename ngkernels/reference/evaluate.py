@@ -232,7 +232,7 @@ def reduce_messages(m: torch.Tensor, out: torch.Tensor, rows: int, mask: int) ->
         centred = m - results["mean"][out]
         var = m.new_zeros(rows, m.shape[1]).index_add(0, out, centred * centred) / count
         results["var"] = var
-        live = var > STD_THRESHOLD
+        live = ~(var <= STD_THRESHOLD)  # a NaN stays one
         results["std"] = torch.where(live, torch.where(live, var, 1.0).sqrt(), 0.0)
     none = m.new_zeros(rows, 0, m.shape[1])
     aux = results["mean"][:, None] if prog.aux_slots(mask)[0] else none

@@ -1,0 +1,19 @@
+// The table of an instruction set's kernels.
+#pragma once
+
+#include "aggregate.h"
+#include "evaluate.h"
+#include "gradients.h"
+
+namespace ngk {
+
+template <class V>
+Kernels kernels_of() {
+  return {
+      [](const Call& c, Parallel p, int n) { Aggregate<V>(c, p, n)(); },
+      [](const Call& c, Parallel p, int n) { Evaluate<V>(c, p, n)(); },
+      [](const Call& c, Parallel p, int n) { Gradients<V>(c, p, n)(); },
+  };
+}
+
+}  // namespace ngk
