@@ -8,7 +8,7 @@ import pytest
 import torch
 from compare import assert_budget, assert_close
 from oracle import mlp
-from sample_list import ACTIVATIONS, LOW_PRECISION, PLAIN, SAMPLES, UNEQUAL_REVERSED
+from sample_list import ACTIVATIONS, LOW_PRECISION, PLAIN, SAMPLES, UNEQUAL, UNEQUAL_REVERSED
 from samples import Sample, cast, coefficients, edge_state, engine, float32_oracle, float64_oracle, leaves, named, run_engine, run_oracle
 from samples import oracle as oracle_of
 
@@ -67,10 +67,11 @@ def test_default_dtype_follows_the_weights_and_not_the_autocast(backend: str):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["blocks", "packed"])
+@pytest.mark.parametrize("networks", [UNEQUAL, UNEQUAL_REVERSED], ids=["weights-unread", "one-direction-unread"])
 @pytest.mark.parametrize("unread", [0, 1, 3])
-def test_a_block_that_nobody_reads_has_no_gradient(unread: int, packed: bool, backend: str):
+def test_a_block_that_nobody_reads_has_no_gradient(unread: int, networks, packed: bool, backend: str):
     """Only some of the outputs enter the loss; the others' edges must count as zero."""
-    sample = PLAIN.but("some", reduce=(), networks=UNEQUAL_REVERSED, packed=packed)
+    sample = PLAIN.but("some", reduce=(), networks=networks, packed=packed)
     t = leaves(sample)
     results = []
     for f in (lambda live: oracle_of(sample, live), lambda live: engine(sample, live)):

@@ -39,7 +39,11 @@ class GaussianEncoding(nn.Module):
         super().__init__()
         self.b = nn.Parameter(torch.randn(features, channels) * sigma, requires_grad=False)
         self._step = (self.b._version, encoders.table_step(self.b))
-        self.register_load_state_dict_post_hook(lambda module, _: module.step)
+        self.register_load_state_dict_post_hook(GaussianEncoding._loaded)
+
+    @staticmethod
+    def _loaded(module: GaussianEncoding, _incompatible) -> None:
+        module.step  # noqa: B018  read now: compiled code cannot
 
     @property
     def step(self) -> int:
