@@ -162,7 +162,6 @@ class EdgeState:
     affine: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     steps: tuple[Update | Activate | Mark, ...] = ()
     width: int = field(default=-1)
-    tables: dict = field(default_factory=dict, compare=False, repr=False)  # tabulated encoders, shared by what follows
 
     def __post_init__(self):
         if self.width >= 0:

@@ -126,30 +126,16 @@ class _Builder:
         self.emit(LIN, 2 * m, n_out, weight, bias, node)
 
     def tabulated(self, enc: Fourier, channels: int, w: torch.Tensor) -> torch.Tensor | None:
-        """[directions, nodes, 3, n_out], or None for direct evaluation.
-
-        The table of a state's first update serves every consumer after it (and its gradients meet there).
-        """
+        """[directions, nodes, 3, n_out], or None for direct evaluation."""
         if not self.tabulate or channels != 1 or enc.table == "never" or self.dtype == torch.float64:
             return None
-        edges = self.edges
-        first = edges.steps[0] if edges.steps else None
-        shared = edges.tables.setdefault("shared", [])
-        for step, table in shared:
-            if step is first:
-                return table
         k = self.step_of(enc)
         if k is None:
             return None
-        if "half" not in edges.tables:
-            edges.tables["half"] = table_half(edges.weights, edges.affine, k, enc.table_range)
-        half = edges.tables["half"]
+        half = table_half(self.edges.weights, self.edges.affine, k, enc.table_range)
         directions = range(self.directions) if enc.reciprocal else [None]
         tables = [table_basis(enc.frequencies, d, k, half, self.dtype) @ w.T for d in directions]
-        table = tables[0][None] if len(tables) == 1 else torch.stack(tables)
-        if first is not None:
-            shared.append((first, table))
-        return table
+        return tables[0][None] if len(tables) == 1 else torch.stack(tables)
 
     @staticmethod
     def step_of(enc: Fourier) -> int | None:

@@ -124,11 +124,13 @@ __attribute__((noinline)) void gemm(const typename V::T* a, int64_t lda, int row
       uint32_t packed[V::MR * 256];
       const int pairs = (m.K + 1) / 2;
       for (int row = 0; row < rows; row += V::MR) {
-        for (int r = 0; r < V::MR; ++r)
-          for (int k = 0; k < pairs; ++k) {
-            const float *p = a + (row + r) * lda + 2 * k, hi = 2 * k + 1 < m.K ? p[1] : 0.f;
-            packed[r * pairs + k] = to_bf16(p[0]) | static_cast<uint32_t>(to_bf16(hi)) << 16;
-          }
+        for (int r = 0; r < V::MR; ++r) {
+          const float* p = a + (row + r) * lda;
+          uint32_t* to = packed + r * pairs;
+          int k = 0;
+          for (; k + V::W <= m.K; k += V::W) V::pack(p + k, to + k / 2);
+          for (; k < m.K; k += 2) to[k / 2] = to_bf16(p[k]) | static_cast<uint32_t>(to_bf16(k + 1 < m.K ? p[k + 1] : 0.f)) << 16;
+        }
         int col = 0;
         for (; col + 2 * V::W <= m.ld; col += 2 * V::W)
           dot_block<V, V::MR, 2>(packed, pairs, m.pairs, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, pairs, row, col, from,

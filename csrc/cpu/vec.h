@@ -198,6 +198,10 @@ struct Avx512D {
 // Matrix products with bf16 operands and float32 accumulation; everything else as Avx512F.
 struct Avx512BF16 : Avx512F {
   static constexpr bool BF16 = true;
+  // W values to bf16, side by side: W / 2 pairs.
+  NGK_INLINE void pack(const float* p, uint32_t* out) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p)));
+  }
   NGK_INLINE R dot(R acc, uint32_t a, const uint32_t* b) {
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)_mm512_loadu_si512(b));
   }

@@ -1,0 +1,148 @@
+"""Seeded bugs: each one is a small edit of the engine's source, and the tests must fail on it.
+
+A Python bug replaces text in one function of the imported package; a C++ bug replaces text in a copy of csrc/, which is compiled
+apart. The text must stand there exactly once: whoever changes that line finds the bug listed here, and renews it.
+"""
+
+from __future__ import annotations
+
+import __future__
+
+import contextlib
+import importlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Edit:
+    """In the source of `function` ("module:name" or "module:Class.name"), `old` becomes `new`."""
+
+    function: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    op: str
+    edits: tuple[Edit, ...]
+    backend: str = "reference"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A C++ bug: in csrc/`file`, `old` becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+def rewritten(function: str, old: str, new: str) -> tuple[object, str, object]:
+    """(owner, name, the changed function)."""
+    module, _, path = function.partition(":")
+    owner = importlib.import_module(module)
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    original = inspect.getattr_static(owner, name)
+    plain = getattr(original, "__func__", original)
+    source = textwrap.dedent(inspect.getsource(plain))
+    if source.count(old) != 1:
+        raise LookupError(f"mutant: expected {old!r} once in {function}, got {source.count(old)} times; the code has changed, renew the mutant")
+    code = compile(source.replace(old, new), f"<mutant of {function}>", "exec", __future__.annotations.compiler_flag, True)
+    found: dict = {}
+    exec(code, plain.__globals__, found)
+    return owner, name, found[name]
+
+
+@contextlib.contextmanager
+def applied(mutant: Mutant) -> Iterator[None]:
+    from ngkernels import encoders
+
+    before = []
+    encoders._basis_cache.clear()
+    try:
+        for edit in mutant.edits:
+            owner, name, changed = rewritten(edit.function, edit.old, edit.new)
+            before.append((owner, name, inspect.getattr_static(owner, name)))
+            setattr(owner, name, changed)
+        yield
+    finally:
+        for owner, name, original in reversed(before):
+            setattr(owner, name, original)
+        encoders._basis_cache.clear()
+
+
+EVALUATE, BUILDER, GRAPH = "ngkernels.reference.evaluate", "ngkernels.program:_Builder", "ngkernels.graph:NeuralGraph"
+
+
+def one(name: str, op: str, function: str, old: str, new: str, backend: str = "reference") -> Mutant:
+    return Mutant(name, op, (Edit(function, old, new),), backend)
+
+
+AGGREGATE = tuple(one(name, "aggregate", *rest) for name, *rest in (
+    ("last-edge-dropped", f"{EVALUATE}:messages", "return e[:, :width] * q + e[:, width:], edges", "m = e[:, :width] * q + e[:, width:]; m = torch.cat([m[:-1], 0 * m[-1:]]); return m, edges"),
+    ("source-for-destination", f"{EVALUATE}:Evaluator.node_term", "dst[self.edges.dst] + src[self.edges.src]", "dst[self.edges.src] + src[self.edges.dst]"),
+    ("scale-for-shift", f"{EVALUATE}:messages", "e[:, :width] * q + e[:, width:]", "e[:, width:] * q + e[:, :width]"),
+    ("gate-without-sigmoid", f"{EVALUATE}:messages", "torch.sigmoid(e) * q", "e * q"),
+    ("ties-not-shared", f"{EVALUATE}:_extreme", "share = tied / ties.clamp(min=1)[out]", "share = tied"),
+    ("unbiased-variance", f"{EVALUATE}:reduce_messages", "centred * centred) / count", "centred * centred) / (count - 1).clamp(min=1)"),
+    ("no-std-threshold", f"{EVALUATE}:reduce_messages", "~(var <= STD_THRESHOLD)", "~(var <= 0)"),
+    ("mean-over-one-more", f"{EVALUATE}:reduce_messages", '"mean": total / count', '"mean": total / (count + 1)'),
+    ("uncentred-variance", f"{EVALUATE}:reduce_messages", "index_add(0, out, centred * centred) / count", "index_add(0, out, m * m) / count - results['mean'] ** 2"),
+    ("max-is-min", f"{EVALUATE}:_extreme", '"a" + name', '"amin"'),
+    ("bias-not-folded", f"{BUILDER}.linear", "b = w @ c if b is None else b + w @ c", "b = b"),
+    ("residual-forgotten", f"{BUILDER}.step", "self.emit(ADD, self.width, self.width, arg0=kept)", "pass"),
+    ("copies-share-nodes", f"{EVALUATE}:EdgeList.__init__", 'row["dst"] + copy * row["node_stride"]', 'row["dst"] + 0 * copy'),
+    ("reverse-not-transposed", f"{EVALUATE}:EdgeList._block", "w = w.transpose(1, 2)", "w = w.reshape(w.shape[0], w.shape[2], w.shape[1], -1)"),
+    ("reverse-axis-lost", f"{GRAPH}._table", "2 if b.reverse else 1", "1"),
+    ("reciprocal-exchanged", "ngkernels.program:expansion", "if direction == 0", "if direction == 1"),
+    ("sine-before-cosine", f"{EVALUATE}:Evaluator.fourier", "[arg.cos(), arg.sin()]", "[arg.sin(), arg.cos()]"),
+    ("shift-forgotten", f"{EVALUATE}:Evaluator.load", "raw * scale[:, None] + shift[:, None]", "raw * scale[:, None]"),
+    ("restricted-by-source", f"{GRAPH}._table", "b.dst != layer", "b.src != layer - 1"),
+    ("order-of-reductions-ignored", "ngkernels:aggregate", "return out if natural == reduce else", "return out if True else"),
+    ("packed-from-the-start", f"{EVALUATE}:EdgeList._block", 'row["offset"] + torch', "torch"),
+    ("table-one-cell-off", "ngkernels.encoders:grid_basis", "torch.arange(-half, half + 1,", "torch.arange(-half + 1, half + 2,", "cpp"),
+    ("table-too-coarse", "ngkernels.program:table_step", "max(0, ", "max(0, -2 + ", "cpp"),
+    ("table-clamps", "ngkernels.program:table_half", "return min(MAX_TABLE_NODES,", "weights[0].data.clamp_(-1, 1); return min(MAX_TABLE_NODES,", "cpp"),
+    ("autocast-reaches-the-folding", "ngkernels.program:full_precision", "torch.autocast(device.type, enabled=False)", "nullcontext()", "cpp"),
+))  # fmt: skip
+
+READOUT = tuple(one(name, "readout", *rest) for name, *rest in (
+    ("source-for-destination", f"{EVALUATE}:Evaluator.node_term", "dst[self.edges.dst] + src[self.edges.src]", "dst[self.edges.src] + src[self.edges.dst]"),
+    ("no-first-activation", "ngkernels.ops.readout:build_state", "if k:", "if k > 1:"),
+    ("no-biases", "ngkernels.ops.readout:build_state", "b.linear(w, bias,", "b.linear(w, None,"),
+    ("edges-in-another-order", f"{EVALUATE}:emit", "[p.reshape(*s,", "[p.flip(0).reshape(*s,"),
+    ("packed-in-the-weights-places", f"{EVALUATE}:emit", 'index = row["emit_offset"] +', 'index = row["offset"] +'),
+    ("dtype-ignored", "ngkernels.ops.readout:run", "dtype = e.params.dtype if dtype is None else dtype", "dtype = e.params.dtype"),
+    ("reverse-axis-lost", f"{GRAPH}._table", "2 if b.reverse else 1", "1"),
+    ("unread-blocks-get-a-gradient", "ngkernels.ops.expression:reference_gradients", "torch.zeros_like(w) if g is None", "torch.ones_like(w) if g is None"),
+    ("only-the-first-output-counts", "ngkernels.ops.expression:reference_gradients", "for o, g in zip(outputs, grads, strict=True)", "for o, g in list(zip(outputs, grads, strict=True))[:1]"),
+    ("shift-forgotten", f"{EVALUATE}:Evaluator.load", "raw * scale[:, None] + shift[:, None]", "raw * scale[:, None]"),
+))  # fmt: skip
+
+CHECKPOINT = (
+    Mutant("counted-twice", "checkpoint", (
+        Edit(f"{EVALUATE}:Evaluator.one", "last.detach() + self.carried(last)", "last + self.carried(last)"),
+        Edit("ngkernels.ops.checkpoint:_detached", "weights=_detach(edges.weights)", "weights=edges.weights"),
+    )),
+    *(one(name, "checkpoint", *rest) for name, *rest in (
+        ("hands-nothing-on", f"{EVALUATE}:Evaluator.carried", 'self.carriers[r["block"]]', 'self.carriers[r["block"]].detach()'),
+        ("restricted-carriers-misnumbered", f"{BUILDER}.finish", "self.carriers[k] for k in graph.used_blocks", "self.carriers[k] for k in range(len(graph.used_blocks))"),
+        ("reversed-blocks-stored-forward", f"{GRAPH}.without_sharing", "Block(b.kind, b.src, b.dst, k)", "Block(b.kind, b.dst, b.src, k)"),
+        ("another-dtype", "ngkernels.ops.checkpoint:checkpoint", '"identity", store, "checkpoint"', '"identity", torch.bfloat16, "checkpoint"'),
+        ("one-update-too-early", "ngkernels.ops.checkpoint:checkpoint", "values = run(edges,", "values = run(replace(edges, steps=edges.steps[:-1]),"),
+        ("statistics-applied-again", "ngkernels.ops.checkpoint:checkpoint", "tuple(values), Identity())", "tuple(values), Identity(), edges.affine)"),
+        ("stored-without-gradient", "ngkernels.ops.checkpoint:checkpoint", "tuple(values), Identity())", "tuple(v.detach() for v in values), Identity())"),
+        ("pending-map-lost", f"{BUILDER}.step", "if isinstance(step, Mark):\n        self.materialise()", "if isinstance(step, Mark):\n        pass"),
+        ("packed-carriers-from-the-start", f"{EVALUATE}:Evaluator.carried", 'index = [r["emit_offset"] +', "index = [0 +"),
+    )),
+)  # fmt: skip
+
+PYTHON = (*AGGREGATE, *READOUT, *CHECKPOINT)

@@ -1,0 +1,68 @@
+"""Seeded bugs of each op, and that the tests of that op fail on every one of them. `--mutants` adds those of the C++ kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import mutants
+import pytest
+import test_aggregate
+import test_checkpoint
+import test_readout
+import torch
+from conftest import DECLARED
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def aggregate(backend: str) -> Iterator[Callable]:
+    for sample in test_aggregate.REDUCED:
+        yield partial(test_aggregate.test_float64_outputs_and_every_gradient, sample, backend)
+    for sample in test_aggregate.REDUCED:
+        if "table" in sample.name:
+            yield partial(test_aggregate.test_float32_within_twice_the_error_of_plain_pytorch, sample, backend)
+    yield partial(test_aggregate.test_results_come_in_the_order_asked_for, backend)
+    yield partial(test_aggregate.test_extremes_share_their_gradient_among_ties, 0.0, backend)
+    yield partial(test_aggregate.test_std_is_zero_without_gradient_up_to_the_threshold, backend)
+    yield partial(test_aggregate.test_the_variance_survives_a_large_mean, backend)
+    yield partial(test_aggregate.test_weights_beyond_the_table_are_evaluated_directly, 3.0, backend)
+    yield partial(test_aggregate.test_autocast_to_float16_computes_in_float32, backend)
+
+
+def readout(backend: str) -> Iterator[Callable]:
+    for sample in (*test_readout.READ[::3], *test_readout.READ[1::3], *test_readout.HEADS):
+        yield partial(test_readout.test_float64_outputs_and_every_gradient, sample, backend)
+    yield partial(test_readout.test_result_dtypes_round_once, torch.bfloat16, torch.float32, backend)
+    yield partial(test_readout.test_a_block_that_nobody_reads_has_no_gradient, 1, test_readout.UNEQUAL, False, backend)
+    yield partial(test_readout.test_reading_the_raw_weight_gives_it_back_bitwise, backend)
+
+
+def checkpoint(backend: str) -> Iterator[Callable]:
+    for sample in test_checkpoint.MEMORY:
+        yield partial(test_checkpoint.test_float64_outputs_and_every_gradient, sample, backend)
+    yield partial(test_checkpoint.test_stored_values_are_rounded_to_their_dtype, {}, torch.float32, backend)
+
+
+TESTS = {"aggregate": aggregate, "readout": readout, "checkpoint": checkpoint}
+
+
+def failures(op: str, backend: str) -> Iterator[BaseException]:
+    """What the tests of an op raise."""
+    for test in TESTS[op](backend):
+        try:
+            test()
+        except (Exception, pytest.fail.Exception) as error:
+            yield error
+
+
+@pytest.mark.parametrize("op", TESTS)
+def test_without_a_bug_they_pass(op: str, backend: str):
+    assert next(failures(op, backend), None) is None
+
+
+@pytest.mark.parametrize("mutant", [m for m in mutants.PYTHON if m.backend in DECLARED], ids=lambda m: f"{m.op}-{m.name}")
+def test_every_seeded_bug_is_caught(mutant: mutants.Mutant):
+    with mutants.applied(mutant):
+        assert next(failures(mutant.op, mutant.backend), None) is not None, "no test of the op noticed it"
+    assert all(sum(m.op == op for m in mutants.PYTHON) >= 5 for op in TESTS)
