@@ -30,7 +30,20 @@ import torch  # noqa: E402
 from ngkernels import backends  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--mutants", action="store_true", help="also the seeded bugs of the C++ kernels, each compiled apart (some minutes)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The seeded bugs of the C++ kernels are asked for by name."""
+    if not config.getoption("--mutants"):
+        left_out = [item for item in items if item.get_closest_marker("mutants")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "mutants: a seeded bug that has to be compiled; runs with --mutants only")
     unknown = [name for name in DECLARED if name not in backends.BACKENDS]
     if unknown or not DECLARED:
         raise pytest.UsageError(

@@ -1,4 +1,7 @@
-"""Seeded bugs of each op, and that the tests of that op fail on every one of them. `--mutants` adds those of the C++ kernels."""
+"""Seeded bugs of each op, and that the tests of that op fail on every one of them.
+
+Those of the C++ kernels are compiled apart, with `pytest --mutants tests/test_mutants.py`: some minutes.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import mutants
+import mutants_cpp
 import pytest
 import test_aggregate
 import test_checkpoint
@@ -66,3 +70,22 @@ def test_every_seeded_bug_is_caught(mutant: mutants.Mutant):
     with mutants.applied(mutant):
         assert next(failures(mutant.op, mutant.backend), None) is not None, "no test of the op noticed it"
     assert all(sum(m.op == op for m in mutants.PYTHON) >= 5 for op in TESTS)
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> mutants_cpp.Workshop:
+    """A copy of the project whose library can be broken; as it is, its tests pass."""
+    shop = mutants_cpp.Workshop(tmp_path_factory.mktemp("mutants"))
+    shop.build(None)
+    done = shop.test()
+    assert done.returncode == 0, done.stdout[-3000:]
+    return shop
+
+
+@pytest.mark.mutants
+@pytest.mark.parametrize("patch", mutants_cpp.PATCHES, ids=lambda p: p.name)
+def test_every_bug_of_the_kernels_is_caught(patch: mutants_cpp.Patch, workshop: mutants_cpp.Workshop):
+    workshop.build(patch)
+    done = workshop.test()
+    assert done.returncode != 0, "the tests passed"
+    assert "error" not in done.stdout.splitlines()[-1] or "failed" in done.stdout, done.stdout[-3000:]

@@ -23,16 +23,19 @@ class MeasurementError(RuntimeError):
     """The measuring process failed; the message carries its last line."""
 
 
-def measure(network: Path | str, backend: str, repeats: int = 1, threads: int | None = None, timeout: float = 900) -> dict[str, Any]:
+def measure(
+    network: Path | str, backend: str, edge_memory: str = "recompute", repeats: int = 1, threads: int | None = None, timeout: float = 900
+) -> dict[str, Any]:
     """Returns {backend, edges, nodes, seconds, peak_bytes, ...} of one training step on a packed network file.
 
     Args:
+        edge_memory: what NGGNN does with edge states: "recompute" keeps none, "store" keeps them as usual PyTorch code does.
         repeats: steps timed; `seconds` is their median, `peak_bytes` the peak over all, above the process before the network was read.
 
     Raises:
         MeasurementError: the process failed, ran out of memory, or took longer than `timeout` seconds.
     """
-    command = [sys.executable, "-m", __name__, str(network), "--backend", backend, "--repeats", str(repeats)]
+    command = [sys.executable, "-m", __name__, str(network), "--backend", backend, "--edge-memory", edge_memory, "--repeats", str(repeats)]
     if threads is not None:
         command += ["--threads", str(threads)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
@@ -104,7 +107,7 @@ def _inputs(network) -> tuple[list, list]:
     return [w.unsqueeze(-1).requires_grad_() for w in weights], [b.unsqueeze(-1).requires_grad_() for b in biases]
 
 
-def _measure_here(path: str, backend: str, repeats: int) -> dict[str, Any]:
+def _measure_here(path: str, backend: str, edge_memory: str, repeats: int) -> dict[str, Any]:
     import statistics
 
     import torch
@@ -118,7 +121,7 @@ def _measure_here(path: str, backend: str, repeats: int) -> dict[str, Any]:
 
     def model_for(layout):
         torch.manual_seed(0)
-        return NGGNN(layout=list(layout), out_features=10, encoder="fourier", norm="layer", pooling="cat", edge_memory="recompute", **MODEL)
+        return NGGNN(layout=list(layout), out_features=10, encoder="fourier", norm="layer", pooling="cat", edge_memory=edge_memory, **MODEL)
 
     with ngkernels.use_backend(backend):
         none = torch.zeros(1, dtype=torch.int64)
@@ -134,6 +137,7 @@ def _measure_here(path: str, backend: str, repeats: int) -> dict[str, Any]:
         peak = _resident("VmHWM")
     return {
         "backend": backend,
+        "edge_memory": edge_memory,
         "layout": list(layout),
         "edges": edges,
         "nodes": sum(layout),
@@ -149,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("network")
     parser.add_argument("--backend", required=True)
+    parser.add_argument("--edge-memory", default="recompute")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
@@ -156,7 +161,7 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(arguments.threads)
-    sys.stdout.write(json.dumps(_measure_here(arguments.network, arguments.backend, arguments.repeats)) + "\n")
+    sys.stdout.write(json.dumps(_measure_here(arguments.network, arguments.backend, arguments.edge_memory, arguments.repeats)) + "\n")
 
 
 if __name__ == "__main__":

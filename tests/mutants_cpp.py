@@ -1,0 +1,136 @@
+"""Seeded bugs in the C++ kernels: a copy of the project, one text of csrc/ replaced, compiled and tested apart.
+
+The text must stand in its file exactly once: whoever changes that line finds the bug listed here, and renews it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# One vector instruction set is enough: all of them are the same templates.
+STUBS = """
+#include "schedule.h"
+namespace ngk {
+const Isa& isa_avx512() { return isa_avx2(); }
+const Isa& isa_avx512_bf16() { return isa_avx2(); }
+}
+"""
+SOURCES = ("bindings_cpu.cpp", "cpu/schedule.cpp", "cpu/isa_scalar.cpp", "cpu/isa_avx2.cpp", "cpu/stubs.cpp")
+TESTS = ("test_aggregate.py", "test_readout.py", "test_checkpoint.py", "test_determinism.py", "test_graph.py", "test_edges.py")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """In csrc/`file`, `old` becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+PATCHES = tuple(Patch(*row) for row in (
+    # aggregate
+    ("variance-between-pieces-lost", "cpu/aggregate.h", "(na > 0 ? delta * delta * (na * nb / (na + nb)) : T(0))", "T(0)"),
+    ("ties-of-other-pieces-lost", "cpu/aggregate.h", "(value[c] == best[c] ? more : 0)", "0"),
+    ("copies-share-rows", "cpu/aggregate.h", "piece.row->out + piece.copy * piece.row->out_stride", "piece.row->out"),
+    ("every-tile-starts-afresh", "cpu/aggregate.h", "t.j[first] == 0", "first == 0"),
+    ("mean-of-a-piece", "cpu/aggregate.h", "mean[c] + delta * (nb / (na + nb))", "mean[c] + delta"),
+    ("no-std-threshold", "cpu/aggregate.h", "var > T(STD_THRESHOLD) || var != var ? std::sqrt(var) : T(0)", "std::sqrt(var)"),
+    ("scale-for-shift", "cpu/messages.h", "V::load(er + g.F)", "V::load(er)"),
+    ("first-of-a-tie-only", "cpu/messages.h", "V::if_eq(v, best, V::add(ties, one), ties)", "ties"),
+    # readout
+    ("readout-drops-the-last-edge-of-a-tile", "cpu/tile.h", "f(Tile<V>{n, w.i, w.j, &piece});", "f(Tile<V>{n > 1 ? n - 1 : n, w.i, w.j, &piece});"),
+    ("channels-out-of-step", "cpu/tile.h", "for (int c = 0; c < channels; ++c) p[c * v.channel] = convert(", "for (int c = 0; c < channels; ++c) p[(channels - 1 - c) * v.channel] = convert("),
+    ("shift-for-scale", "cpu/tile.h", "out[k] = out[k] * scale + shift", "out[k] = out[k] * shift + scale"),
+    ("last-tile-dropped", "cpu/tile.h", "begin < edges; begin += p.tile", "begin + p.tile <= edges; begin += p.tile"),
+    ("beyond-the-table-without-nodes", "cpu/tile.h", "out[c] = tj ? si[c] + tj[c] : si[c];", "out[c] = si[c];"),
+    ("residual-of-the-wrong-row", "cpu/tile.h", "+ b[static_cast<int64_t>(r) * ldb + c];", "+ b[c];"),
+    ("last-rows-dropped", "cpu/schedule.cpp", "i < row.n_dst; i += I)", "i + I <= row.n_dst; i += I)"),
+    # backward
+    ("mean-gradient-not-divided", "cpu/gradients.h", "constant += g[slots.mean * F + c] * inverse;", "constant += g[slots.mean * F + c];"),
+    ("std-gradient-not-divided", "cpu/gradients.h", "* inverse / out[slots.std * F + c];", "* inverse;"),
+    ("ties-of-the-other-extreme", "cpu/gradients.h", "ties(row, slots.max_tie, c)", "ties(row, 0, c)"),
+    ("sources-of-the-first-piece", "cpu/gradients.h", "add(row.src + piece.j0,", "add(row.src,"),
+    ("parameters-of-the-last-item", "cpu/gradients.h", "total_params[c] += w.params[c]", "total_params[c] = w.params[c]"),
+    ("node-bias-of-the-first-row", "cpu/gradients.h", "w.grad_s[k][static_cast<int64_t>(i) * s.ld + c];", "w.grad_s[k][c];"),
+    ("second-node-of-a-cell-forgotten", "cpu/backprop.h", "w.table_high[direction] = index + 2;", "w.table_high[direction] = index + 1;"),
+    ("derivative-twice", "cpu/backprop.h", "if (scales(k)) --k;", ""),
+    ("residual-gradient-dropped", "cpu/backprop.h", "if (w.grad_add[k]) Evaluator<V>::add(g, w.grad_add[k], g, t.n, s.ld, s.ld);", ""),
+    ("reversed-block-overwrites", "cpu/backprop.h", "if (row.shared) {", "if (false) {"),
+    ("statistics-not-in-the-gradient", "cpu/backprop.h", "for (int k = 0; k < t.n * channels; ++k) g[k] *= scale;", ""),
+    ("no-way-past-the-carrier", "cpu/backprop.h", "scatter<V>(t, view(p.call.grad_carriers[k], row, t.piece->copy, true,", "scatter<V>(t, view(p.call.grad_carriers[k], row, 0, true,"),
+    ("last-columns-without-gradient", "cpu/gemm.h", "for (; k < K; ++k) outer_block<V, 1, NV>", "for (; k + 1 < K; ++k) outer_block<V, 1, NV>"),
+    ("uncovered-gradients-not-cleared", "bindings_cpu.cpp", "edges * e.channels < g.numel()", "false"),
+    # determinism
+    ("other-bits-in-backward", "cpu/edge_math.h", "V::store(h + k, y);", "V::store(h + k, GRAD ? V::mul(y, V::set1(T(1) + T(sizeof(T) == 4 ? 1.2e-7 : 2.3e-16))) : y);"),
+    ("committed-as-they-finish", "cpu/schedule.cpp", "while (s.turn.load(std::memory_order_acquire) != m) std::this_thread::yield();", ""),
+))  # fmt: skip
+
+
+class Workshop:
+    """A copy of the project in `folder`, whose library is built from a patched csrc/."""
+
+    def __init__(self, folder: Path):
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        facts = json.loads((ROOT / "ngkernels" / "_build_info.json").read_text())
+        self.folder = folder
+        self.compiler = shlex.split(os.environ.get("CXX", "")) or [facts["compiler"].split()[0]]
+        self.flags = ["-fPIC", "-O1", *(f for f in facts["flags"] if not f.startswith("-O")), *(f"-I{p}" for p in [*include_paths(), folder / "csrc"])]
+        self.libraries = [*(f"-L{p}" for p in library_paths()), "-ltorch_cpu", "-ltorch", "-lc10"]
+        for name in ("ngkernels", "csrc", "tests"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "golden"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        (folder / "csrc" / "cpu" / "stubs.cpp").write_text(STUBS)
+        self.patched: Path | None = None
+        self.original = ""
+
+    def build(self, patch: Patch | None) -> None:
+        """Restores the last patched file, applies `patch`, compiles what has changed."""
+        stale = set(SOURCES) if self.patched is None and patch is None else set()
+        if self.patched is not None:
+            self.patched.write_text(self.original)
+            stale |= depending_on(self.patched)
+            self.patched = None
+        if patch is not None:
+            path = self.folder / "csrc" / patch.file
+            text = path.read_text()
+            if text.count(patch.old) != 1:
+                raise LookupError(f"mutant {patch.name}: expected {patch.old!r} once in {patch.file}, got {text.count(patch.old)} times; renew it")
+            self.patched, self.original = path, text
+            path.write_text(text.replace(patch.old, patch.new))
+            stale |= depending_on(path)
+        for source in sorted(stale):
+            self.run([*self.compiler, *self.flags, "-c", f"csrc/{source}", "-o", self.object(source)])
+        self.run([*self.compiler, "-shared", *map(self.object, SOURCES), *self.libraries, "-o", "ngkernels/_C.abi3.so"])
+
+    @staticmethod
+    def object(source: str) -> str:
+        return source.replace("/", "_") + ".o"
+
+    def run(self, command: list[str]) -> None:
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def test(self) -> subprocess.CompletedProcess:
+        """Runs the engine's tests on the copy until the first failure."""
+        env = {**os.environ, "PYTHONPATH": str(self.folder), "NGKERNELS_TEST_BACKENDS": "cpp", "PYTHONDONTWRITEBYTECODE": "1"}
+        files = [f"tests/{name}" for name in TESTS]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-m", "not slow and not big", *files]
+        return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True)
+
+
+def depending_on(path: Path) -> set[str]:
+    """The sources to compile when a file has changed: itself, or those that see a header of the kernels."""
+    if path.suffix == ".cpp":
+        return {path.relative_to(path.parents[1] if path.parent.name == "cpu" else path.parent).as_posix()}
+    return {"cpu/isa_scalar.cpp", "cpu/isa_avx2.cpp"}
