@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -35,9 +35,8 @@ def aux_slots(mask: int) -> tuple[int, int]:
     return int(("std" in names or "var" in names) and "mean" not in names), ("min" in names) + ("max" in names)
 
 
-@dataclass(frozen=True)
-class Expression:
-    """The tensor arguments every op of the engine takes. See `build`."""
+class Expression(NamedTuple):
+    """The tensor arguments that every op of the engine takes, in its schema's order."""
 
     weights: list[torch.Tensor]
     xs: list[torch.Tensor]
@@ -46,6 +45,15 @@ class Expression:
     carriers: list[torch.Tensor]
     topology: torch.Tensor
     program: list[int]
+
+    @property
+    def differentiable(self) -> list[torch.Tensor]:
+        return [*self.weights, *self.xs, self.params, self.table, *self.carriers]
+
+    def with_tensors(self, tensors: list[torch.Tensor]) -> Expression:
+        """The same expression over other differentiable tensors."""
+        w, x = len(self.weights), len(self.xs)
+        return Expression(list(tensors[:w]), list(tensors[w : w + x]), tensors[w + x], tensors[w + x + 1], list(tensors[w + x + 2 :]), self.topology, self.program)
 
 
 class _Builder:

@@ -170,17 +170,21 @@ def test_reciprocal_features_are_own_reverse_and_sum(backend: str):
     assert torch.equal(backward, torch.cat([none, w, w], -1).transpose(1, 2))
 
 
-def test_tables_are_shared_by_the_consumers_of_a_state():
-    """One table for all that follows a state's first update."""
-    sample = PLAIN.but("table", encoder="fourier", table="auto", residual=(False, False))
+def test_frequencies_changed_in_place_are_noticed():
+    """As when a state dict is loaded: the table's basis, which is kept from call to call, is made anew."""
+    sample = PLAIN.but("loaded", reduce=(), encoder="fourier", table="auto")
     t = cast(leaves(sample), torch.float32)
-    with ngk.use_backend("cpp"):
-        e = edge_state(sample, t)
-        ngk.aggregate(e, message_of(sample, t))
-        tables = dict(e.tables)
-        ngk.aggregate(e.restrict(-1), message_of(sample, t))
-        ngk.readout(e, [(torch.eye(sample.width), None)])
-    assert e.tables.keys() == tables.keys() and all(e.tables[k] is tables[k] for k in tables)
+    frequencies = torch.randn(sample.frequencies, 1)
+    graph = edge_state(sample, t).graph
+
+    def read(table: str) -> torch.Tensor:
+        encoder = encoders.Fourier(frequencies, t["encoder.weight"], t["encoder.bias"], table=table, step=8, table_range=2.0)
+        state = ngk.EdgeState(graph, [t["weights.0"], t["weights.1"]], encoder)
+        return ngk.readout(state, [(torch.eye(sample.width), None)])[0]
+
+    for _ in range(3):
+        torch.testing.assert_close(read("auto"), read("never"), rtol=1e-5, atol=1e-5)
+        frequencies.copy_(torch.randn(sample.frequencies, 1))
 
 
 @pytest.mark.parametrize("encoder", [{"encoder": "linear"}, {"encoder": "fourier"}, {"encoder": "fourier", "table": "auto"}], ids=["linear", "fourier", "table"])

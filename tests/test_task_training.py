@@ -36,7 +36,7 @@ def make_trainer(config=CONFIG, identity=None, poison=None):
         return loss * (float("nan") if step == poison else 1.0), torch.tensor(0.5)
 
     def evaluate(model):
-        return {"test_accuracy": float(model[0].weight.double().sum())}
+        return {"test_accuracy": float(model[0].weight.detach().double().sum())}
 
     return Trainer(model, batch_loss, evaluate, config, identity or {"data": {"name": "x", "size": [1, 2]}})
 

@@ -125,6 +125,6 @@ def aggregate(edges: EdgeState, message: Message, reduce: Sequence[str] = ("sum"
     message.check("aggregate", edges)
     compute = ex.compute_mode(backends.choose("aggregate", edges.weights[0].device))
     e = build_message(edges, message, reduce, ex.backend_of(compute) != "reference")
-    out = torch.ops.ngkernels.aggregate(e.weights, e.xs, e.params, e.table, e.carriers, e.topology, e.program, edges.graph.num_rows, compute)[0]
+    out = torch.ops.ngkernels.aggregate(*e, edges.graph.num_rows, compute)[0]
     natural = tuple(r for r in REDUCE if r in reduce)
     return out if natural == reduce else out[:, [natural.index(r) for r in reduce]]

@@ -37,7 +37,7 @@ def checkpoint(edges: EdgeState, store: torch.dtype | None = None) -> EdgeState:
     e = build_state(edges, ex.backend_of(compute) != "reference")
     shapes = ev.output_shapes(edges.graph, edges.width)
     detached = _detached(edges)
-    carriers = torch.ops.ngkernels.carry(e.weights, e.xs, e.params, e.table, e.carriers, e.topology, e.program, shapes, compute)
+    carriers = torch.ops.ngkernels.carry(*e, shapes, compute)
     return replace(detached, steps=(*detached.steps, Mark(tuple(carriers))))
 
 

@@ -8,35 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 
 from .. import backends
+from ..program import Expression as E
 
 SCHEMA = "Tensor[] weights, Tensor[] xs, Tensor params, Tensor table, Tensor[] carriers, Tensor topology, int[] program"
 library = torch.library.Library("ngkernels", "DEF")
-
-
-class E(NamedTuple):
-    """Arguments of an op, in the schema's order."""
-
-    weights: list[torch.Tensor]
-    xs: list[torch.Tensor]
-    params: torch.Tensor
-    table: torch.Tensor
-    carriers: list[torch.Tensor]
-    topology: torch.Tensor
-    program: list[int]
-
-    @property
-    def differentiable(self) -> list[torch.Tensor]:
-        return [*self.weights, *self.xs, self.params, self.table, *self.carriers]
-
-    def with_tensors(self, tensors: list[torch.Tensor]) -> E:
-        """The same expression over other differentiable tensors."""
-        w, x = len(self.weights), len(self.xs)
-        return E(list(tensors[:w]), list(tensors[w : w + x]), tensors[w + x], tensors[w + x + 1], list(tensors[w + x + 2 :]), self.topology, self.program)
 
 
 def compute_mode(backend: int) -> int:

@@ -69,5 +69,5 @@ def run(edges: EdgeState, mlp: Sequence[Affine], node: NodeTerm | None, activati
     if dtype not in ev.DTYPES:
         raise TypeError(f"{op}: expected dtype float32, bfloat16, float16 or float64, got {dtype}")
     shapes = ev.output_shapes(edges.graph, e.program[3])
-    return torch.ops.ngkernels.evaluate(e.weights, e.xs, e.params, e.table, e.carriers, e.topology, e.program, shapes, ev.DTYPES.index(dtype), compute)
+    return torch.ops.ngkernels.evaluate(*e, shapes, ev.DTYPES.index(dtype), compute)
 

@@ -113,7 +113,7 @@ def fit_inrs(
     layout: Annotated[str, typer.Option("--layout", help="Widths of the SIREN; 2 inputs and 1 output.")] = "2,8,8,1",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Adam steps of the fit.")] = 250,
     shared_init: Annotated[
-        bool, typer.Option("--shared-init", help="One random start for all networks. It makes the task trivial: for comparisons only.")
+        bool, typer.Option("--shared-init", help="One random start for all networks. It trivialises the task: for comparisons only.")
     ] = False,
     seed: Seed = 0,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Cores. [default: all]", show_default=False)] = None,

@@ -33,7 +33,7 @@ from . import large_step, publish
 from .progress import ProgressLine
 
 FORMAT = 1
-TITLES = {"cpp": "fused C++ kernels", "reference": "eager PyTorch"}
+TITLES = {"cpp": "fused C++ kernels", "reference": "reference, eager"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class DemoConfig:
     picture: PictureConfig = field(default_factory=PictureConfig)
     classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
     baselines: MlpConfig = field(default_factory=MlpConfig)
-    repeats: int = 3
+    repeats: int = 2
 
 
 def smoke(config: DemoConfig) -> DemoConfig:
@@ -170,12 +170,14 @@ class Demo:
     def _baselines(self, sets: dict[str, InrSet], stop: StopRequest) -> list[dict[str, Any]]:
         config, found = self.config.baselines, []
         pictures, _ = load_digit_pictures()
-        todo = weight_baselines(self.config.classifier.motion) + bounds(pictures)
-        with ProgressLine(self.console, "train comparisons", len(todo) * config.steps) as line:
-            for index, baseline in enumerate(todo):
-                before, title = index * config.steps, baseline.title
-                show = lambda done, _, before=before, title=title: line.update(before + done, title)  # noqa: E731
-                result = run_baseline(baseline, sets, config, show, stop)
+        quick = replace(config, steps=max(1, config.steps // 4))  # what sees the picture has learned it by then
+        todo = [(b, config) for b in weight_baselines(self.config.classifier.motion)] + [(b, quick) for b in bounds(pictures)]
+        before = 0
+        with ProgressLine(self.console, "train comparisons", sum(recipe.steps for _, recipe in todo)) as line:
+            for baseline, recipe in todo:
+                show = lambda done, _, before=before, title=baseline.title: line.update(before + done, title)  # noqa: E731
+                result = run_baseline(baseline, sets, recipe, show, stop)
+                before += recipe.steps
                 if result is None:
                     raise Interrupted("stopped while training the comparisons; the trained model is saved")
                 found.append(result)
@@ -192,10 +194,12 @@ class Demo:
             for done, backend in enumerate(("cpp", "reference")):
                 line.update(done, TITLES[backend])
                 if backend == "reference" and available is not None and available < needed:
-                    notes.append(f"Eager PyTorch was not run: it may need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free.")
+                    notes.append(
+                        f"The eager reference backend was not run: it may need {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free."
+                    )
                     continue
                 try:
-                    entry = large_step.measure(path, backend, self.config.repeats if backend == "cpp" else 1)
+                    entry = large_step.measure(path, backend, repeats=self.config.repeats)
                 except large_step.MeasurementError as error:
                     notes.append(f"{TITLES[backend]} was not measured: {error}.")
                     continue
