@@ -4,7 +4,6 @@ The text must stand there exactly once: whoever changes that line finds the bug 
 """
 
 from __future__ import annotations
-
 import __future__
 
 import contextlib

@@ -82,7 +82,7 @@ def rows_of(graph: NeuralGraph, x: torch.Tensor) -> torch.Tensor:
         return x
     if len(graph.parts) == 1:
         layers = graph.parts[0].layers
-        k = range(len(layers))[graph.rows]
+        k = graph.rows % len(layers)
         start = sum(layers[:k])
         return x.view(graph.num_graphs, -1, x.shape[1])[:, start : start + layers[k]].reshape(-1, x.shape[1])
     return x[graph.node_layer(graph.rows).to(x.device)]

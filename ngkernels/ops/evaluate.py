@@ -24,7 +24,7 @@ def output_shapes(graph: NeuralGraph, width: int) -> list[int]:
         return [2, graph.num_edges, width]
     shapes: list[int] = []
     for p in graph.parts:  # not from the topology tensor: torch.compile could not read it
-        rows = None if graph.rows is None else range(len(p.layers))[graph.rows]
+        rows = None if graph.rows is None else graph.rows % len(p.layers)
         for b in p.blocks:
             if rows is None or b.dst == rows:
                 n_src, n_dst = p.layers[b.src], p.layers[b.dst]
