@@ -26,7 +26,7 @@ def assert_close(found: Tensors, wanted: Tensors, tolerance: float = 1e-10) -> N
     _matching(found, wanted)
     wrong = {}
     for name, w in wanted.items():
-        error, allowed = distance(found[name], w), tolerance * largest(w) + 1e-14
+        error, allowed = distance(found[name], w), tolerance * (largest(w) + 1e-4)
         if not error <= allowed:
             wrong[name] = f"{error:.2e} > {allowed:.2e}"
     assert not wrong, wrong

@@ -67,21 +67,37 @@ def test_nothing_is_stored_by_a_virtual_checkpoint(backend: str):
     assert all(c.requires_grad and (c == 0).all() and c.untyped_storage().nbytes() <= 8 for c in carriers)
 
 
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names of the engine's ops as they are called, and the shapes of the gradients that evaluate_backward is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+        self.gradients: list[list[tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "ngkernels":
+            self.names.append(func._opname)
+        if func._opname == "evaluate_backward":
+            self.gradients.append([tuple(g.shape) for g in args[0]])
+        return func(*args, **(kwargs or {}))
+
+
 def test_gradients_meet_at_a_virtual_checkpoint(backend: str):
     """Two consumers, one way back: what lies before the checkpoint is differentiated once, whatever follows it."""
-    calls = []
-
-    class Count(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "ngkernels":
-                calls.append(func.__name__)
-            return func(*args, **(kwargs or {}))
-
     sample = PLAIN.but("two", memory=("virtual", None))
-    with ngk.use_backend(backend), Count():
+    with ngk.use_backend(backend), Calls() as calls:
         run(lambda live: engine(sample, live), leaves(sample))
-    backward = sorted(name.split(".")[0] for name in calls if "backward" in name)
-    assert backward == ["aggregate_backward", "evaluate_backward", "evaluate_backward"]
+    assert sorted(name for name in calls.names if "backward" in name) == ["aggregate_backward", "evaluate_backward", "evaluate_backward"]
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["aggregate", "readout"])
+def test_blocks_that_nothing_reads_are_not_differentiated(read: bool, backend: str):
+    """Behind a consumer of the last layer alone, no buffer of zeros is made for the other blocks."""
+    sample = PLAIN.but("dead", memory=("virtual", None), restrict=-1, **({"reduce": ()} if read else {"head": 0}))
+    with ngk.use_backend(backend), Calls() as calls:
+        run(lambda live: engine(sample, live), leaves(sample))
+    assert calls.gradients[-1] == [(0,), (2, 5, 3, sample.width)]
 
 
 @pytest.mark.parametrize("policy", ["virtual", "same"])

@@ -142,6 +142,34 @@ def test_every_entry_is_written(sample: Sample, wanted: set[str] | None, backend
     assert_bitwise(found, run_engine(sample, t, backend, wanted))
 
 
+LEFT = (
+    *POISONED,
+    *(PLAIN.but(f"left-{kind}-{f}", kind=kind, features=f, width=9, encoder="fourier", table=table, residual=(), networks=(mlp(20, 2, 21, 1),)) for kind in ("film", "gate", "product", "concat") for f, table in ((1, "auto"), (9, "auto"), (5, "never"))),
+    PLAIN.but("left-stored-17", width=17, hidden=3, features=1, node_width=2, memory=("same", None), head=0),
+    PLAIN.but("left-virtual-17", width=17, hidden=3, features=1, node_width=2, memory=("same+virtual", "virtual"), reduce=()),
+)  # fmt: skip
+
+
+_WIDE = {"width": 64, "hidden": 64, "features": 64, "node_width": 64, "networks": (mlp(60, 50, 40),), "reduce": ("mean", "min", "max", "std")}
+DIRT = (
+    PLAIN.but("wide", **_WIDE),
+    PLAIN.but("wide-table", encoder="fourier", table="auto", table_range=1.0, **_WIDE),
+    PLAIN.but("wide-sums", kind="concat", mlp=2, **{**_WIDE, "reduce": ("sum",)}),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sample", **named(LEFT))
+def test_nothing_is_left_of_an_earlier_call(sample: Sample, dtype: torch.dtype, one_thread):
+    """The kernels keep their working memory from call to call. Larger calls that fill it with NaN go first."""
+    t = cast(leaves(sample), dtype)
+    wanted = run_engine(sample, t, "cpp")
+    assert all(v.isfinite().all() for v in wanted.values())
+    for dirt in DIRT:
+        run_engine(dirt, {name: torch.full_like(v, torch.nan) for name, v in cast(leaves(dirt), dtype).items()}, "cpp")
+        assert_bitwise(run_engine(sample, t, "cpp"), wanted)
+
+
 # ---- what backward evaluates again ----
 AGAIN = (
     PLAIN.but("film", networks=LARGE, reduce=("max",), head=0),

@@ -88,4 +88,4 @@ def test_every_bug_of_the_kernels_is_caught(patch: mutants_cpp.Patch, workshop: 
     workshop.build(patch)
     done = workshop.test()
     assert done.returncode != 0, "the tests passed"
-    assert "error" not in done.stdout.splitlines()[-1] or "failed" in done.stdout, done.stdout[-3000:]
+    assert done.returncode < 0 or " failed" in done.stdout, done.stdout[-3000:]  # a crash, or an assertion

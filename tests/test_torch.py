@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_bitwise, assert_close
+from conftest import DECLARED
 from oracle import mlp
 from sample_list import PLAIN, REVERSED, UNEQUAL_REVERSED
 from samples import Sample, cast, edge_state, engine, graph_of, leaves, message_of, named, run, run_engine
@@ -111,17 +112,20 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-OPS = ("aggregate", "aggregate_backward", "evaluate", "evaluate_backward", "carry")
+OPS = ("aggregate", "aggregate_backward", "evaluate", "evaluate_backward", "carry", "double_backward")
 CHECKED = (TINY, TINY.but("virtual", memory=("virtual", None)), TINY.but("table", encoder="fourier", table="auto"), TINY.but("packed-reversed", packed=True, networks=UNEQUAL_REVERSED, reciprocal=True))
 
 
 @lru_cache
 def calls_of(sample: Sample, backend: str) -> dict[str, tuple]:
-    """The arguments of every op in a forward and a backward of the sample, and of a virtual checkpoint."""
+    """The arguments of every op in a forward, a backward and a second backward of the sample, and of a virtual checkpoint."""
     t = {name: v.requires_grad_() for name, v in cast(leaves(sample), torch.float32).items()}
     with ngk.use_backend(backend), Calls() as seen:
         out = engine(sample, t)
-        torch.autograd.grad(sum(o.sin().sum() for o in out), list(t.values()), allow_unused=True)
+        twice = "virtual" not in sample.memory
+        grads = torch.autograd.grad(sum(o.sin().sum() for o in out), list(t.values()), allow_unused=True, create_graph=twice)
+        if twice:
+            torch.autograd.grad(sum(g.sin().sum() for g in grads if g is not None), list(t.values()), allow_unused=True)
         edge_state(sample, t).checkpoint()
     return seen.calls
 
@@ -134,9 +138,16 @@ def fresh(value, grad: bool):
     return value
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("sample", **named(CHECKED))
+CALLS = [
+    pytest.param(s, op, grad, id=f"{s.name}-{op}-{'grad' if grad else 'no-grad'}")
+    for s in CHECKED
+    for op in OPS
+    for grad in (False, True)
+    if op != "double_backward" or not (grad or "virtual" in s.memory)  # no third derivative, no second one of a virtual checkpoint
+]
+
+
+@pytest.mark.parametrize(("sample", "op", "grad"), CALLS)
 def test_opcheck(sample: Sample, op: str, grad: bool, backend: str):
     """Schema, fake tensors, autograd registration, AOT dispatch with dynamic shapes."""
     func, args = calls_of(sample, backend)[op]
@@ -147,6 +158,12 @@ def test_opcheck(sample: Sample, op: str, grad: bool, backend: str):
     with ngk.use_backend(backend):
         result = torch.library.opcheck(func, tuple(fresh(a, grad) for a in args), test_utils=tests)
     assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("direction", [-1, 0, 1])
+def test_opcheck_of_the_tables_basis(direction: int):
+    frequencies = torch.randn(5, 1 if direction < 0 else 3)
+    torch.library.opcheck(torch.ops.ngkernels.table_basis.default, (frequencies, direction, 4, 6, torch.float32))
 
 
 # ---- torch.compile, export ----
@@ -161,6 +178,10 @@ COMPILED = (
 )
 
 
+# the two backends differ in one argument of the op: the quick tier compiles for the faster one
+one_backend = pytest.mark.parametrize("backend", [pytest.param(b, marks=pytest.mark.slow if b == "reference" and "cpp" in DECLARED else ()) for b in DECLARED], indirect=True)
+
+
 @pytest.fixture
 def dynamo():
     torch._dynamo.reset()
@@ -168,6 +189,7 @@ def dynamo():
     torch._dynamo.reset()
 
 
+@one_backend
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("sample", **named(COMPILED))
@@ -190,6 +212,7 @@ def test_compiled_by_inductor(sample: Sample, backend: str):
         assert_close(run(torch.compile(lambda live: engine(sample, live, graph), fullgraph=True), t), wanted, 1e-5)
 
 
+@one_backend
 @pytest.mark.usefixtures("dynamo")
 def test_one_compiled_function_serves_other_sizes(backend: str):
     """Other numbers of nodes, networks and features; it may compile again, and must be right."""
@@ -201,6 +224,7 @@ def test_one_compiled_function_serves_other_sizes(backend: str):
             assert_close({"out": compiled(e, message)}, {"out": ngk.aggregate(e, message, ("mean", "max"))}, 1e-5)
 
 
+@one_backend
 def test_the_first_call_of_a_process_may_be_a_compiled_one(backend: str):
     program = f"""
 import torch, ngkernels as ngk

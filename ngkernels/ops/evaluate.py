@@ -84,9 +84,12 @@ def _backward(grads, weights, xs, params, table, carriers, topology, program, co
 def _setup(ctx, inputs, output):
     ex.save(ctx, ex.E(*inputs[:7]))
     ctx.compute, ctx.constants = inputs[-1], len(inputs) - 7
+    ctx.set_materialize_grads(False)  # no zeros for blocks that nothing reads
 
 
 def _autograd(ctx, grads):
+    if all(g is None for g in grads):
+        return (*ex.no_gradients(ctx), *[None] * ctx.constants)
     e, _ = ex.load(ctx)
     need = ex.needs(ctx, e, 0)
     # a block that nothing read has no gradient: an empty tensor, and the kernels skip it

@@ -32,7 +32,7 @@ from ..tasks.training import Interrupted, StopRequest, TrainConfig
 from . import large_step, publish
 from .progress import ProgressLine
 
-FORMAT = 1
+FORMAT = 2  # raised when stages of an older run must not be used again
 TITLES = {"cpp": "fused C++ kernels", "reference": "reference, eager"}
 
 
@@ -132,6 +132,7 @@ class Demo:
             networks = digit_inrs(config, self.config.cache, progress=progress)
         if missing[0]:
             self.results["seconds"]["fit"] = time.monotonic() - begin
+            write_json(self.path, self.results)
         else:
             self.console.print(f"{len(networks):,} digit networks from the cache {self.config.cache}", highlight=False, soft_wrap=True)
         return networks
