@@ -102,6 +102,7 @@ class Engine {
     const size_t tile = static_cast<size_t>(row_blocks<V>(prepared.tile));
     for (size_t k = 0; k < prepared.steps.size(); ++k) std::memset(w.out[k], 0, sizeof(T) * tile * prepared.steps[k].ld);
     if (!backward) return;
+    std::memset(w.coefficients, 0, sizeof(T) * Coefficients<V>::PLANES * plan.max_rows * ldm);  // padding: NaN * 0 would spread
     for (T* g : w.g) std::memset(g, 0, sizeof(T) * tile * prepared.max_ld);
     if (w.table) std::memset(w.table, 0, sizeof(T) * call.directions * call.table_nodes * TABLE_LINES * prepared.table_ld);
   }

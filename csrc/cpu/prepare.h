@@ -84,6 +84,7 @@ struct Prepared {
       const bool same = in.op == ACT || in.op == ADD || in.op == MARK;
       s.ld = in.op == LOAD ? in.n_out : same ? steps[k - 1].ld : padded<V>(in.n_out);
       if (s.ld > max_ld) max_ld = s.ld;
+      if (padded<V>(in.n_in) > max_ld) max_ld = padded<V>(in.n_in);  // gradients of an unpadded LOAD are made padded
       if (in.op != LIN && in.op != TABLE) continue;
       if (in.op == LIN && in.n_in)
         for (int v = 0; v < (in.arg0 ? call.directions : 1); ++v) {
