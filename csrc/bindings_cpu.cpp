@@ -20,7 +20,7 @@ using Tensors = std::vector<Tensor>;
 namespace ngk {
 namespace {
 
-constexpr int HEADER = 10, RECORD = 10;
+constexpr int HEADER = 11, RECORD = 10;
 
 Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -82,6 +82,8 @@ struct Problem {
     call.mask = static_cast<int>(program[4]);
     call.message_start = static_cast<int>(program[5]);
     call.tie_bytes = static_cast<int>(program[9]);
+    call.paired = program[10] != 0;
+    STD_TORCH_CHECK(!call.paired, "ngkernels: pair updates and attention are not built in C++ yet; use the reference backend");
     for (size_t k = HEADER; k < program.size(); k += RECORD) {
       const int64_t* r = program.data() + k;
       call.instrs.push_back({static_cast<int>(r[0]), static_cast<int>(r[1]), static_cast<int>(r[2]), r[3], r[4], static_cast<int>(r[5]),

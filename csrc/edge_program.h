@@ -8,11 +8,12 @@
 
 namespace ngk {
 
-enum Op : int { LOAD, FOURIER, TABLE, LIN, ACT, ADD, MARK };
-enum Combine : int { PLAIN, FILM, GATE, PRODUCT, EMIT };
+enum Op : int { LOAD, FOURIER, TABLE, LIN, ACT, ADD, MARK, NORM, MASK };
+enum Combine : int { PLAIN, FILM, GATE, PRODUCT, EMIT, ATTEND };
 enum Activation : int { SILU, RELU, GELU, TANH, SIGMOID, LEAKY_RELU, IDENTITY };
 enum Reduce : int { SUM = 1, MEAN = 2, MIN = 4, MAX = 8, STD = 16, VAR = 32 };
-enum Kind : int { DENSE, DIAGONAL };
+enum Kind : int { DENSE, DIAGONAL, TRIANGLE };
+enum Flag : int { FORWARD = 1, PARTNER = 2, TOKEN = 4, SAME = 8, SPARSE_RAW = 16 };
 enum Dtype : int { F32, BF16, F16, F64 };
 
 constexpr double STD_THRESHOLD = 1e-5;  // a variance up to here counts as 0, with gradient 0
@@ -29,14 +30,17 @@ struct Instr {
   // LOAD arg0: offset of (scale, shift) pairs by weight tensor, -1: none. TABLE arg0: log2 of steps a unit,
   // arg1: offset of the frequencies; w: matrix [n_out, 2 n_in] for weights beyond the table.
   // LIN arg0: elements from one direction's matrix to the next (0: one matrix). ACT arg0: activation.
-  // ADD arg0: the instruction whose result is added.
+  // ADD arg0: the instruction whose result is added. LIN arg1: offset of the matrix that the partners' registers are
+  // multiplied with, -1: none. NORM w, b: scale and shift [n_out]; arg0: eps, the bits of a double.
 };
 
-// One block of the graph: ngkernels/graph.py COLUMNS, in its order.
+// One block of the graph, or a pair of opposite blocks: ngkernels/topology.py COLUMNS, in its order. The partner of an
+// edge (j -> i) is (i -> j).
 struct Row {
   int64_t kind, weight, variant, src, n_src, dst, n_dst, copies, node_stride, out, out_stride, src_axis, shared, offset, edge_stride, block,
-      emit_offset, emit_stride, part;
-  int64_t edges() const { return kind == DIAGONAL ? n_src : n_src * n_dst; }
+      emit_offset, emit_stride, part, partner, partner_variant, partner_axis, partner_offset, partner_block, partner_emit_offset, partner_out,
+      flags;
+  int64_t edges() const { return kind == DIAGONAL ? n_src : kind == TRIANGLE ? n_src * (n_src + 1) / 2 : n_src * n_dst; }
 };
 constexpr int ROW_COLUMNS = sizeof(Row) / sizeof(int64_t);
 
@@ -50,10 +54,11 @@ struct EdgeTensor {
 
 struct Call {
   int directions = 1, combine = 0, width = 0, mask = 0, message_start = 0, tie_bytes = 2;
+  bool paired = false;  // edges are evaluated together with their partners
   std::vector<Instr> instrs;
   std::vector<Row> rows;
   std::vector<EdgeTensor> weights, grad_weights;  // by weight tensor
-  std::vector<EdgeTensor> values;                 // by row: what evaluate writes, or reads as gradient
+  std::vector<EdgeTensor> values;                 // by block: what evaluate writes, or reads as gradient
   std::vector<EdgeTensor> grad_carriers;          // by block
   std::vector<const void*> xs;
   std::vector<void*> grad_xs;

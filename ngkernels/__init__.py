@@ -2,12 +2,13 @@
 
 from . import encoders
 from .backends import use_backend
-from .edges import EdgeState, Message, NodeTerm
+from .edges import EdgeState, Message, NodeTerm, Norm
 from .graph import Block, NeuralGraph
 from .ops import table_basis as _table_basis  # noqa: F401  registers the op
 from .ops.aggregate import aggregate
+from .ops.attend import attend
 from .ops.checkpoint import checkpoint
 from .ops.readout import readout
 
 __version__ = "0.1.0"
-__all__ = ["Block", "EdgeState", "Message", "NeuralGraph", "NodeTerm", "aggregate", "checkpoint", "encoders", "readout", "use_backend"]
+__all__ = ["Block", "EdgeState", "Message", "NeuralGraph", "NodeTerm", "Norm", "aggregate", "attend", "checkpoint", "encoders", "readout", "use_backend"]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-OPS = ("aggregate", "readout", "checkpoint")
+OPS = ("aggregate", "attend", "readout", "checkpoint")
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 _NOT_BUILT = {"triton": "the Triton kernels are not built yet", "cuda": "the CUDA kernels are not built yet"}
 
@@ -90,7 +90,7 @@ def choose(op: str, device: torch.device) -> int:
             table = "; ".join(f"{b}: {why_not(b, device) or 'runs'}" for b in BACKENDS)
             raise NotImplementedError(f"{op}: backend {forced!r} was forced but {reason} ({table})")
         return BACKENDS.index(forced)
-    if device.type == "cpu":
+    if device.type == "cpu" and op != "attend":
         reason = _library()
         if reason is None:
             return BACKENDS.index("cpp")

@@ -63,16 +63,27 @@ class NodeTerm:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """Layer norm: (y - mean) / sqrt(var + eps) weight + bias over the D numbers of an edge. weight, bias [D]; var biased."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float = 1e-5
+
+
+@dataclass(frozen=True)
 class Update:
-    """z = weight_edge e + node term; e' = [e +] weight_out act(z) + bias_out. Without node: a plain MLP step."""
+    """z = weight_edge e [+ weight_reverse e_ji] + node term; e' = [norm]([e +] weight_out act(z) + bias_out)."""
 
     weight_edge: torch.Tensor  # [H, D]
+    weight_reverse: torch.Tensor | None  # [H, D]
     bias: torch.Tensor | None  # [H], for steps without a node term
     node: NodeTerm | None
     activation: str
     weight_out: torch.Tensor  # [D', H]
     bias_out: torch.Tensor | None
     residual: bool
+    norm: Norm | None
 
 
 @dataclass(frozen=True)
@@ -185,43 +196,74 @@ class EdgeState:
 
     def update(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | None,
         weight_edge: torch.Tensor,
-        weight_dst: torch.Tensor,
-        weight_src: torch.Tensor,
+        weight_dst: torch.Tensor | None,
+        weight_src: torch.Tensor | None,
         bias: torch.Tensor | None,
         weight_out: torch.Tensor,
         bias_out: torch.Tensor | None,
         activation: str = "silu",
         residual: bool = False,
+        weight_reverse: torch.Tensor | None = None,
+        norm: Norm | None = None,
     ) -> EdgeState:
-        """e' = [e +] weight_out act(weight_edge e + weight_dst x_i + weight_src x_j + bias) + bias_out.
+        """z = weight_edge e_ij + weight_reverse e_ji + weight_dst x_i + weight_src x_j + bias;
+        e'_ij = norm([e_ij +] weight_out act(z) + bias_out).
 
         Args:
-            x: node states [N, d_x]; i is the destination of the edge, j its source.
+            x: node states [N, d_x]; i is the destination of the edge, j its source. None, with weight_dst and weight_src:
+                a step of the edge alone.
             weight_edge: [H, D]. weight_dst, weight_src: [H, d_x]. bias: [H]. weight_out: [D', H]. bias_out: [D'].
             activation: one of silu, relu, gelu, tanh, sigmoid, leaky_relu, identity.
             residual: add e (D' = D).
+            weight_reverse: [H, D], or None. e_ji is the state of the same two neurons in the other direction; where there
+                is no such edge, it starts from the encoding of 0 and takes part in every update.
+            norm: Norm of width D', or None.
 
         Returns:
             EdgeState: of width D'. Computes nothing.
 
         Raises:
-            ValueError: shapes that do not fit, an unknown activation.
+            ValueError: shapes that do not fit, an unknown activation, weight_reverse where two blocks join the same layers.
 
-        Reference: Kofinas et al., ICLR 2024, section 3 (edge updates of NG-GNN).
+        Reference: Kofinas et al., ICLR 2024, section 3 (edge updates of NG-GNN), appendix (edge updates of NG-T).
         """
-        op = "EdgeState.update"
+        op, device = "EdgeState.update", self.weights[0].device
         _check_activation(op, activation)
-        _check_matrix(op, "weight_edge", weight_edge, self.width, self.weights[0].device)
-        _check_matrix(op, "weight_out", weight_out, weight_edge.shape[0], self.weights[0].device)
-        if residual and weight_out.shape[0] != self.width:
-            raise ValueError(f"{op}: expected weight_out with {self.width} rows (residual), got {weight_out.shape[0]}")
-        node = NodeTerm(x, weight_dst, weight_src, bias)
-        node.check(op, self.graph, weight_edge.shape[0], self.weights[0].device)
-        _check_bias(op, "bias_out", bias_out, weight_out.shape[0])
-        step = Update(weight_edge, None, node, activation, weight_out, bias_out, residual)
-        return replace(self, steps=(*self.steps, step), width=weight_out.shape[0])
+        _check_matrix(op, "weight_edge", weight_edge, self.width, device)
+        hidden, width = weight_edge.shape[0], weight_out.shape[0]
+        _check_matrix(op, "weight_out", weight_out, hidden, device)
+        if weight_reverse is not None:
+            _check_matrix(op, "weight_reverse", weight_reverse, self.width, device)
+            if weight_reverse.shape[0] != hidden:
+                raise ValueError(f"{op}: expected weight_reverse with {hidden} rows (as weight_edge), got {weight_reverse.shape[0]}")
+            self.graph.closure(self.graph.closed or "edges", self.encoder.reciprocal)  # raises where a pair has no single state
+        if residual and width != self.width:
+            raise ValueError(f"{op}: expected weight_out with {self.width} rows (residual), got {width}")
+        given = [t is not None for t in (x, weight_dst, weight_src)]
+        if any(given) and not all(given):
+            raise ValueError(f"{op}: expected x, weight_dst and weight_src together or none of them, got {sum(given)} of 3")
+        node = NodeTerm(x, weight_dst, weight_src, bias) if all(given) else None
+        if node is not None:
+            node.check(op, self.graph, hidden, device)
+        else:
+            _check_bias(op, "bias", bias, hidden)
+        _check_bias(op, "bias_out", bias_out, width)
+        if norm is not None:
+            _check_bias(op, "norm.weight", norm.weight, width)
+            _check_bias(op, "norm.bias", norm.bias, width)
+        step = Update(weight_edge, weight_reverse, None if node else bias, node, activation, weight_out, bias_out, residual, norm)
+        return replace(self, steps=(*self.steps, step), width=width)
+
+    @property
+    def paired(self) -> bool:
+        """Whether a state depends on the state of the reversed edge."""
+        return any(isinstance(s, Update) and s.weight_reverse is not None for s in self.steps)
+
+    def closure(self, over: str = "edges") -> EdgeState:
+        """The same state on every pair that attention over `over` reads (NeuralGraph.closure)."""
+        return replace(self, graph=self.graph.closure(over, self.encoder.reciprocal))
 
     def checkpoint(self, store: torch.dtype | None = None) -> EdgeState:
         """The same state, restarted: from stored values (`store` a dtype), or virtually (None).

@@ -4,35 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-DENSE, DIAGONAL = "dense", "diagonal"
-KINDS = (DENSE, DIAGONAL)
+from .topology import DENSE, DIAGONAL, OVER, Topology, edge_topology, pair_topology
 
-# Columns of the topology table that kernels read (csrc/edge_program.h holds the same list).
-COLUMNS = (
-    "kind",  # index into KINDS
-    "weight",  # index into the list of the weight tensors in use
-    "variant",  # which variant of the encoder this block uses (1: reversed block)
-    "src",  # first source node of copy 0
-    "n_src",
-    "dst",  # first destination node of copy 0
-    "n_dst",
-    "copies",  # equal graphs, one behind the other
-    "node_stride",  # nodes from one copy to the next
-    "out",  # first output row of copy 0; equals dst unless the graph is restricted
-    "out_stride",
-    "src_axis",  # axis of the weight tensor (copies, d0, d1, C) that runs over sources
-    "shared",  # 1 when another block reads the same weights: gradients add up
-    "offset",  # packed weights: first edge of copy 0, else -1
-    "edge_stride",  # packed weights: edges from one copy to the next
-    "block",  # index into the list of the blocks in use: of its carrier
-    "emit_offset",  # packed: first edge of copy 0 in a stored state (reversed blocks own their values there)
-    "emit_stride",
-    "part",  # which part of the disjoint union
-)
+BLOCK_KINDS = (DENSE, DIAGONAL)
 
 
 @dataclass(frozen=True)
@@ -41,7 +19,8 @@ class Block:
 
     `kind` is "dense" (every pair; weights (n_src, n_dst, C)) or "diagonal" (neuron c to neuron c, c below
     the smaller width; weights (n, C)). `weight` is the position in the graph's weight list and `reverse`
-    marks a block that reads another block's weights against their direction.
+    marks a block that reads another block's weights against their direction. A block of pairs that are no edges
+    (`edge` False, see NeuralGraph.closure) may have no weights at all: weight -1, raw features 0.
     """
 
     kind: str
@@ -49,15 +28,27 @@ class Block:
     dst: int
     weight: int
     reverse: bool = False
+    edge: bool = True
+
+    @property
+    def owns(self) -> bool:
+        """Whether a weight tensor has this block's shape."""
+        return self.weight >= 0 and not self.reverse
+
+    def reversed(self) -> Block:
+        """The block that reads the same weights against their direction."""
+        return Block(self.kind, self.dst, self.src, self.weight, not self.reverse)
 
 
 @dataclass(frozen=True)
 class Part:
-    """`copies` networks of one architecture: layer widths and blocks."""
+    """`copies` networks of one architecture: layer widths and blocks. `token`: the first layer is no neuron but a
+    token, whose pairs start from a state of 0 (see NeuralGraph.with_token)."""
 
     layers: tuple[int, ...]
     blocks: tuple[Block, ...]
     copies: int = 1
+    token: bool = False
 
     @property
     def num_nodes(self) -> int:
@@ -69,17 +60,22 @@ class Part:
 
     @property
     def num_weights(self) -> int:
-        return sum(not b.reverse for b in self.blocks)
+        return sum(b.owns for b in self.blocks)
 
     @property
     def weight_sizes(self) -> tuple[tuple[int, ...], ...]:
         """(copies, n_src, n_dst) or (copies, n) of each weight, without channels."""
         sizes = {}
         for b in self.blocks:
-            if not b.reverse:
+            if b.owns:
                 n_src, n_dst = self.layers[b.src], self.layers[b.dst]
                 sizes[b.weight] = (self.copies, min(n_src, n_dst)) if b.kind == DIAGONAL else (self.copies, n_src, n_dst)
         return tuple(sizes[k] for k in range(len(sizes)))
+
+    def opposite(self, k: int) -> int | None:
+        """Number of the block that joins the layers of block k in the other direction (k itself inside a layer)."""
+        b = self.blocks[k]
+        return next((n for n, c in enumerate(self.blocks) if (c.src, c.dst, c.kind) == (b.dst, b.src, b.kind)), None)
 
     @property
     def max_in_degree(self) -> int:
@@ -105,18 +101,49 @@ def _check_part(part: Part) -> None:
         raise ValueError(f"NeuralGraph: expected copies of at least 1, got {part.copies}")
     owners: set[int] = set()
     for b in part.blocks:
-        if b.kind not in KINDS:
-            raise NotImplementedError(f"NeuralGraph: block kind {b.kind!r} is not built; available: {', '.join(KINDS)}")
+        if b.kind not in BLOCK_KINDS:
+            raise NotImplementedError(f"NeuralGraph: block kind {b.kind!r} is not built; available: {', '.join(BLOCK_KINDS)}")
         for name, layer in (("src", b.src), ("dst", b.dst)):
             if not 0 <= layer < len(part.layers):
                 raise ValueError(f"NeuralGraph: expected block {name} below {len(part.layers)} (number of layers), got {layer}")
-        if not b.reverse:
+        if b.weight < 0 and b.edge:
+            raise ValueError(f"NeuralGraph: expected the weight of a block of edges to be at least 0, got {b.weight}")
+        if b.owns:
             if b.weight in owners:
                 raise ValueError(f"NeuralGraph: expected one forward block for each weight, got two for weight {b.weight}")
             owners.add(b.weight)
     named = 1 + max([-1, *[b.weight for b in part.blocks]])
     if owners != set(range(named)):
         raise ValueError(f"NeuralGraph: expected weights 0..{named - 1} to have a forward block each, got {sorted(owners)}")
+
+
+def _closed(part: Part, over: str, reciprocal: bool) -> Part:
+    """See NeuralGraph.closure."""
+    blocks = list(part.blocks)
+    joined: dict[tuple[int, int], Block] = {}
+    for b in blocks:
+        if (b.src, b.dst) in joined or joined.get((b.dst, b.src), b).kind != b.kind:
+            raise ValueError(
+                f"NeuralGraph.closure: expected at most one block between two node layers, got several between {b.src} and {b.dst}; "
+                "a pair of neurons has one state (attention and pair updates)"
+            )
+        joined[b.src, b.dst] = b
+
+    def add(block: Block) -> None:
+        if (block.src, block.dst) not in joined:
+            joined[block.src, block.dst] = block
+            blocks.append(block)
+
+    layers = range(len(part.layers))
+    for b in part.blocks:
+        add(replace(b.reversed(), edge=False) if reciprocal and b.weight >= 0 else Block(b.kind, b.dst, b.src, -1, False, False))
+    for a in layers:
+        add(Block(DENSE if over == "all" else DIAGONAL, a, a, -1, False, False))
+    for a in layers:
+        for b in layers if over == "all" or (part.token and a == 0) else ():
+            add(Block(DENSE, a, b, -1, False, False))
+            add(Block(DENSE, b, a, -1, False, False))
+    return Part(part.layers, tuple(blocks), part.copies, part.token)
 
 
 class NeuralGraph:
@@ -151,14 +178,11 @@ class NeuralGraph:
         self.num_weights = 1 if packed else sum(p.num_weights for p in self.parts)
         self.num_graphs = sum(p.copies for p in self.parts)
         self.has_reverse = any(b.reverse for p in self.parts for b in p.blocks)
-        table, self.num_rows = self._table()
-        # A restricted graph names only the weight tensors and blocks it reads, so gradients of the others do not exist.
-        self.used_weights = self._renumber(table, "weight")
-        self.used_blocks = self._renumber(table, "block")
-        self.topology = torch.tensor(table, dtype=torch.int64).reshape(-1, len(COLUMNS))
-        self.max_in_degree = max(p.max_in_degree for p in self.parts)
+        self.closed: str | None = None  # "all" or "edges": every pair that such attention reads has a block
         self._weight_sizes = [size for p in self.parts for size in p.weight_sizes]
         self._cache: dict = {}
+        self.max_in_degree = max(p.max_in_degree for p in self.parts)
+        self.num_rows = self.edges_as().num_rows
 
     # ---- constructors ----
     @classmethod
@@ -182,7 +206,7 @@ class NeuralGraph:
         """A graph from its node layers' widths and its blocks; `reverse` adds every block's reversal."""
         blocks = list(blocks)
         if reverse:
-            blocks += [Block(b.kind, b.dst, b.src, b.weight, True) for b in blocks if not b.reverse]
+            blocks += [b.reversed() for b in blocks if not b.reverse]
         return cls([Part(tuple(layers), tuple(blocks), batch_size)])
 
     @classmethod
@@ -205,71 +229,83 @@ class NeuralGraph:
             raise ValueError("NeuralGraph.batch: expected at least one graph, got none")
         if any(g.rows is not None for g in graphs):
             raise ValueError("NeuralGraph.batch: expected unrestricted graphs; batch first, then restrict")
+        if any(g.closed for g in graphs):
+            raise ValueError("NeuralGraph.batch: expected graphs that are not closed; batch first, then close")
         parts: list[Part] = []
         for p in (p for g in graphs for p in g.parts):
-            if packed and parts and (parts[-1].layers, parts[-1].blocks) == (p.layers, p.blocks):
-                parts[-1] = Part(p.layers, p.blocks, parts[-1].copies + p.copies)
+            if packed and parts and (parts[-1].layers, parts[-1].blocks, parts[-1].token) == (p.layers, p.blocks, p.token):
+                parts[-1] = replace(parts[-1], copies=parts[-1].copies + p.copies)
             else:
                 parts.append(p)
         return cls(parts, packed=packed)
 
     # ---- derived graphs ----
+    def _derived(self, key: tuple, parts: Sequence[Part], rows: int | None, closed: str | None) -> NeuralGraph:
+        if key not in self._cache:
+            self._cache[key] = NeuralGraph(parts, rows, self.packed)
+            self._cache[key].closed = closed
+        return self._cache[key]
+
     def restrict(self, layer: int = -1) -> NeuralGraph:
         """The same graph with outputs only for node layer `layer` of every network (dead edges dropped)."""
-        key = ("restrict", layer)
-        if key not in self._cache:
-            self._cache[key] = NeuralGraph(self.parts, layer, self.packed)
-        return self._cache[key]
+        return self._derived(("restrict", layer), self.parts, layer, self.closed)
 
     def without_sharing(self) -> NeuralGraph:
         """The same edges with a weight tensor for each block: the graph of a stored edge state."""
-        key = "without_sharing"
-        if key not in self._cache:
-            parts = [Part(p.layers, tuple(Block(b.kind, b.src, b.dst, k) for k, b in enumerate(p.blocks)), p.copies) for p in self.parts]
-            self._cache[key] = NeuralGraph(parts, self.rows, self.packed)
-        return self._cache[key]
+        parts = [
+            Part(p.layers, tuple(Block(b.kind, b.src, b.dst, k, False, b.edge) for k, b in enumerate(p.blocks)), p.copies) for p in self.parts
+        ]
+        return self._derived(("without_sharing",), parts, self.rows, self.closed)
+
+    def with_token(self) -> NeuralGraph:
+        """The same networks with one more node in front of each: a token, joined to every neuron by pairs that are no
+        edges and whose state is exactly 0 before the first update.
+
+        Raises:
+            ValueError: a graph that has tokens, or is restricted or closed already.
+        """
+        if any(p.token for p in self.parts) or self.rows is not None or self.closed:
+            raise ValueError("NeuralGraph.with_token: expected an unrestricted graph without tokens; add the token first, then restrict")
+        parts = [
+            Part((1, *p.layers), tuple(replace(b, src=b.src + 1, dst=b.dst + 1) for b in p.blocks), p.copies, True) for p in self.parts
+        ]
+        return self._derived(("with_token",), parts, None, None)
+
+    def closure(self, over: str = "edges", reciprocal: bool = False) -> NeuralGraph:
+        """The graph with a block for every pair (i, j) that attention over `over` reads, edges or not.
+
+        "edges" adds the reversal of every block and each neuron's pair with itself; "all" adds every other pair of neurons of
+        the same network as well. What is added are no edges: their raw features are 0, or with `reciprocal` (an encoder that
+        reads both directions) those of the edge they reverse. Weights stay as they are.
+
+        Raises:
+            ValueError: two blocks from one node layer to another, or a graph that is closed over less.
+        """
+        if over not in ("all", "edges"):
+            raise ValueError(f"NeuralGraph.closure: expected over to be all or edges, got {over!r}")
+        if self.closed:
+            if self.closed != over:
+                raise ValueError(f"NeuralGraph.closure: expected a graph that is not closed, or over {over!r}, got one closed over {self.closed!r}")
+            return self
+        key = ("closure", over, reciprocal)
+        return self._cache[key] if key in self._cache else self._derived(key, [_closed(p, over, reciprocal) for p in self.parts], self.rows, over)
 
     # ---- tables ----
-    @staticmethod
-    def _renumber(table: list[list[int]], column: str) -> tuple[int, ...]:
-        """Replaces a column's values by their ranks and returns the values."""
-        at = COLUMNS.index(column)
-        used = sorted({row[at] for row in table})
-        rank = {value: k for k, value in enumerate(used)}
-        for row in table:
-            row[at] = rank[row[at]]
-        return tuple(used)
+    def edges_as(self, paired: bool = False, reciprocal: bool = False) -> Topology:
+        """The table of every edge; `paired`: with the edges' partners (ngkernels/topology.py)."""
+        key = ("edges", paired, reciprocal and paired)
+        if key not in self._cache:
+            self._cache[key] = edge_topology(self, paired, reciprocal)
+        return self._cache[key]
 
-    def _table(self) -> tuple[list[list[int]], int]:
-        table, node, weight, edge, out, block, emit = [], 0, 0, 0, 0, 0, 0
-        for number, p in enumerate(self.parts):
-            starts = [sum(p.layers[:k]) for k in range(len(p.layers))]
-            layer = None if self.rows is None else _layer_index("NeuralGraph.restrict", p, self.rows)
-            out_stride = p.num_nodes if layer is None else p.layers[layer]
-            owned = {b.weight: edge + sum(p.edges_of(c) for c in p.blocks[:k] if not c.reverse) for k, b in enumerate(p.blocks) if not b.reverse}
-            edges_per_copy = sum(p.edges_of(b) for b in p.blocks if not b.reverse)
-            emitted_per_copy = sum(p.edges_of(b) for b in p.blocks)
-            used = [b.weight for b in p.blocks]
-            for k, b in enumerate(p.blocks):
-                if layer is not None and b.dst != layer:
-                    continue
-                emitted = emit + sum(p.edges_of(c) for c in p.blocks[:k])
-                n_src, n_dst = p.layers[b.src], p.layers[b.dst]
-                if b.kind == DIAGONAL:
-                    n_src = n_dst = min(n_src, n_dst)
-                table.append([
-                    KINDS.index(b.kind), 0 if self.packed else weight + b.weight, int(b.reverse), node + starts[b.src], n_src,
-                    node + starts[b.dst], n_dst, p.copies, p.num_nodes, out + (starts[b.dst] if layer is None else 0), out_stride,
-                    2 if b.reverse else 1, int(used.count(b.weight) > 1), owned[b.weight] if self.packed else -1, edges_per_copy,
-                    block + k, emitted if self.packed else -1, emitted_per_copy, number,
-                ])  # fmt: skip
-            node += p.copies * p.num_nodes
-            weight += p.num_weights
-            edge += p.copies * edges_per_copy
-            emit += p.copies * emitted_per_copy
-            block += len(p.blocks)
-            out += p.copies * out_stride
-        return table, out
+    def pairs_as(self, over: str) -> Topology:
+        """The table of the pairs of a closed graph that attention over `over` reads, both directions in one row."""
+        if over not in OVER:
+            raise ValueError(f"NeuralGraph.pairs_as: expected over to be one of {', '.join(OVER)}, got {over!r}")
+        key = ("pairs", over)
+        if key not in self._cache:
+            self._cache[key] = pair_topology(self, over)
+        return self._cache[key]
 
     def _in_degrees(self) -> torch.Tensor:
         pieces = [torch.zeros(0, dtype=torch.int64)]

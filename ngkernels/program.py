@@ -7,6 +7,7 @@ end is applied by the consumer's own matrix. Nothing in this file touches anythi
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -16,10 +17,10 @@ import torch
 from .edges import ACTIVATIONS, Activate, Affine, EdgeState, Mark, Message, NodeTerm, Update
 from .encoders import Fourier, Linear, expansion, table_basis, table_half, table_step
 
-LOAD, FOURIER, TABLE, LIN, ACT, ADD, MARK = range(7)
+LOAD, FOURIER, TABLE, LIN, ACT, ADD, MARK, NORM, MASK = range(9)
 RECORD = 10  # ints an instruction: op, n_in, n_out, weight, bias, x, weight_dst, weight_src, arg0, arg1
-HEADER = 10  # directions, instructions, combine, F, reductions, message start, xs, params, RECORD, bytes of a tie count
-PLAIN, FILM, GATE, PRODUCT, EMIT = range(5)  # what the consumer does with the last register
+HEADER = 11  # directions, instructions, combine, F, reductions, message start, xs, params, RECORD, bytes of a tie count, paired
+PLAIN, FILM, GATE, PRODUCT, EMIT, ATTEND = range(6)  # what the consumer does with the last register
 COMBINE = {"concat": PLAIN, "film": FILM, "gate": GATE, "product": PRODUCT}
 REDUCE = ("sum", "mean", "min", "max", "std", "var")
 
@@ -57,9 +58,12 @@ class Expression(NamedTuple):
 
 
 class _Builder:
-    def __init__(self, edges: EdgeState, dtype: torch.dtype, tabulate: bool):
-        self.edges, self.dtype, self.tabulate = edges, dtype, tabulate
-        self.directions = 2 if edges.encoder.reciprocal and edges.graph.has_reverse else 1
+    def __init__(self, edges: EdgeState, dtype: torch.dtype, tabulate: bool, over: str | None = None):
+        self.edges, self.dtype, self.tabulate, self.over = edges, dtype, tabulate, over
+        self.paired = over is not None or edges.paired
+        self.directions = 2 if edges.encoder.reciprocal and (edges.graph.has_reverse or self.paired) else 1
+        self.topology = edges.graph.pairs_as(over) if over else edges.graph.edges_as(self.paired, edges.encoder.reciprocal)
+        self.masked = not any(p.token for p in edges.graph.parts)  # nothing to mask
         self.params: list[torch.Tensor] = []
         self.size = 0
         self.xs: list[torch.Tensor] = []
@@ -86,7 +90,7 @@ class _Builder:
         self.xs.append(x)
         return len(self.xs) - 1
 
-    def emit(self, op: int, n_in: int, n_out: int, w: int = -1, b: int = -1, node: NodeTerm | None = None, arg0: int = 0, arg1: int = 0) -> None:
+    def emit(self, op: int, n_in: int, n_out: int, w: int = -1, b: int = -1, node: NodeTerm | None = None, arg0: int = 0, arg1: int = -1) -> None:
         term = [-1, -1, -1]
         if node is not None:
             term = [self.x_index(node.x), self.put(node.weight_dst), self.put(node.weight_src)]
@@ -99,7 +103,7 @@ class _Builder:
         channels = edges.weights[0].shape[-1]
         affine = -1
         if edges.affine is not None:
-            used = torch.tensor(edges.affine, dtype=torch.float64, device=edges.weights[0].device)[:, list(edges.graph.used_weights)]
+            used = torch.tensor(edges.affine, dtype=torch.float64, device=edges.weights[0].device)[:, list(self.topology.used_weights)]
             affine = self.put(used.T)
         self.emit(LOAD, 0, channels, arg0=affine)
         maps = [expansion(channels, d, edges.weights[0]).to(self.dtype) for d in range(self.directions)] if enc.reciprocal else None
@@ -174,6 +178,34 @@ class _Builder:
             w = variants[0] if variants else w
             self.emit(LIN, w.shape[1], w.shape[0], self.put(w), self.put(b), node)
 
+    def pair(self, w: torch.Tensor, reverse: torch.Tensor, b: torch.Tensor | None, node: NodeTerm | None) -> None:
+        """register = w e + reverse (register of the partner) + b + node term, folded with what is pending."""
+        if self.carriers and self.over is None:
+            raise NotImplementedError(
+                "EdgeState: expected no pair update between a virtual checkpoint and an aggregate or readout; checkpoint after the update, "
+                "or use recompute"
+            )
+        if self.features is not None or self.variants:
+            self.materialise()
+        w, reverse = w.to(self.dtype), reverse.to(self.dtype)
+        b = None if b is None else b.to(self.dtype)
+        if node is not None and node.bias is not None:
+            b = node.bias.to(self.dtype) if b is None else b + node.bias.to(self.dtype)
+        if self.pending is not None:
+            m, c = self.pending
+            if c is not None:
+                b = (w + reverse) @ c if b is None else b + (w + reverse) @ c
+            w, reverse = w @ m, reverse @ m
+        self.pending = None
+        self.emit(LIN, w.shape[1], w.shape[0], self.put(w), self.put(b), node, arg1=self.put(reverse))
+
+    def mask(self) -> None:
+        """The pairs of tokens start from 0: once, where the encoder ends."""
+        if not self.masked:
+            self.masked = True
+            self.materialise()
+            self.emit(MASK, self.width, self.width)
+
     def materialise(self) -> None:
         """Make the register e itself."""
         if self.pending is not None:
@@ -184,35 +216,54 @@ class _Builder:
         self.emit(ACT, self.width, self.width, arg0=ACTIVATIONS.index(name))
 
     def step(self, step: Update | Activate | Mark) -> None:
+        if isinstance(step, Activate):
+            self.materialise()
+            self.act(step.activation)
+            self.pending = (step.weight.to(self.dtype), None if step.bias is None else step.bias.to(self.dtype))
+            return
+        self.mask()
         if isinstance(step, Mark):
             self.materialise()
             self.carriers = step.carriers
             self.emit(MARK, self.width, self.width)
-        elif isinstance(step, Activate):
+            return
+        if step.residual:
             self.materialise()
-            self.act(step.activation)
-            self.pending = (step.weight.to(self.dtype), None if step.bias is None else step.bias.to(self.dtype))
+        kept = len(self.instructions) - 1
+        if step.weight_reverse is not None:
+            self.pair(step.weight_edge, step.weight_reverse, step.bias, step.node)
         else:
-            if step.residual:
-                self.materialise()
-            kept = len(self.instructions) - 1
             self.linear(step.weight_edge, step.bias, step.node)
-            self.act(step.activation)
-            self.pending = (step.weight_out.to(self.dtype), None if step.bias_out is None else step.bias_out.to(self.dtype))
-            if step.residual:
-                self.materialise()
-                self.emit(ADD, self.width, self.width, arg0=kept)
+        self.act(step.activation)
+        self.pending = (step.weight_out.to(self.dtype), None if step.bias_out is None else step.bias_out.to(self.dtype))
+        if step.residual or step.norm is not None:
+            self.materialise()
+        if step.residual:
+            self.emit(ADD, self.width, self.width, arg0=kept)
+        if step.norm is not None:
+            weight, bias = self.put(step.norm.weight), self.put(step.norm.bias)
+            self.emit(NORM, self.width, self.width, weight, bias, arg0=_float_bits(step.norm.eps))
+
+    def steps(self) -> None:
+        for step in self.edges.steps:
+            self.step(step)
+        self.mask()
 
     def finish(self, combine: int, width: int, reduce_mask: int, message_start: int) -> Expression:
-        header = [self.directions, len(self.instructions), combine, width, reduce_mask, message_start, len(self.xs), self.size, RECORD, 2 if self.edges.graph.max_in_degree < 1 << 15 else 4]
+        ties = 2 if self.edges.graph.max_in_degree < 1 << 15 else 4
+        shape = [self.directions, len(self.instructions), combine, width, reduce_mask, message_start, len(self.xs), self.size]
+        header = [*shape, RECORD, ties, int(self.paired)]
         program = header + [v for record in self.instructions for v in record]
         params = torch.cat(self.params) if self.params else self.table.new_zeros(0)
-        topology = self.edges.graph.topology.to(params.device)
         xs = [x.to(self.dtype).contiguous() for x in self.xs]
-        graph = self.edges.graph
-        weights = [self.edges.weights[k] for k in graph.used_weights]
-        carriers = list(self.carriers) if graph.packed else [self.carriers[k] for k in graph.used_blocks if self.carriers]
-        return Expression(weights, xs, params, self.table, carriers, topology, program)
+        weights = [self.edges.weights[k] for k in self.topology.used_weights]
+        carriers = list(self.carriers) if self.edges.graph.packed else [self.carriers[k] for k in self.topology.used_blocks if self.carriers]
+        return Expression(weights, xs, params, self.table, carriers, self.topology.table.to(params.device), program)
+
+
+def _float_bits(value: float) -> int:
+    """A double as an integer of the same bits."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 def _dtype(edges: EdgeState) -> torch.dtype:
@@ -225,12 +276,16 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
-def build_state(edges: EdgeState, tabulate: bool, head: Sequence[Affine] = (), node: NodeTerm | None = None, activation: str = "relu") -> Expression:
-    """The expression whose register is e_ij itself, or a small MLP of it: W_k .. act(W_0 e + node term + b_0)."""
+def build_state(
+    edges: EdgeState, tabulate: bool, head: Sequence[Affine] = (), node: NodeTerm | None = None, activation: str = "relu", over: str | None = None
+) -> Expression:
+    """The expression whose register is e_ij itself, or a small MLP of it: W_k .. act(W_0 e + node term + b_0).
+
+    `over`: both directions of a closed graph's pairs together (NeuralGraph.pairs_as).
+    """
     with full_precision(edges.weights[0].device):
-        b = _Builder(edges, _dtype(edges), tabulate)
-        for step in edges.steps:
-            b.step(step)
+        b = _Builder(edges, _dtype(edges), tabulate, over)
+        b.steps()
         for k, (w, bias) in enumerate(head):
             if k:
                 b.act(activation)
@@ -243,8 +298,7 @@ def build_message(edges: EdgeState, message: Message, reduce: Sequence[str], tab
     """The expression of a message and the set of its reductions."""
     with full_precision(edges.weights[0].device):
         b = _Builder(edges, _dtype(edges), tabulate)
-        for step in edges.steps:
-            b.step(step)
+        b.steps()
         mask = sum(1 << REDUCE.index(r) for r in reduce)
         if message.kind == "concat":
             b.linear(message.weight_edge, message.bias_edge, message.node)
@@ -260,3 +314,14 @@ def build_message(edges: EdgeState, message: Message, reduce: Sequence[str], tab
             b.act(message.activation)
             b.linear(w, bias)
         return b.finish(COMBINE[message.kind], message.width, mask, start)
+
+
+def build_attention(edges: EdgeState, maps: Sequence[torch.Tensor], over: str, tabulate: bool) -> Expression:
+    """The expression of e_ij and, from it, of `maps` side by side: the edge's share of queries, keys and values."""
+    with full_precision(edges.weights[0].device):
+        b = _Builder(edges, _dtype(edges), tabulate, over)
+        b.steps()
+        b.materialise()
+        start = len(b.instructions)
+        b.linear(torch.cat(list(maps)), None)
+        return b.finish(ATTEND, b.width, 0, start)

@@ -13,7 +13,8 @@ from sample_list import LOOPS, PLAIN, RESIDUAL, UNEQUAL, UNEQUAL_REVERSED
 from samples import cast, edge_state, engine, graph_of, leaves, run, run_engine
 
 import ngkernels as ngk
-from ngkernels.graph import COLUMNS, Part
+from ngkernels.graph import Part
+from ngkernels.topology import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GROUPS = {
@@ -45,8 +46,8 @@ def test_counts_and_degrees(networks):
     assert graph.num_weights == len(weights) and graph.weight_shapes(2) == [tuple(w.shape) for w in weights]
     assert graph.has_reverse == any(net.reverse for net in networks)
     assert graph.num_rows == graph.num_nodes
-    assert graph.topology.shape == (sum(len(net.blocks) * (2 if net.reverse else 1) for net in networks), len(COLUMNS))
-    assert graph.topology.dtype == torch.int64
+    assert graph.edges_as().table.shape == (sum(len(net.blocks) * (2 if net.reverse else 1) for net in networks), len(COLUMNS))
+    assert graph.edges_as().table.dtype == torch.int64
 
 
 @groups
@@ -66,7 +67,7 @@ def test_restriction_keeps_the_blocks_into_its_layer(networks, layer: int):
     small = graph.restrict(layer)
     assert small.num_rows == len(rows) and small.num_nodes == graph.num_nodes
     kept = [into == layer % len(networks[n].layers) for into, n in zip(edges.into, edges.networks, strict=True)]
-    assert len(small.topology) == sum(kept) and list(small.used_blocks) == [k for k, keep in enumerate(kept) if keep]
+    assert len(small.edges_as().table) == sum(kept) and list(small.edges_as().used_blocks) == [k for k, keep in enumerate(kept) if keep]
     assert small is graph.restrict(layer) and small.rows == layer
 
 
@@ -91,7 +92,7 @@ def test_mlp_from_blocks_and_batch_say_the_same():
     blocks = [ngk.Block("dense", 0, 1, 0), ngk.Block("dense", 1, 2, 1)]
     second = ngk.NeuralGraph.from_blocks([2, 5, 3], blocks, batch_size=2, reverse=True)
     third = ngk.NeuralGraph.batch([second])
-    assert torch.equal(first.topology, second.topology) and torch.equal(first.topology, third.topology)
+    assert torch.equal(first.edges_as().table, second.edges_as().table) and torch.equal(first.edges_as().table, third.edges_as().table)
     assert repr(first) == "NeuralGraph(2 x [2, 5, 3]; 20 nodes, 100 edges)"
     assert repr(ngk.NeuralGraph.batch([first] * 5)).startswith("NeuralGraph(2 x [2, 5, 3], 2 x [2, 5, 3],") and "..." in repr(ngk.NeuralGraph.batch([first] * 5))
 

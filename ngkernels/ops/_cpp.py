@@ -30,3 +30,13 @@ def evaluate(e: ex.E, compute: int, out: list[torch.Tensor]) -> None:
 
 def evaluate_backward(grad_out: list[torch.Tensor], e: ex.E, compute: int, grads: list[torch.Tensor]) -> None:
     torch.ops.ngkernels_C.evaluate_backward(grad_out, *_arguments(e, compute), grads)
+
+
+def attend(e: ex.E, compute: int, nodes, shape, scale: float, dropout: float, seed: int, outputs) -> None:
+    torch.ops.ngkernels_C.attend(*_arguments(e, compute), *nodes, shape, scale, dropout, seed, *outputs)
+
+
+def attend_backward(saved, e: ex.E, compute: int, nodes, shape, scale: float, dropout: float, seed: int, grads) -> None:
+    """saved: grad, grad_sums, out, sums, lse; grads: of the expression's tensors, then of q, k, v."""
+    saved = [t.contiguous() for t in saved]
+    torch.ops.ngkernels_C.attend_backward(*saved, *_arguments(e, compute), *nodes, shape, scale, dropout, seed, grads)

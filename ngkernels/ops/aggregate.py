@@ -86,7 +86,7 @@ def _setup_double(ctx, inputs, output):
 def _autograd_double(ctx, second):
     e, (grad,) = ex.load(ctx)
     need = [ctx.needs_input_grad[0], *ex.needs(ctx, e, 4)]
-    found = second_derivatives("aggregate", e, [grad], second, ctx.rows, ctx.compute, ctx.need, need)
+    found = second_derivatives("aggregate", e, [grad], second, [], ctx.rows, ctx.compute, ctx.need, need)
     return (found[0] if need[0] else None, None, None, None, *ex.unflatten(e, found[1:], need[1:]), None, None)
 
 

@@ -23,18 +23,24 @@ def checkpoint(edges: EdgeState, store: torch.dtype | None = None) -> EdgeState:
         store: dtype of the stored values ([E, D], by block), or None for a virtual checkpoint: nothing is stored.
 
     Returns:
-        EdgeState with the same values (rounded to `store`) and the same gradients.
+        EdgeState with the same values (rounded to `store`) and the same gradients. Of a state with pair updates, on the closed
+        graph (EdgeState.closure), so that the reversed edges have theirs too.
 
     Raises:
-        ValueError: a restricted state.
+        ValueError: a restricted state, or one closed over all pairs: its checkpoint would be N x N x D.
     """
     if edges.graph.rows is not None:
         raise ValueError("checkpoint: expected an unrestricted state, got one restricted to a node layer; checkpoint first")
+    if edges.graph.closed == "all":
+        raise ValueError("checkpoint: expected a state that is not closed over all pairs (N x N x D values), got one; use recompute")
+    if edges.paired:
+        edges = edges.closure("edges")
+    over = edges.graph.closed
     if store is not None:
-        values = run(edges, (), None, "identity", store, "checkpoint")
+        values = run(edges, (), None, "identity", store, "checkpoint", over)
         return EdgeState(edges.graph.without_sharing(), tuple(values), Identity())
     compute = ex.compute_mode(backends.choose("checkpoint", edges.weights[0].device))
-    e = build_state(edges, ex.backend_of(compute) != "reference")
+    e = build_state(edges, ex.backend_of(compute) != "reference", over=over)
     shapes = ev.output_shapes(edges.graph, edges.width)
     detached = _detached(edges)
     carriers = torch.ops.ngkernels.carry(*e, shapes, compute)

@@ -7,8 +7,8 @@ import torch
 from ..reference import evaluate as reference
 from . import expression as ex
 
-# rows: of aggregate's output; -1: the op is evaluate
-ex.library.define(f"double_backward(Tensor[] second, Tensor[] grads, {ex.SCHEMA}, SymInt rows, int compute, bool[] first_need, bool[] need) -> Tensor[]")
+# shapes: of evaluate's outputs. rows: of aggregate's output; -1: the op is evaluate
+ex.library.define(f"double_backward(Tensor[] second, Tensor[] grads, {ex.SCHEMA}, int[] shapes, SymInt rows, int compute, bool[] first_need, bool[] need) -> Tensor[]")
 
 
 def _leaves(grads, e: ex.E) -> list[torch.Tensor]:
@@ -16,18 +16,18 @@ def _leaves(grads, e: ex.E) -> list[torch.Tensor]:
 
 
 @torch.library.register_fake("ngkernels::double_backward", lib=ex.library)
-def _fake(second, grads, weights, xs, params, table, carriers, topology, program, rows, compute, first_need, need):
+def _fake(second, grads, weights, xs, params, table, carriers, topology, program, shapes, rows, compute, first_need, need):
     leaves = _leaves(grads, ex.E(weights, xs, params, table, carriers, topology, program))
     return [torch.empty_like(t) if n else t.new_empty(0) for t, n in zip(leaves, need, strict=True)]
 
 
 @torch.library.impl("ngkernels::double_backward", "CompositeExplicitAutograd", lib=ex.library)
-def _run(second, grads, weights, xs, params, table, carriers, topology, program, rows, compute, first_need, need):
+def _run(second, grads, weights, xs, params, table, carriers, topology, program, shapes, rows, compute, first_need, need):
     """Gradients of <second, gradients of the op> with respect to (grads, the expression's tensors)."""
     e = ex.E(weights, xs, params, table, carriers, topology, program)
 
     def forward(f):
-        return reference.emit(*f, compute & 1) if rows < 0 else [reference.aggregate(*f, rows, compute & 1)[0]]
+        return reference.emit(*f, compute & 1, ex.split_shapes(shapes)) if rows < 0 else [reference.aggregate(*f, rows, compute & 1)[0]]
 
     with ex.autograd_enabled():
         n = len(grads)
@@ -46,7 +46,7 @@ def _run(second, grads, weights, xs, params, table, carriers, topology, program,
     return out
 
 
-def second_derivatives(op: str, e: ex.E, grads: list[torch.Tensor], second, rows: int, compute: int, first_need: list[bool], need: list[bool]) -> list[torch.Tensor]:
+def second_derivatives(op: str, e: ex.E, grads: list[torch.Tensor], second, shapes: list[int], rows: int, compute: int, first_need: list[bool], need: list[bool]) -> list[torch.Tensor]:
     """Gradients for (grads, weights, xs, params, table, carriers), from the gradients `second` of an op's backward.
 
     Raises:
@@ -55,4 +55,4 @@ def second_derivatives(op: str, e: ex.E, grads: list[torch.Tensor], second, rows
     if e.carriers:
         raise NotImplementedError(f"{op}: second derivatives through a virtual checkpoint are not available; use recompute or checkpoint(dtype)")
     second = [e.params.new_empty(0) if s is None else s for s in second]
-    return torch.ops.ngkernels.double_backward(second, grads, *e, rows, compute, first_need, need)
+    return torch.ops.ngkernels.double_backward(second, grads, *e, shapes, rows, compute, first_need, need)

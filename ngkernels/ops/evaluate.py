@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..graph import DIAGONAL, NeuralGraph
+from ..graph import NeuralGraph
+from ..topology import DIAGONAL
 from ..reference import evaluate as reference
 from . import _cpp
 from . import expression as ex
@@ -14,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # shapes: rank and sizes of each output, one after the other (fakes cannot read the topology table)
 ex.library.define(f"evaluate({ex.SCHEMA}, int[] shapes, int dtype, int compute) -> Tensor[]")
-ex.library.define(f"evaluate_backward(Tensor[] grads, {ex.SCHEMA}, int compute, bool[] need) -> Tensor[]")
+ex.library.define(f"evaluate_backward(Tensor[] grads, {ex.SCHEMA}, int[] shapes, int compute, bool[] need) -> Tensor[]")
 ex.library.define(f"carry({ex.SCHEMA}, int[] shapes, int compute) -> Tensor[]")
 
 
@@ -32,31 +33,23 @@ def output_shapes(graph: NeuralGraph, width: int) -> list[int]:
     return shapes
 
 
-def _split(shapes: list[int]) -> list[list[int]]:
-    out, at = [], 0
-    while at < len(shapes):
-        out.append(list(shapes[at + 1 : at + 1 + shapes[at]]))
-        at += 1 + shapes[at]
-    return out
-
-
 @torch.library.register_fake("ngkernels::evaluate", lib=ex.library)
 def _fake(weights, xs, params, table, carriers, topology, program, shapes, dtype, compute):
-    return [params.new_empty(s, dtype=DTYPES[dtype]) for s in _split(shapes)]
+    return [params.new_empty(s, dtype=DTYPES[dtype]) for s in ex.split_shapes(shapes)]
 
 
 @torch.library.register_fake("ngkernels::carry", lib=ex.library)
 def _fake_carry(weights, xs, params, table, carriers, topology, program, shapes, compute):
-    return [params.new_zeros(1).expand(s) for s in _split(shapes)]
+    return [params.new_zeros(1).expand(s) for s in ex.split_shapes(shapes)]
 
 
 @torch.library.impl("ngkernels::carry", "CompositeExplicitAutograd", lib=ex.library)
 def _carry(weights, xs, params, table, carriers, topology, program, shapes, compute):
-    return [params.new_zeros(1).expand(s) for s in _split(shapes)]
+    return [params.new_zeros(1).expand(s) for s in ex.split_shapes(shapes)]
 
 
 @torch.library.register_fake("ngkernels::evaluate_backward", lib=ex.library)
-def _fake_backward(grads, weights, xs, params, table, carriers, topology, program, compute, need):
+def _fake_backward(grads, weights, xs, params, table, carriers, topology, program, shapes, compute, need):
     return ex.empty_gradients(ex.E(weights, xs, params, table, carriers, topology, program), need)
 
 
@@ -68,22 +61,22 @@ def _forward(weights, xs, params, table, carriers, topology, program, shapes, dt
         _cpp.evaluate(e, compute, out)
         return out
     with torch.no_grad():
-        return [t.to(DTYPES[dtype], copy=True) for t in reference.emit(*e, compute & 1)]
+        return [t.to(DTYPES[dtype], copy=True) for t in reference.emit(*e, compute & 1, ex.split_shapes(shapes))]
 
 
 @torch.library.impl("ngkernels::evaluate_backward", "CompositeExplicitAutograd", lib=ex.library)
-def _backward(grads, weights, xs, params, table, carriers, topology, program, compute, need):
+def _backward(grads, weights, xs, params, table, carriers, topology, program, shapes, compute, need):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
     if ex.backend_of(compute) == "cpp":
         out = ex.empty_gradients(e, need)
         _cpp.evaluate_backward([g.contiguous() for g in grads], e, compute, out)
         return out
-    return ex.reference_gradients(lambda f: reference.emit(*f, compute & 1), e, [g.to(params.dtype) for g in grads], need)
+    return ex.reference_gradients(lambda f: reference.emit(*f, compute & 1, ex.split_shapes(shapes)), e, [g.to(params.dtype) for g in grads], need)
 
 
 def _setup(ctx, inputs, output):
     ex.save(ctx, ex.E(*inputs[:7]))
-    ctx.compute, ctx.constants = inputs[-1], len(inputs) - 7
+    ctx.shapes, ctx.compute, ctx.constants = inputs[7], inputs[-1], len(inputs) - 7
     ctx.set_materialize_grads(False)  # no zeros for blocks that nothing reads
 
 
@@ -94,7 +87,7 @@ def _autograd(ctx, grads):
     need = ex.needs(ctx, e, 0)
     # a block that nothing read has no gradient: an empty tensor, and the kernels skip it
     grads = [e.params.new_empty(0) if g is None else g for g in grads]
-    found = torch.ops.ngkernels.evaluate_backward(grads, *e, ctx.compute, need)
+    found = torch.ops.ngkernels.evaluate_backward(grads, *e, ctx.shapes, ctx.compute, need)
     return (*ex.unflatten(e, found, need), *[None] * ctx.constants)
 
 
@@ -105,7 +98,7 @@ torch.library.register_autograd("ngkernels::carry", _autograd, setup_context=_se
 def _setup_double(ctx, inputs, output):
     grads = inputs[0]
     ex.save(ctx, ex.E(*inputs[1:8]), *grads)
-    ctx.compute, ctx.need = inputs[8], inputs[9]
+    ctx.shapes, ctx.compute, ctx.need = inputs[8], inputs[9], inputs[10]
 
 
 def _autograd_double(ctx, second):
@@ -113,9 +106,9 @@ def _autograd_double(ctx, second):
     first = ctx.needs_input_grad[0]
     first = list(first) if isinstance(first, (list, tuple)) else [bool(first)] * len(grads)
     need = [*first, *ex.needs(ctx, e, 1)]
-    found = second_derivatives("evaluate", e, grads, second, -1, ctx.compute, ctx.need, need)
+    found = second_derivatives("evaluate", e, grads, second, ctx.shapes, -1, ctx.compute, ctx.need, need)
     n = len(grads)
-    return ([g if k else None for g, k in zip(found[:n], first, strict=True)], *ex.unflatten(e, found[n:], need[n:]), None, None)
+    return ([g if k else None for g, k in zip(found[:n], first, strict=True)], *ex.unflatten(e, found[n:], need[n:]), None, None, None)
 
 
 torch.library.register_autograd("ngkernels::evaluate_backward", _autograd_double, setup_context=_setup_double, lib=ex.library)

@@ -28,6 +28,15 @@ def backend_of(compute: int) -> str:
     return backends.BACKENDS[compute >> 1]
 
 
+def split_shapes(shapes: list[int]) -> list[list[int]]:
+    """The shapes in a flat list of rank and sizes, one after the other."""
+    out, at = [], 0
+    while at < len(shapes):
+        out.append(list(shapes[at + 1 : at + 1 + shapes[at]]))
+        at += 1 + shapes[at]
+    return out
+
+
 def empty_gradients(e: E, need: list[bool]) -> list[torch.Tensor]:
     """Uninitialised gradients: of weights with their strides (a transposed view gets a transposed gradient), else contiguous."""
     formats = [torch.preserve_format] * len(e.weights) + [torch.contiguous_format] * (len(need) - len(e.weights))
@@ -42,19 +51,19 @@ def autograd_enabled() -> Iterator[None]:
         yield
 
 
-def reference_gradients(forward: Callable, e: E, grads: list[torch.Tensor], need: list[bool], create_graph: bool = False) -> list[torch.Tensor]:
-    """Gradients of `forward(e)`, a list of tensors, by autograd through the plain-PyTorch op."""
+def reference_gradients(forward: Callable, e: E, grads: list[torch.Tensor], need: list[bool], more: tuple[torch.Tensor, ...] = (), create_graph: bool = False) -> list[torch.Tensor]:
+    """Gradients of `forward(e, *more)`, a list of tensors, by autograd through the plain-PyTorch op."""
     with autograd_enabled():
-        tensors = e.differentiable
+        leaves = tensors = [*e.differentiable, *more]
         if not create_graph:
             tensors = [t.detach().requires_grad_(n) for t, n in zip(tensors, need, strict=True)]
-        outputs = forward(e.with_tensors(tensors))
+        outputs = forward(e.with_tensors(tensors[: len(tensors) - len(more)]), *tensors[len(tensors) - len(more) :])
         wanted = [t for t, n in zip(tensors, need, strict=True) if n]
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad and (g.numel() or not o.numel())]
         found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=create_graph, allow_unused=True) if pairs and wanted else [None] * len(wanted)
     it = iter(zip(wanted, found, strict=True))
     out = []
-    for t, n in zip(e.differentiable, need, strict=True):
+    for t, n in zip(leaves, need, strict=True):
         if not n:
             out.append(t.new_empty(0))
         else:

@@ -61,10 +61,12 @@ def readout(
     return run(edges, mlp, node, activation, dtype, op)
 
 
-def run(edges: EdgeState, mlp: Sequence[Affine], node: NodeTerm | None, activation: str, dtype: torch.dtype | None, op: str) -> list[torch.Tensor]:
-    """The op behind `readout` and a stored checkpoint (an empty mlp)."""
+def run(
+    edges: EdgeState, mlp: Sequence[Affine], node: NodeTerm | None, activation: str, dtype: torch.dtype | None, op: str, over: str | None = None
+) -> list[torch.Tensor]:
+    """The op behind `readout` and a stored checkpoint (an empty mlp; `over`: both directions of a closed graph together)."""
     compute = ex.compute_mode(backends.choose(op, edges.weights[0].device))
-    e = build_state(edges, ex.backend_of(compute) != "reference", mlp, node, activation)
+    e = build_state(edges, ex.backend_of(compute) != "reference", mlp, node, activation, over)
     dtype = e.params.dtype if dtype is None else dtype
     if dtype not in ev.DTYPES:
         raise TypeError(f"{op}: expected dtype float32, bfloat16, float16 or float64, got {dtype}")

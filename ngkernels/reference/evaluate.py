@@ -3,71 +3,21 @@
 from __future__ import annotations
 
 import math
+import struct
 
 import torch
 import torch.nn.functional as F
 
 from .. import program as prog
 from ..edges import ACTIVATIONS
-from ..graph import COLUMNS, DIAGONAL, KINDS
+from ..topology import DIAGONAL, FORWARD, KINDS, PARTNER
+from .edge_list import EdgeList
 
 STD_THRESHOLD = 1e-5  # a variance up to here counts as 0, with gradient 0 (as PyG's StdAggregation)
 _ACT = {
     "silu": F.silu, "relu": torch.relu, "gelu": F.gelu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
     "leaky_relu": F.leaky_relu, "identity": lambda x: x,
 }  # fmt: skip
-
-
-def rows_of(topology: torch.Tensor) -> list[dict[str, int]]:
-    """The topology table as one dict for each block."""
-    return [dict(zip(COLUMNS, row, strict=True)) for row in topology.tolist()]
-
-
-class EdgeList:
-    """Indices and raw features of all edges of a table's rows, [E] and [E, C], row by row, copy by copy, source-major."""
-
-    def __init__(self, weights: list[torch.Tensor], topology: torch.Tensor, like: torch.Tensor, channels: int):
-        device = like.device
-        self.rows = rows_of(topology)
-        self.n_weights = len(weights)
-        self.sizes: list[int] = []
-        self.shapes: list[tuple[int, ...]] = []
-        pieces: dict[str, list[torch.Tensor]] = {"src": [], "dst": [], "out": [], "raw": [], "variant": [], "weight": []}
-        for row in self.rows:
-            raw, src, dst = self._block(row, weights, device)
-            copy = torch.arange(row["copies"], device=device)[:, None]
-            pieces["src"].append((row["src"] + copy * row["node_stride"] + src).flatten())
-            pieces["dst"].append((row["dst"] + copy * row["node_stride"] + dst).flatten())
-            pieces["out"].append((row["out"] + copy * row["out_stride"] + dst).flatten())
-            pieces["raw"].append(raw)
-            n = raw.shape[0]
-            pieces["variant"].append(torch.full((n,), row["variant"], device=device))
-            pieces["weight"].append(torch.full((n,), row["weight"], device=device))
-            self.sizes.append(n)
-        empty = torch.zeros(0, dtype=torch.int64, device=device)
-        self.src, self.dst, self.out, self.variant, self.weight = (torch.cat([empty, *pieces[k]]) for k in ("src", "dst", "out", "variant", "weight"))
-        self.raw = torch.cat(pieces["raw"]) if self.rows else like.new_zeros(0, channels)
-
-    def _block(self, row, weights, device):
-        n_src, n_dst, copies = row["n_src"], row["n_dst"], row["copies"]
-        channels = weights[row["weight"]].shape[-1]
-        diagonal = KINDS[row["kind"]] == DIAGONAL
-        w = weights[row["weight"]]
-        if row["offset"] >= 0:  # packed
-            d0, d1 = (n_src, n_dst) if row["src_axis"] == 1 else (n_dst, n_src)
-            count = n_src if diagonal else d0 * d1
-            index = row["offset"] + torch.arange(copies, device=device)[:, None] * row["edge_stride"] + torch.arange(count, device=device)
-            w = w[index].reshape(copies, n_src, channels) if diagonal else w[index].reshape(copies, d0, d1, channels)
-        if diagonal:
-            self.shapes.append((copies, n_src))
-            node = torch.arange(n_src, device=device)[None]
-            return w.reshape(-1, channels), node, node
-        if row["src_axis"] == 2:
-            w = w.transpose(1, 2)
-        self.shapes.append((copies, n_src, n_dst))
-        src = torch.arange(n_src, device=device).repeat_interleave(n_dst)[None]
-        dst = torch.arange(n_dst, device=device).repeat(n_src)[None]
-        return w.reshape(-1, channels), src, dst
 
 
 class Evaluator:
@@ -137,7 +87,7 @@ class Evaluator:
         raw = self.edges.raw.to(self.table.dtype)
         if rec[8] >= 0:
             scale, shift = self.matrix(rec[8], self.edges.n_weights, 2)[self.edges.weight].T
-            raw = raw * scale[:, None] + shift[:, None]
+            raw = torch.where(self.edges.there[:, None], raw * scale[:, None] + shift[:, None], raw)  # pairs that are no edges stay 0
         return raw
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -164,42 +114,58 @@ class Evaluator:
             return last + results[rec[8]]
         if op == prog.MARK:
             return last.detach() + self.carried(last)
+        if op == prog.NORM:
+            eps = struct.unpack("<d", struct.pack("<q", rec[8]))[0]
+            return F.layer_norm(last, (n_out,), self.matrix(weight, n_out), self.matrix(rec[4], n_out), eps)
+        if op == prog.MASK:
+            return torch.where((self.edges.token == 0)[:, None], last, 0.0)
         if n_in == 0:
             out = self.node_term(rec)
             return out if out.dim() == 2 else out.expand(len(self.edges.src), n_out)
+        if rec[9] >= 0:  # a pair update: the partners' registers as well
+            there, back = last.chunk(2)
+            reverse = self.matmul(torch.cat([back, there]), self.matrix(rec[9], n_out, n_in))
+            return self.matmul(last, self.matrix(weight, n_out, n_in)) + reverse + self.node_term(rec)
         if rec[8]:
             return self.by_variant(lambda v, i: self.matmul(last[i], self.matrix(weight + v * rec[8], n_out, n_in))) + self.node_term(rec)
         return self.matmul(last, self.matrix(weight, n_out, n_in)) + self.node_term(rec)
 
     def carried(self, last: torch.Tensor) -> torch.Tensor:
-        width = last.shape[1]
-        if self.edges.rows and self.edges.rows[0]["emit_offset"] >= 0:
-            index = [r["emit_offset"] + torch.arange(r["copies"])[:, None] * r["emit_stride"] + torch.arange(n // r["copies"]) for r, n in zip(self.edges.rows, self.edges.sizes, strict=True)]
-            return self.carriers[0][torch.cat([i.flatten() for i in index])]
-        return torch.cat([self.carriers[r["block"]].reshape(-1, width) for r in self.edges.rows])
+        """The carriers' zeros for every edge, and for its partner where that has a block of its own."""
+        pieces = [last.new_zeros(0, last.shape[1])]
+        for side in ("block", "partner_block")[: 1 + self.edges.paired]:
+            pieces += [self.edges.block_values(self.carriers, k, side, last) for k in range(len(self.edges.rows))]
+        return torch.cat(pieces)
 
 
-def emit(weights, xs, params, table, carriers, topology, program, compute) -> list[torch.Tensor]:
+def emit(weights, xs, params, table, carriers, topology, program, compute, shapes) -> list[torch.Tensor]:
     """e_ij (or a small MLP of it) for every edge: one tensor for each block (copies, n_src, n_dst, n); packed: one [E, n]."""
-    edges = EdgeList(weights, topology, params, program[prog.HEADER + 2])
+    edges, value, _ = run_program(weights, xs, params, table, carriers, topology, program, compute)
+    out = [value.new_zeros(s) for s in shapes]
+    sides = ("block", "partner_block")[: 1 + edges.paired]
+    for side, values in zip(sides, value.chunk(len(sides)), strict=True):
+        for k, piece in enumerate(values.split(edges.sizes)):
+            row = edges.rows[k]
+            if not row["flags"] & (FORWARD if side == "block" else PARTNER) or row[side] < 0:
+                continue
+            index = edges.block_index(k, side)
+            at = 0 if len(index) == 1 else row[side]
+            out[at] = out[at].index_put(index, piece.reshape(row["copies"], -1, value.shape[1]))
+    return out
+
+
+def run_program(weights, xs, params, table, carriers, topology, program, compute) -> tuple[EdgeList, torch.Tensor, torch.Tensor | None]:
+    """(edges, edge register, message register or None); with partners where the program has a pair update."""
+    edges = EdgeList(weights, topology, params, program[prog.HEADER + 2], bool(program[10]))
     with prog.full_precision(params.device):
-        value, _ = Evaluator(edges, xs, params, table, carriers, program, compute).run()
-    pieces = value.split(edges.sizes)
-    if edges.rows and edges.rows[0]["emit_offset"] >= 0:
-        out = value.new_zeros(sum(edges.sizes), value.shape[1])
-        for row, piece in zip(edges.rows, pieces, strict=True):
-            count = piece.shape[0] // row["copies"]
-            index = row["emit_offset"] + torch.arange(row["copies"])[:, None] * row["emit_stride"] + torch.arange(count)
-            out = out.index_copy(0, index.flatten().to(out.device), piece)
-        return [out]
-    return [p.reshape(*s, value.shape[1]) for p, s in zip(pieces, edges.shapes, strict=True)]
+        return edges, *Evaluator(edges, xs, params, table, carriers, program, compute).run()
 
 
 def messages(weights, xs, params, table, carriers, topology, program, compute) -> tuple[torch.Tensor, EdgeList]:
     """Messages [E, F] and their edges."""
-    edges = EdgeList(weights, topology, params, program[prog.HEADER + 2])
-    with prog.full_precision(params.device):
-        e, q = Evaluator(edges, xs, params, table, carriers, program, compute).run()
+    edges, e, q = run_program(weights, xs, params, table, carriers, topology, program, compute)
+    if edges.paired:
+        e, q = e.chunk(2)[0], None if q is None else q.chunk(2)[0]
     combine, width = program[2], program[3]
     if combine == prog.PLAIN:
         return e, edges

@@ -1,0 +1,183 @@
+"""attend: relational attention over the pairs of a neural graph, without a tensor of the pairs' size."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backends
+from ..edges import EdgeState, _check_matrix, _check_tensor
+from ..program import HEADER, RECORD, build_attention, full_precision
+from ..reference import attend as reference
+from ..topology import OVER
+from . import _cpp
+from . import expression as ex
+
+_NODES = "Tensor q, Tensor k, Tensor v, int[] shape, float scale, float dropout, int seed"
+# shape: heads, values multiplied (0 or 1), edge states summed (0 or 1)
+ex.library.define(f"attend({ex.SCHEMA}, {_NODES}, SymInt rows, int compute) -> (Tensor, Tensor, Tensor)")
+ex.library.define(
+    f"attend_backward(Tensor grad, Tensor grad_sums, Tensor out, Tensor sums, Tensor lse, {ex.SCHEMA}, {_NODES}, int compute, bool[] need) -> Tensor[]"
+)
+
+
+def _edge_width(program: list[int]) -> int:
+    """De: width of the instruction before the last one's share."""
+    return program[HEADER + RECORD * (program[5] - 1) + 2]
+
+
+def _outputs(params, program, v, shape, rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sums = params.new_empty(rows, shape[0], _edge_width(program) if shape[2] else 0)
+    return params.new_empty(rows, v.shape[1]), sums, params.new_empty(rows, shape[0])
+
+
+@torch.library.register_fake("ngkernels::attend", lib=ex.library)
+def _fake(weights, xs, params, table, carriers, topology, program, q, k, v, shape, scale, dropout, seed, rows, compute):
+    return _outputs(params, program, v, shape, rows)
+
+
+def _empty_gradients(e: ex.E, q, k, v, need: list[bool]) -> list[torch.Tensor]:
+    nodes = [torch.empty_like(t, memory_format=torch.contiguous_format) if n else t.new_empty(0) for t, n in zip((q, k, v), need[-3:], strict=True)]
+    return [*ex.empty_gradients(e, need[:-3]), *nodes]
+
+
+@torch.library.register_fake("ngkernels::attend_backward", lib=ex.library)
+def _fake_backward(
+    grad, grad_sums, out, sums, lse, weights, xs, params, table, carriers, topology, program, q, k, v, shape, scale, dropout, seed, compute, need
+):
+    return _empty_gradients(ex.E(weights, xs, params, table, carriers, topology, program), q, k, v, need)
+
+
+@torch.library.impl("ngkernels::attend", "CompositeExplicitAutograd", lib=ex.library)
+def _forward(weights, xs, params, table, carriers, topology, program, q, k, v, shape, scale, dropout, seed, rows, compute):
+    e = ex.E(weights, xs, params, table, carriers, topology, program)
+    if ex.backend_of(compute) == "cpp":
+        outputs = _outputs(params, program, v, shape, rows)
+        _cpp.attend(e, compute, (q, k, v), shape, scale, dropout, seed, outputs)
+        return outputs
+    with torch.no_grad():
+        return reference.attend(*e, q, k, v, shape, scale, dropout, seed, rows, compute & 1)
+
+
+@torch.library.impl("ngkernels::attend_backward", "CompositeExplicitAutograd", lib=ex.library)
+def _backward(
+    grad, grad_sums, out, sums, lse, weights, xs, params, table, carriers, topology, program, q, k, v, shape, scale, dropout, seed, compute, need
+):
+    e = ex.E(weights, xs, params, table, carriers, topology, program)
+    if ex.backend_of(compute) == "cpp":
+        grads = _empty_gradients(e, q, k, v, need)
+        _cpp.attend_backward((grad, grad_sums, out, sums, lse), e, compute, (q, k, v), shape, scale, dropout, seed, grads)
+        return grads
+
+    def forward(f, *nodes):
+        return list(reference.attend(*f, *nodes, shape, scale, dropout, seed, out.shape[0], compute & 1)[:2])
+
+    return ex.reference_gradients(forward, e, [grad, grad_sums], need, (q, k, v))
+
+
+def _setup(ctx, inputs, output):
+    ex.save(ctx, ex.E(*inputs[:7]), *inputs[7:10], *output)
+    ctx.constants, ctx.compute = inputs[10:14], inputs[15]
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, grad, grad_sums, _lse):
+    if grad is None and grad_sums is None:
+        return (*ex.no_gradients(ctx), *[None] * 9)
+    e, (q, k, v, out, sums, lse) = ex.load(ctx)
+    need = [*ex.needs(ctx, e, 0), *ctx.needs_input_grad[7:10]]
+    grad = torch.zeros_like(out) if grad is None else grad
+    grad_sums = torch.zeros_like(sums) if grad_sums is None else grad_sums
+    found = torch.ops.ngkernels.attend_backward(grad, grad_sums, out, sums, lse, *e, q, k, v, *ctx.constants, ctx.compute, need)
+    nodes = [g if n else None for g, n in zip(found[-3:], need[-3:], strict=True)]
+    return (*ex.unflatten(e, found[:-3], need[:-3]), *nodes, *[None] * 6)
+
+
+torch.library.register_autograd("ngkernels::attend", _autograd, setup_context=_setup, lib=ex.library)
+
+
+def _no_second(ctx, _second):
+    raise NotImplementedError("attend: second derivatives are not available; differentiate it once")
+
+
+torch.library.register_autograd("ngkernels::attend_backward", _no_second, lib=ex.library)
+
+
+def attend(
+    edges: EdgeState,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    weight_q: torch.Tensor,
+    weight_k: torch.Tensor,
+    weight_add: torch.Tensor | None = None,
+    weight_mul: torch.Tensor | None = None,
+    heads: int = 8,
+    scale: float | None = None,
+    over: str = "all",
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Relational attention: queries, keys and values of a pair of neurons depend on the state of the pair.
+
+        logit_ij = scale <q_i + weight_q e_ij, k_j + weight_k e_ij>        head by head
+        out_i = sum_j softmax_j(logit_ij) (v_j * (weight_mul e_ij) + weight_add e_ij)
+
+    Args:
+        edges: the pair states, D wide; i is the destination of the edge, j its source. A pair that is no edge starts from the
+            encoding of 0. Restrict them (`edges.restrict(-1)`) for the rows of one node layer only.
+        q, k: [N, H Dk], v: [N, H Dv]; head h owns the columns from h Dk on.
+        weight_q, weight_k: [H Dk, D]. weight_add, weight_mul: [H Dv, D]; without weight_mul values are v_j + weight_add e_ij.
+        heads: H.
+        scale: None for 1 / sqrt(Dk).
+        over: which j a neuron i reads, of its own network. "all": every one, itself included. "edges": those joined to it by an edge
+            in either direction, and itself. "in", "out": those with an edge j -> i, i -> j, and itself.
+        dropout: probability with which an attention weight is dropped, in [0, 1). seed: of the mask, a hash of (seed, i, j, head).
+
+    Returns:
+        Tensor [N, H Dv], or the rows of the restricted layer; float32, or float64 for float64 weights. Rows that read nothing are 0.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown `over`, two blocks between the same node layers.
+        NotImplementedError: a forced backend that cannot run.
+
+    Note: online softmax; kept for backward are the raw weights, the node states, the result and one log-sum-exp a row and head. Memory
+        does not grow with the number of pairs. Bitwise the same for any number of threads. First derivatives only.
+
+    Reference: Diao and Loynd, ICLR 2023 (relational attention); Kofinas et al., ICLR 2024 (NG-T).
+    """
+    _check(edges, q, k, v, weight_q, weight_k, weight_add, weight_mul, heads, over, dropout)
+    closed = edges.closure("all" if over == "all" else "edges")
+    compute = ex.compute_mode(backends.choose("attend", edges.weights[0].device))
+    maps = [weight_q, weight_k] if weight_mul is None else [weight_q, weight_k, weight_mul]
+    e = build_attention(closed, maps, over, ex.backend_of(compute) != "reference")
+    shape = [heads, int(weight_mul is not None), int(weight_add is not None)]
+    scale = (q.shape[1] / heads) ** -0.5 if scale is None else float(scale)
+    nodes = [t.to(e.params.dtype).contiguous() for t in (q, k, v)]
+    out, sums, _ = torch.ops.ngkernels.attend(*e, *nodes, shape, scale, float(dropout), int(seed), closed.graph.num_rows, compute)
+    if weight_add is None:
+        return out
+    with full_precision(out.device):  # sum_j a_ij (W e_ij) = W sum_j a_ij e_ij
+        return out + torch.einsum("rhd,hcd->rhc", sums, weight_add.to(sums.dtype).unflatten(0, (heads, -1))).flatten(1)
+
+
+def _check(edges, q, k, v, weight_q, weight_k, weight_add, weight_mul, heads, over, dropout) -> None:
+    op, device, n = "attend", edges.weights[0].device, edges.graph.num_nodes
+    if over not in OVER:
+        raise ValueError(f"{op}: expected over to be one of {', '.join(OVER)}, got {over!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{op}: expected dropout of at least 0 and below 1, got {dropout}")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(op, name, t, device)
+        if t.dim() != 2 or t.shape[0] != n:
+            raise ValueError(f"{op}: expected {name} of shape ({n}, columns) (the graph's nodes), got {tuple(t.shape)}")
+        if heads < 1 or t.shape[1] % heads or not t.shape[1]:
+            raise ValueError(f"{op}: expected heads to divide the columns of {name}, got {heads} heads and {t.shape[1]} columns")
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(f"{op}: expected q and k with the same number of columns, got {q.shape[1]} and {k.shape[1]}")
+    for name, w, columns in (("weight_q", weight_q, q), ("weight_k", weight_k, q), ("weight_add", weight_add, v), ("weight_mul", weight_mul, v)):
+        if w is None:
+            continue
+        _check_matrix(op, name, w, edges.width, device)
+        if w.shape[0] != columns.shape[1]:
+            raise ValueError(f"{op}: expected {name} with {columns.shape[1]} rows, got {w.shape[0]}")
