@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -83,7 +84,6 @@ struct Problem {
     call.message_start = static_cast<int>(program[5]);
     call.tie_bytes = static_cast<int>(program[9]);
     call.paired = program[10] != 0;
-    STD_TORCH_CHECK(!call.paired, "ngkernels: pair updates and attention are not built in C++ yet; use the reference backend");
     for (size_t k = HEADER; k < program.size(); k += RECORD) {
       const int64_t* r = program.data() + k;
       call.instrs.push_back({static_cast<int>(r[0]), static_cast<int>(r[1]), static_cast<int>(r[2]), r[3], r[4], static_cast<int>(r[5]),
@@ -111,7 +111,8 @@ struct Problem {
   // What would let a kernel leave its memory.
   void check() const {
     for (const Row& r : call.rows) {
-      STD_TORCH_CHECK(r.weight >= 0 && r.weight < static_cast<int64_t>(call.weights.size()),
+      const int64_t tensors = static_cast<int64_t>(call.weights.size());
+      STD_TORCH_CHECK(r.weight >= -1 && r.weight < tensors && r.partner >= -1 && r.partner < tensors,
                       "ngkernels: a block names a weight tensor that is not there");
       const int64_t last = (r.copies - 1) * r.node_stride;
       STD_TORCH_CHECK(call.xs.empty() || (r.src + last + r.n_src <= call.nodes && r.dst + last + r.n_dst <= call.nodes),
@@ -121,7 +122,7 @@ struct Problem {
       const Instr& in = call.instrs[k];
       STD_TORCH_CHECK(in.x < static_cast<int>(call.xs.size()), "ngkernels: an instruction names a node state that is not there");
       STD_TORCH_CHECK(k == 0 ? in.op == LOAD : in.op != LOAD, "ngkernels: a program starts with one LOAD");
-      for (int64_t offset : {in.w, in.b, in.wd, in.ws})
+      for (int64_t offset : {in.w, in.b, in.wd, in.ws, in.op == LIN ? in.arg1 : 0})
         STD_TORCH_CHECK(offset < call.n_params || offset <= 0, "ngkernels: an instruction names parameters that are not there");
       if (in.op == TABLE) STD_TORCH_CHECK(call.table_nodes >= 3, "ngkernels: expected a table");
     }
@@ -143,17 +144,38 @@ struct Problem {
     for (size_t k = nw + nx + 2; k < grads.size(); ++k) call.grad_carriers.push_back(edge_tensor(grads[k], packed));
   }
 
+  // Edges of a row that have raw features, as its weight tensor counts them.
+  static int64_t raw_edges(const Row& row) {
+    return row.kind == TRIANGLE     ? (row.flags & SPARSE_RAW ? row.n_src : row.n_src * row.n_src)
+           : row.flags & SPARSE_RAW ? std::min(row.n_src, row.n_dst)
+                                    : row.edges();
+  }
+  bool last_pair() const {
+    for (const Instr& in : call.instrs)
+      if (in.op == LIN && in.arg1 >= 0) return true;
+    return false;
+  }
+
   // Gradients that blocks add to, or do not cover (a restricted packed graph, a skipped block), start at zero.
   void clear(const Tensors& grads) const {
     bool marked = false;  // gradients stop at a virtual checkpoint: none reach the weights
     for (const Instr& in : call.instrs) marked |= in.op == MARK;
     std::vector<int64_t> covered(call.weights.size(), 0), carried(call.grad_carriers.size(), 0);
-    for (size_t r = 0; r < call.rows.size(); ++r) {
-      const Row& row = call.rows[r];
-      const bool skipped = call.combine == EMIT && !call.values[packed ? 0 : r].data;
-      if (skipped) continue;
-      if (!row.shared && !marked) covered[static_cast<size_t>(row.weight)] += row.copies * row.edges();
-      if (!carried.empty()) carried[packed ? 0 : static_cast<size_t>(row.block)] += row.copies * row.edges();
+    const bool attended = call.combine == ATTEND;
+    for (const Row& row : call.rows) {
+      const auto wanted = [&](int64_t block) { return call.combine != EMIT || (block >= 0 && call.values[packed ? 0 : block].data); };
+      const bool both = call.paired && (row.flags & PARTNER);
+      if (!wanted(row.block) && !(both && wanted(row.partner_block))) continue;
+      const auto cover = [&](int64_t weight) {
+        if (weight >= 0 && !row.shared && !marked) covered[static_cast<size_t>(weight)] += row.copies * raw_edges(row);
+      };
+      cover(row.weight);
+      // in a table of pairs, a partner's own weights are written by this row, if it is evaluated
+      if (row.partner != row.weight && (both || (attended && last_pair()))) cover(row.partner);
+      if (carried.empty()) continue;
+      carried[packed ? 0 : static_cast<size_t>(row.block)] += row.copies * row.edges();
+      if (both && row.partner_block >= 0 && row.partner_block != row.block)
+        carried[packed ? 0 : static_cast<size_t>(row.partner_block)] += row.copies * row.edges();
     }
     const auto zero = [&](const Tensor& g, const EdgeTensor& e, int64_t edges) {
       if (e.data && edges * e.channels < g.numel()) torch::stable::zero_(const_cast<Tensor&>(g));
@@ -241,7 +263,9 @@ void aggregate_backward(Tensor grad, Tensor out, Tensor aux, Tensor ties, Tensor
 
 void bind_values(Problem& p, const Tensors& values) {
   for (const Tensor& v : values) p.call.values.push_back(edge_tensor(v, p.packed));
-  STD_TORCH_CHECK(p.packed ? values.size() == 1 : values.size() == p.call.rows.size(),
+  int64_t last = -1;
+  for (const Row& r : p.call.rows) last = std::max(last, std::max(r.block, r.partner_block));
+  STD_TORCH_CHECK(p.packed ? values.size() == 1 : static_cast<int64_t>(values.size()) > last,
                   "ngkernels: expected one tensor of values for each block");
 }
 
@@ -260,16 +284,80 @@ void evaluate_backward(Tensors values, Tensors weights, Tensors xs, Tensor param
   kernels(p, compute).backward(p.call, parallel, threads());
 }
 
+void bind_attention(Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, const Ints& shape, double scale, double dropout,
+                    int64_t seed, const Tensor& out, const Tensor& sums, const Tensor& lse) {
+  const ScalarType type = p.f64 ? ScalarType::Double : ScalarType::Float;
+  Call& c = p.call;
+  STD_TORCH_CHECK(c.combine == ATTEND && c.paired && c.message_start >= 1 && shape.size() == 3 && shape[0] >= 1,
+                  "ngkernels: malformed attention");
+  c.heads = static_cast<int>(shape[0]);
+  c.multiply = shape[1] != 0;
+  c.summed = shape[2] != 0;
+  c.d = static_cast<int>(q.size(1));
+  c.d_v = static_cast<int>(v.size(1));
+  c.d_e = c.instrs[static_cast<size_t>(c.message_start - 1)].n_out;
+  c.scale = scale;
+  c.dropout = dropout;
+  c.seed = seed;
+  c.nodes = q.size(0);
+  c.q = data(q, type, "q");
+  c.k = data(k, type, "k");
+  c.v = data(v, type, "v");
+  c.out = data(out, type, "out");
+  c.sums = data(sums, type, "sums");
+  c.lse = data(lse, type, "lse");
+  c.out_rows = out.size(0);
+  STD_TORCH_CHECK(k.size(0) == c.nodes && v.size(0) == c.nodes && k.size(1) == c.d && c.d % c.heads == 0 && c.d_v % c.heads == 0 &&
+                      c.width == 2 * c.d + (c.multiply ? c.d_v : 0),
+                  "ngkernels: q, k, v and the edges' shares do not fit");
+  for (const Row& r : c.rows) {
+    const int64_t last = (r.copies - 1) * r.out_stride, nodes = (r.copies - 1) * r.node_stride;
+    STD_TORCH_CHECK(r.out + last + r.n_dst <= c.out_rows && (!(r.flags & PARTNER) || r.partner_out + last + r.n_src <= c.out_rows) &&
+                        r.src + nodes + r.n_src <= c.nodes && r.dst + nodes + r.n_dst <= c.nodes,
+                    "ngkernels: a block names rows that are not there");
+  }
+}
+
+void attend(Tensors weights, Tensors xs, Tensor params, Tensor table, Tensor topology, Ints program, int64_t compute, Tensor q, Tensor k,
+            Tensor v, Ints shape, double scale, double dropout, int64_t seed, Tensor out, Tensor sums, Tensor lse) {
+  Problem p(weights, xs, params, table, topology, program);
+  bind_attention(p, q, k, v, shape, scale, dropout, seed, out, sums, lse);
+  kernels(p, compute).attend(p.call, parallel, threads());
+}
+
+void attend_backward(Tensor grad, Tensor grad_sums, Tensor out, Tensor sums, Tensor lse, Tensors weights, Tensors xs, Tensor params,
+                     Tensor table, Tensor topology, Ints program, int64_t compute, Tensor q, Tensor k, Tensor v, Ints shape, double scale,
+                     double dropout, int64_t seed, Tensors grads) {
+  Problem p(weights, xs, params, table, topology, program);
+  bind_attention(p, q, k, v, shape, scale, dropout, seed, out, sums, lse);
+  const ScalarType type = p.f64 ? ScalarType::Double : ScalarType::Float;
+  p.call.grad_out = data(grad, type, "grad");
+  p.call.grad_sums = data(grad_sums, type, "grad sums");
+  const size_t n = grads.size() - 3;
+  p.call.grad_q = data(grads[n], type, "grad q");
+  p.call.grad_k = data(grads[n + 1], type, "grad k");
+  p.call.grad_v = data(grads[n + 2], type, "grad v");
+  grads.resize(n);
+  p.want(grads, weights);
+  p.clear(grads);
+  kernels(p, compute).backward(p.call, parallel, threads());
+}
+
 }  // namespace
 }  // namespace ngk
 
 #define NGK_EXPRESSION "Tensor[] weights, Tensor[] xs, Tensor params, Tensor table, Tensor topology, int[] program, int compute"
+
+#define NGK_ATTENTION "Tensor q, Tensor k, Tensor v, int[] shape, float scale, float dropout, int seed"
 
 STABLE_TORCH_LIBRARY(ngkernels_C, m) {
   m.def("aggregate(" NGK_EXPRESSION ", Tensor(a!) out, Tensor(b!) aux, Tensor(c!) ties) -> ()");
   m.def("aggregate_backward(Tensor grad, Tensor out, Tensor aux, Tensor ties, " NGK_EXPRESSION ", Tensor(a!)[] grads) -> ()");
   m.def("evaluate(" NGK_EXPRESSION ", Tensor(a!)[] out) -> ()");
   m.def("evaluate_backward(Tensor[] values, " NGK_EXPRESSION ", Tensor(a!)[] grads) -> ()");
+  m.def("attend(" NGK_EXPRESSION ", " NGK_ATTENTION ", Tensor(a!) out, Tensor(b!) sums, Tensor(c!) lse) -> ()");
+  m.def("attend_backward(Tensor grad, Tensor grad_sums, Tensor out, Tensor sums, Tensor lse, " NGK_EXPRESSION ", " NGK_ATTENTION
+        ", Tensor(a!)[] grads) -> ()");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
 }
@@ -277,6 +365,8 @@ STABLE_TORCH_LIBRARY(ngkernels_C, m) {
 STABLE_TORCH_LIBRARY_IMPL(ngkernels_C, CPU, m) {
   m.impl("aggregate", TORCH_BOX(&ngk::aggregate));
   m.impl("aggregate_backward", TORCH_BOX(&ngk::aggregate_backward));
+  m.impl("attend", TORCH_BOX(&ngk::attend));
+  m.impl("attend_backward", TORCH_BOX(&ngk::attend_backward));
   m.impl("evaluate", TORCH_BOX(&ngk::evaluate));
   m.impl("evaluate_backward", TORCH_BOX(&ngk::evaluate_backward));
 }

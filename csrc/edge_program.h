@@ -38,8 +38,8 @@ struct Instr {
 // edge (j -> i) is (i -> j).
 struct Row {
   int64_t kind, weight, variant, src, n_src, dst, n_dst, copies, node_stride, out, out_stride, src_axis, shared, offset, edge_stride, block,
-      emit_offset, emit_stride, part, partner, partner_variant, partner_axis, partner_offset, partner_block, partner_emit_offset, partner_out,
-      flags;
+      emit_offset, emit_stride, part, partner, partner_variant, partner_axis, partner_offset, partner_block, partner_emit_offset,
+      partner_out, flags;
   int64_t edges() const { return kind == DIAGONAL ? n_src : kind == TRIANGLE ? n_src * (n_src + 1) / 2 : n_src * n_dst; }
 };
 constexpr int ROW_COLUMNS = sizeof(Row) / sizeof(int64_t);
@@ -68,6 +68,13 @@ struct Call {
   void *grad_params = nullptr, *grad_table = nullptr;
   void *out = nullptr, *aux = nullptr, *ties = nullptr;  // aggregate: [rows, K, F], [rows, 0..1, F], [rows, 0..2, F]
   const void* grad_out = nullptr;
+  // attend: heads, columns of q and k and of v; q, k [nodes, d], v [nodes, d_v]; out [rows, d_v], sums [rows, heads, De], lse [rows, heads]
+  int heads = 0, d = 0, d_v = 0, d_e = 0;
+  bool multiply = false, summed = false;  // values times the edge's share; sums of edge states wanted
+  double scale = 1, dropout = 0;
+  int64_t seed = 0;
+  const void *q = nullptr, *k = nullptr, *v = nullptr, *grad_sums = nullptr;
+  void *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr, *sums = nullptr, *lse = nullptr;
   bool need_weights = false, need_nodes = false;  // any of grad_weights, any of grad_xs
 };
 
@@ -77,7 +84,8 @@ using Parallel = void (*)(int64_t n, void* ctx, void (*body)(void* ctx, int64_t 
 struct Kernels {
   void (*aggregate)(const Call&, Parallel, int threads);
   void (*evaluate)(const Call&, Parallel, int threads);
-  void (*backward)(const Call&, Parallel, int threads);  // of either, by Call::combine
+  void (*attend)(const Call&, Parallel, int threads);
+  void (*backward)(const Call&, Parallel, int threads);  // of any, by Call::combine
 };
 
 struct Isa {

@@ -90,7 +90,7 @@ def choose(op: str, device: torch.device) -> int:
             table = "; ".join(f"{b}: {why_not(b, device) or 'runs'}" for b in BACKENDS)
             raise NotImplementedError(f"{op}: backend {forced!r} was forced but {reason} ({table})")
         return BACKENDS.index(forced)
-    if device.type == "cpu" and op != "attend":
+    if device.type == "cpu":
         reason = _library()
         if reason is None:
             return BACKENDS.index("cpp")

@@ -322,6 +322,8 @@ def build_attention(edges: EdgeState, maps: Sequence[torch.Tensor], over: str, t
         b = _Builder(edges, _dtype(edges), tabulate, over)
         b.steps()
         b.materialise()
+        if all(r[0] in (LOAD, MASK, MARK) for r in b.instructions):  # a raw register has no padding, which kernels want here
+            b.linear(torch.eye(b.width, dtype=b.dtype, device=edges.weights[0].device), None)
         start = len(b.instructions)
         b.linear(torch.cat(list(maps)), None)
         return b.finish(ATTEND, b.width, 0, start)

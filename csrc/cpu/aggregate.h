@@ -43,7 +43,7 @@ class Aggregate : Engine<V> {
         const Registers<V> g = this->registers(w);
         with_kind(call.combine, [&](auto tag) {
           t.destinations([&](int i, int first, int last) {
-            stats.template join<decltype(tag)::kind>(slots, i, piece.row->kind == DIAGONAL || t.j[first] == 0, g, first, last);
+            stats.template join<decltype(tag)::kind>(slots, i, piece.row->kind == DIAGONAL || t.source(first) == 0, g, first, last);
           });
         });
       });

@@ -2,7 +2,7 @@
 // parameters and table (of the item), node terms (of the piece) and raw weights or a virtual checkpoint (memory).
 #pragma once
 
-#include "tile.h"
+#include "evaluator.h"
 
 namespace ngk {
 
@@ -19,40 +19,44 @@ class Backprop {
 
   // From the result of instruction end - 1 (gradient in w.g[slot], ld of that result) down to `begin`.
   void run(const Tile<V>& t, int begin, int end, int slot) {
-    const int direction = p.call.directions > 1 ? static_cast<int>(t.piece->row->variant) : 0;
     T *g = w.g[slot], *next = w.g[2];
     for (int k = end - 1; k >= begin; --k) {
       const Instr& in = p.call.instrs[k];
       const Step<V>& s = p.steps[k];
-      if (w.grad_add[k]) Evaluator<V>::add(g, w.grad_add[k], g, t.n, s.ld, s.ld);
+      if (w.grad_add[k]) Evaluator<V>::add(g, w.grad_add[k], g, t.rows(k), s.ld, s.ld);
       switch (in.op) {
         case MARK:
-          write_carrier(t, s.ld, in.n_out, g);
+          write_carriers(t, k, g);
           return;
+        case MASK:
+          if (t.piece->row->flags & TOKEN) return;
+          break;
         case ACT:
-          multiply(g, w.out[k - 1], Evaluator<V>::vector_count(t.n, s.ld));
+          multiply(g, w.out[k - 1], Evaluator<V>::vector_count(t.rows(k), s.ld));
+          break;
+        case NORM:
+          norm(t, k, g);
           break;
         case ADD:
-          copy_rows(g, s.ld, w.grad_add[in.arg0], p.steps[in.arg0].ld, t.n);
+          copy_rows(g, s.ld, w.grad_add[in.arg0], p.steps[in.arg0].ld, t.rows(k), t.rows(static_cast<int>(in.arg0)));
           break;
         case LIN:
-          if (!linear(t, k, direction, g, next)) return;
+          if (!linear(t, k, g, next)) return;
           swap(g, next);
           if (scales(k)) --k;  // the activation's derivative is in
           break;
         case TABLE:
-          table(t, k, direction, g, next);
+          table(t, k, g, next);
           swap(g, next);
-          k -= 1;  // past LOAD, whose gradient is in g
-          write_weights(t, g, 1);
+          write_weights(t, g, 1, 1);  // past LOAD, whose gradient is in g
           return;
         case FOURIER:
           if (!p.call.need_weights) return;
-          fourier(t, k, direction, g, next);
+          fourier(t, k, g, next);
           swap(g, next);
           break;
         case LOAD:
-          write_weights(t, g, p.steps[0].ld);
+          write_weights(t, g, s.ld, in.n_out);
           return;
       }
     }
@@ -73,6 +77,7 @@ class Backprop {
   void node_term(const Tile<V>& t, int k, const T* g) {
     const int ld = p.steps[k].ld;
     T *gs = w.grad_s[k], *gt = w.grad_t[k];
+    if (t.partners(k)) partner_node_term(t, g, ld, gs, gt);
     t.destinations([&](int i, int first, int r) {
       T* si = gs + static_cast<int64_t>(i) * ld;
       int c = 0;
@@ -103,6 +108,19 @@ class Backprop {
     });
   }
 
+  // The partners' share: their destinations change from row to row.
+  void partner_node_term(const Tile<V>& t, const T* g, int ld, T* gs, T* gt) {
+    for (int r = t.half; r < t.half + t.n; ++r) {
+      T *si = gs + static_cast<int64_t>(t.i[r]) * ld, *tj = gt + static_cast<int64_t>(t.j[r]) * ld;
+      const T* gr = g + static_cast<int64_t>(r) * ld;
+      for (int c = 0; c < ld; c += V::W) {
+        const R x = V::load(gr + c);
+        V::store(si + c, V::add(V::load(si + c), x));
+        V::store(tj + c, V::add(V::load(tj + c), x));
+      }
+    }
+  }
+
   void column_sums(const T* g, int rows, int ld, T* out) {
     for (int c = 0; c < ld; c += V::W) {
       R a = V::load(out + c);
@@ -116,7 +134,7 @@ class Backprop {
     if (s.node) {
       node_term(t, k, g);
     } else if (p.call.grad_params && p.call.instrs[k].b >= 0) {
-      column_sums(g, t.n, s.ld, w.params + s.g_b);
+      t.spans(k, [&](int first, int n) { column_sums(g + static_cast<int64_t>(first) * s.ld, n, s.ld, w.params + s.g_b); });
     }
   }
 
@@ -126,23 +144,87 @@ class Backprop {
   }
 
   // False when nothing below wants a gradient.
-  bool linear(const Tile<V>& t, int k, int direction, const T* g, T* next) {
+  bool linear(const Tile<V>& t, int k, const T* g, T* next) {
     const Instr& in = p.call.instrs[k];
     const Step<V>& s = p.steps[k];
     bias_or_nodes(t, k, g);
     if (in.n_in == 0) return false;
-    const int lda = p.steps[k - 1].ld;
-    if (p.call.grad_params) gemm_outer<V>(w.out[k - 1], lda, in.n_in, g, s.ld, t.n, w.params + s.g_w[direction], s.ld);
+    const int lda = p.steps[k - 1].ld, ldn = s.bwd[0].ld;
+    const T* x = w.out[k - 1];
+    const auto at = [](auto* base, int row, int ld) { return base + static_cast<int64_t>(row) * ld; };
+    if (p.call.grad_params)
+      t.spans(k, [&](int first, int n) {
+        gemm_outer<V>(at(x, first, lda), lda, in.n_in, at(g, first, s.ld), s.ld, n, w.params + s.g_w[eval.direction(t, first)], s.ld);
+        if (in.arg1 >= 0)
+          gemm_outer<V>(at(x, first ? 0 : t.half, lda), lda, in.n_in, at(g, first, s.ld), s.ld, n, w.params + s.g_partner, s.ld);
+      });
     if (k == 1 && !p.call.need_weights) return false;
-    gemm<V>(g, s.ld, t.n, s.bwd[direction], next, FromZero<V>{}, scales(k) ? w.out[k - 2] : nullptr);
-    compact(next, t.n, s.bwd[direction].ld, p.steps[k - 1].ld);  // LOAD, and what follows it as it is, has no padding
+    const T* scale = scales(k) ? w.out[k - 2] : nullptr;
+    const auto go = [&](int first, int rows) {
+      gemm<V>(at(g, first, s.ld), s.ld, rows, s.bwd[eval.direction(t, first)], at(next, first, ldn), FromZero<V>{},
+              in.arg1 < 0 && scale ? at(scale, first, ldn) : nullptr);
+    };
+    if (in.arg0) {
+      t.spans(k, go);
+    } else {
+      go(0, t.rows(k));
+    }
+    if (in.arg1 >= 0) from_partners(t, k, g, next, scale);
+    compact(next, t.rows(k - 1), ldn, lda);  // LOAD, and what follows it as it is, has no padding
     return true;
   }
 
-  static void copy_rows(const T* from, int ld_from, T* to, int ld_to, int rows) {
+  // Adds to an edge's gradient what its partner's update took from it.
+  void from_partners(const Tile<V>& t, int k, const T* g, T* next, const T* scale) {
+    const Step<V>& s = p.steps[k];
+    const int ld = s.partner_t.ld;
+    T *mine = next, *theirs = next + static_cast<int64_t>(t.half) * ld;
+    const T* their_scale = scale ? scale + static_cast<int64_t>(t.half) * ld : nullptr;
+    if (t.partners(k)) {
+      gemm<V>(g + static_cast<int64_t>(t.half) * s.ld, s.ld, t.n, s.partner_t, mine, FromRows<V>{mine, ld}, scale);
+      gemm<V>(g, s.ld, t.n, s.partner_t, theirs, FromRows<V>{theirs, ld}, their_scale);
+      return;
+    }
+    if (scale) multiply(mine, scale, Evaluator<V>::vector_count(t.n, ld));
+    gemm<V>(g, s.ld, t.n, s.partner_t, theirs, FromZero<V>{}, their_scale);
+  }
+
+  // g becomes the gradient of what was normalised.
+  void norm(const Tile<V>& t, int k, T* g) {
+    const Instr& in = p.call.instrs[k];
+    const Step<V>& s = p.steps[k];
+    const int ld = s.ld;
+    const T one_n = T(1) / static_cast<T>(in.n_out);
+    t.spans(k, [&](int first, int n) {
+      for (int r = first; r < first + n; ++r) {
+        const T* x = w.out[k - 1] + static_cast<int64_t>(r) * ld;
+        T* gr = g + static_cast<int64_t>(r) * ld;
+        R mean, scale, sum = V::zero(), dot = V::zero();
+        eval.moments(x, s.ones, in.n_out, ld, s.eps, &mean, &scale);
+        for (int c = 0; c < ld; c += V::W) {
+          const R y = V::mul(V::mul(V::sub(V::load(x + c), mean), scale), V::load(s.ones + c));
+          const R up = V::mul(V::load(gr + c), V::load(s.ones + c)), gy = V::mul(up, V::load(s.gamma + c));
+          T *gw = w.params + s.g_w[0] + c, *gb = w.params + s.g_b + c;
+          V::store(gw, V::fma(up, y, V::load(gw)));
+          V::store(gb, V::add(up, V::load(gb)));
+          sum = V::add(sum, gy);
+          dot = V::fma(gy, y, dot);
+        }
+        const R a = V::set1(V::sum(sum) * one_n), b = V::set1(V::sum(dot) * one_n);
+        for (int c = 0; c < ld; c += V::W) {
+          const R y = V::mul(V::sub(V::load(x + c), mean), scale), gy = V::mul(V::load(gr + c), V::load(s.gamma + c));
+          V::store(gr + c, V::mul(V::mul(scale, V::load(s.ones + c)), V::sub(V::sub(gy, a), V::mul(y, b))));
+        }
+      }
+    });
+  }
+
+  // `rows` rows of a gradient, and zeros up to `all` rows.
+  static void copy_rows(const T* from, int ld_from, T* to, int ld_to, int rows, int all) {
     const int n = ld_from < ld_to ? ld_from : ld_to;
     for (int r = 0; r < rows; ++r)
       std::memcpy(to + static_cast<int64_t>(r) * ld_to, from + static_cast<int64_t>(r) * ld_from, sizeof(T) * n);
+    if (all > rows) std::memset(to + static_cast<int64_t>(rows) * ld_to, 0, sizeof(T) * (all - rows) * ld_to);
   }
 
   static void compact(T* g, int rows, int from, int to) {
@@ -151,11 +233,14 @@ class Backprop {
       for (int c = 0; c < to; ++c) g[static_cast<int64_t>(r) * to + c] = g[static_cast<int64_t>(r) * from + c];
   }
 
-  void fourier(const Tile<V>& t, int k, int direction, const T* g, T* next) {
+  void fourier(const Tile<V>& t, int k, const T* g, T* next) {
+    t.spans(k, [&](int first, int n) { fourier(k, eval.direction(t, first), g, next, first, first + n); });
+  }
+  void fourier(int k, int direction, const T* g, T* next, int first, int last) {
     const Instr& in = p.call.instrs[k];
     const int m = in.n_out / 2, C = in.n_in, ld = p.steps[k].ld;
     const T* b = p.params + in.w + static_cast<int64_t>(direction) * C * m;
-    for (int r = 0; r < t.n; ++r) {
+    for (int r = first; r < last; ++r) {
       const T *gr = g + static_cast<int64_t>(r) * ld, *f = w.out[k] + static_cast<int64_t>(r) * ld;
       T* out = next + static_cast<int64_t>(r) * C;
       for (int c = 0; c < C; ++c) out[c] = T(0);
@@ -167,15 +252,18 @@ class Backprop {
   }
 
   // Adjoint of the tabulated curve: the lines of two nodes of the table's gradient an edge, and the curve's slope for the weight.
-  void table(const Tile<V>& t, int k, int direction, const T* g, T* next) {
+  void table(const Tile<V>& t, int k, const T* g, T* next) {
     bias_or_nodes(t, k, g);
+    t.spans(k, [&](int first, int n) { table(k, eval.direction(t, first), g, next, first, first + n); });
+  }
+  void table(int k, int direction, const T* g, T* next, int first, int last) {
     const Step<V>& s = p.steps[k];
     const int ld = s.ld;
     const int64_t size = p.call.table_nodes * TABLE_LINES * ld;
     const T* base = p.table + direction * size;
     T* grad = w.table ? w.table + direction * size : nullptr;
     const T steps = T(int64_t(1) << p.call.instrs[k].arg0);
-    for (int r = 0; r < t.n; ++r) {  // cells and weights are there from the evaluation
+    for (int r = first; r < last; ++r) {  // cells and weights are there from the evaluation
       const T* gr = g + static_cast<int64_t>(r) * ld;
       const int64_t index = static_cast<int64_t>(w.cell[r]);
       if (index < 0) {
@@ -209,7 +297,7 @@ class Backprop {
     for (int v = 0; v < NV; ++v) x[v] = V::load(g + v * V::W);
 #pragma GCC unroll 6
     for (int l = 0; l < 2 * TABLE_LINES; ++l, q += ld) {
-      const R weight = V::set1(hermite[l * p.tile]);
+      const R weight = V::set1(hermite[l * p.tile_rows()]);
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) V::store(q + v * V::W, V::fma(weight, x[v], V::load(q + v * V::W)));
     }
@@ -223,7 +311,7 @@ class Backprop {
     for (int v = 0; v < NV; ++v) sum[v] = V::zero();
 #pragma GCC unroll 6
     for (int l = 0; l < 2 * TABLE_LINES; ++l, q += ld) {
-      const R weight = V::set1(slope[l * p.tile]);
+      const R weight = V::set1(slope[l * p.tile_rows()]);
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v) sum[v] = V::fma(weight, V::load(q + v * V::W), sum[v]);
     }
@@ -251,32 +339,69 @@ class Backprop {
     return total * T(6.283185307179586476925);
   }
 
-  void write_weights(const Tile<V>& t, T* g, int channels) {
+  // The gradient g [rows, ld] of the raw features, to the weights of the edges and of their partners.
+  void write_weights(const Tile<V>& t, T* g, int ld, int channels) {
     if (!p.call.need_weights) return;
     const Row& row = *t.piece->row;
+    if (t.partners(0)) {
+      T* theirs = g + static_cast<int64_t>(t.half) * ld;
+      for (int r = 0; r < t.n; ++r)
+        if ((row.flags & SAME) || t.itself(r))  // one number, read twice
+          for (int c = 0; c < channels; ++c) {
+            g[static_cast<int64_t>(r) * ld + c] += theirs[static_cast<int64_t>(r) * ld + c];
+            theirs[static_cast<int64_t>(r) * ld + c] = g[static_cast<int64_t>(r) * ld + c];
+          }
+      if (!(row.flags & SAME)) write_weights(t, theirs, ld, channels, side_of(row, true));
+    }
+    write_weights(t, g, ld, channels, side_of(row, false));
+  }
+
+  void write_weights(const Tile<V>& t, T* g, int ld, int channels, const Side& side) {
+    const Row& row = *t.piece->row;
     const Instr& in = p.call.instrs[0];
-    const EdgeTensor& target = p.call.grad_weights[row.weight];
+    if (side.weight < 0) return;
+    const EdgeTensor& target = p.call.grad_weights[side.weight];
     if (!target.data) return;
     if (in.arg0 >= 0) {
-      const T scale = p.params[in.arg0 + 2 * row.weight];
-      for (int k = 0; k < t.n * channels; ++k) g[k] *= scale;
+      const T scale = p.params[in.arg0 + 2 * side.weight];
+      for (int k = 0; k < t.n * ld; ++k) g[k] *= scale;
     }
-    if (row.shared) {  // another block adds to the same weights: held until the commit
+    if (row.shared) {  // another row adds to the same weights: held until the commit
       const int cols = row.kind == DIAGONAL ? 1 : t.piece->cols();
       for (int r = 0; r < t.n; ++r)
         for (int c = 0; c < channels; ++c)
-          w.raw_grad[(static_cast<int64_t>(t.i[r]) * cols + (row.kind == DIAGONAL ? 0 : t.j[r])) * channels + c] =
-              g[static_cast<int64_t>(r) * channels + c];
+          w.raw_grad[side.partner][(static_cast<int64_t>(t.i[r]) * cols + (row.kind == DIAGONAL ? 0 : t.source(r))) * channels + c] =
+              g[static_cast<int64_t>(r) * ld + c];
       return;
     }
-    scatter<V>(t, view(target, row, t.piece->copy, false, row.offset, row.edge_stride), channels, g, channels);
+    const View v = view(target, row, side, t.piece->copy, false);
+    if (!(row.flags & SPARSE_RAW)) {
+      scatter<V>(t, v, channels, g, ld);
+      return;
+    }
+    for (int r = 0; r < t.n; ++r)
+      for (int c = 0; c < channels && t.equal_index(r); ++c)
+        write_value(v.base + ((t.piece->j0 + t.source(r)) * v.src + c * v.channel) * dtype_size(v.dtype), v.dtype,
+                    g[static_cast<int64_t>(r) * ld + c]);
   }
 
-  void write_carrier(const Tile<V>& t, int ld, int channels, const T* g) {
-    const Row& row = *t.piece->row;
-    const size_t k = row.emit_offset >= 0 ? 0 : static_cast<size_t>(row.block);
-    if (k >= p.call.grad_carriers.size() || !p.call.grad_carriers[k].data) return;
-    scatter<V>(t, view(p.call.grad_carriers[k], row, t.piece->copy, true, row.emit_offset, row.emit_stride), channels, g, ld);
+  void write_carriers(const Tile<V>& t, int k, T* g) {
+    const int ld = p.steps[k].ld;
+    t.spans(k, [&](int first, int) {
+      const Row& row = *t.piece->row;
+      const Side side = side_of(row, first > 0);
+      const size_t at = side.emit_offset >= 0 ? 0 : static_cast<size_t>(side.block);
+      if (side.block < 0 || at >= p.call.grad_carriers.size() || !p.call.grad_carriers[at].data) return;
+      T* own = g + static_cast<int64_t>(first) * ld;
+      if (!first && t.partners(k))
+        for (int r = 0; r < t.n; ++r)
+          if (t.itself(r)) add_row(own + static_cast<int64_t>(t.half + r) * ld, own + static_cast<int64_t>(r) * ld, ld);
+      scatter<V>(t, view(p.call.grad_carriers[at], row, side, t.piece->copy, true), p.call.instrs[k].n_out, own, ld);
+    });
+  }
+  // Two rows of the same pair: both become their sum.
+  static void add_row(T* a, T* b, int ld) {
+    for (int c = 0; c < ld; ++c) a[c] = b[c] = a[c] + b[c];
   }
 };
 

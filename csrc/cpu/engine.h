@@ -1,6 +1,7 @@
 // What the ops share: the prepared parameters, the plan, the workers and their memory.
 #pragma once
 
+#include "attention.h"
 #include "backprop.h"
 #include "messages.h"
 
@@ -17,7 +18,7 @@ class Engine {
     const int64_t n = static_cast<int64_t>(plan.items.size());
     workers.resize(static_cast<size_t>(threads < n ? threads : n > 0 ? n : 1));
     ready.assign(workers.size(), 0);
-    if (c.combine != EMIT) count = degrees(c);
+    if (c.combine != EMIT && c.combine != ATTEND) count = degrees(c);
   }
 
  protected:
@@ -35,8 +36,8 @@ class Engine {
 
   void layout(Arena& a, Worker<V>& w) {
     const size_t n = prepared.steps.size(), slack = 64;
-    const size_t tile = static_cast<size_t>(row_blocks<V>(prepared.tile)), rows = row_blocks<V>(plan.max_rows),
-                 cols = row_blocks<V>(plan.max_cols);
+    const size_t tile = static_cast<size_t>(prepared.tile_rows()), rows = row_blocks<V>(plan.max_rows), cols = row_blocks<V>(plan.max_cols),
+                 s_rows = call.paired ? rows + cols : rows, t_rows = call.paired ? rows + cols : cols;
     for (auto* v : {&w.out, &w.s, &w.t, &w.grad_s, &w.grad_t, &w.grad_add}) v->assign(n, nullptr);
     size_t rest = 0;
     for (size_t k = 0; k < n; ++k) {
@@ -45,14 +46,16 @@ class Engine {
       w.out[k] = a.take<T>(tile * s.ld + slack);
       if (in.op == TABLE && rest < 2 * static_cast<size_t>(in.n_in) + slack) rest = 2 * in.n_in + slack;
       if (in.op == ADD && backward) w.grad_add[in.arg0] = a.take<T>(tile * prepared.steps[in.arg0].ld + slack);
+      if (call.combine == ATTEND && backward && static_cast<int>(k) == call.message_start - 1)
+        w.grad_add[k] = a.take<T>(tile * s.ld + slack);
       if (!s.node) continue;
       const size_t dx = call.x_width[in.x];
       if (rest < V::MR * dx + slack) rest = V::MR * dx + slack;
-      w.s[k] = a.take<T>(rows * s.ld + slack);
-      w.t[k] = a.take<T>(cols * s.ld + slack);
+      w.s[k] = a.take<T>(s_rows * s.ld + slack);
+      w.t[k] = a.take<T>(t_rows * s.ld + slack);
       if (!backward) continue;
-      w.grad_s[k] = a.take<T>(rows * s.ld + slack);
-      w.grad_t[k] = a.take<T>(cols * s.ld + slack);
+      w.grad_s[k] = a.take<T>(s_rows * s.ld + slack);
+      w.grad_t[k] = a.take<T>(t_rows * s.ld + slack);
     }
     w.rest = a.take<T>(rest);
     w.i = a.take<int>(tile);
@@ -62,13 +65,17 @@ class Engine {
       w.hermite = a.take<T>(2 * TABLE_LINES * tile + slack);
       w.slope = a.take<T>(2 * TABLE_LINES * tile + slack);
     }
+    if (call.combine == ATTEND) w.attention = a.take<T>(attention_memory());
     if (!backward) {
+      if (call.combine == ATTEND) return;
       w.stats = a.take<T>(static_cast<size_t>(Stats<V>::PLANES) * plan.max_rows * ldm + slack);
       return;
     }
-    w.message = a.take<T>(tile * ldm + slack);
+    if (call.combine != ATTEND) {
+      w.message = a.take<T>(tile * ldm + slack);
+      w.coefficients = a.take<T>(static_cast<size_t>(Coefficients<V>::PLANES) * plan.max_rows * ldm + slack);
+    }
     for (T*& g : w.g) g = a.take<T>(tile * prepared.max_ld + slack);
-    w.coefficients = a.take<T>(static_cast<size_t>(Coefficients<V>::PLANES) * plan.max_rows * ldm + slack);
     w.grad_x_i.assign(call.xs.size(), nullptr);
     w.grad_x_j.assign(call.xs.size(), nullptr);
     for (size_t x = 0; x < call.xs.size(); ++x) {
@@ -80,7 +87,7 @@ class Engine {
     size_t raw = 0;
     for (const Piece& p : plan.pieces)
       if (p.row->shared && raw < static_cast<size_t>(p.edges())) raw = static_cast<size_t>(p.edges());
-    w.raw_grad = a.take<T>(raw * call.instrs[0].n_out);
+    for (int side = 0; side < (call.paired ? 2 : 1); ++side) w.raw_grad[side] = a.take<T>(raw * call.instrs[0].n_out);
   }
 
   Worker<V>& worker(int k) {
@@ -99,16 +106,17 @@ class Engine {
 
   // Padding must not hold what an earlier call left (denormal numbers are slow), gradients of the table start at 0.
   void clear_worker(Worker<V>& w) {
-    const size_t tile = static_cast<size_t>(row_blocks<V>(prepared.tile));
+    const size_t tile = static_cast<size_t>(prepared.tile_rows());
     for (size_t k = 0; k < prepared.steps.size(); ++k) std::memset(w.out[k], 0, sizeof(T) * tile * prepared.steps[k].ld);
     if (!backward) return;
-    std::memset(w.coefficients, 0, sizeof(T) * Coefficients<V>::PLANES * plan.max_rows * ldm);  // padding: NaN * 0 would spread
+    if (w.coefficients) std::memset(w.coefficients, 0, sizeof(T) * Coefficients<V>::PLANES * plan.max_rows * ldm);  // NaN * 0 would spread
     for (T* g : w.g) std::memset(g, 0, sizeof(T) * tile * prepared.max_ld);
     if (w.table) std::memset(w.table, 0, sizeof(T) * call.directions * call.table_nodes * TABLE_LINES * prepared.table_ld);
   }
 
-  int edge_register() const {
-    return call.combine == PLAIN || call.combine == EMIT ? static_cast<int>(prepared.steps.size()) - 1 : call.message_start - 1;
+  int edge_register() const {  // the last one, where messages have no register of their own
+    return call.combine == PLAIN || call.combine == EMIT || call.combine == ATTEND ? static_cast<int>(prepared.steps.size()) - 1
+                                                                                   : call.message_start - 1;
   }
   int message_register() const { return call.combine == PLAIN || call.combine == EMIT ? -1 : static_cast<int>(prepared.steps.size()) - 1; }
 
@@ -116,7 +124,12 @@ class Engine {
     const int e = edge_register(), q = message_register();
     return {w.out[e], q < 0 ? nullptr : w.out[q], prepared.steps[e].ld, q < 0 ? 0 : prepared.steps[q].ld, call.width};
   }
-  size_t value_index(const Piece& piece) const { return piece.row->emit_offset >= 0 ? 0 : static_cast<size_t>(piece.index); }
+  size_t value_index(const Side& side) const { return side.emit_offset >= 0 ? 0 : static_cast<size_t>(side.block); }
+
+  size_t attention_memory() const {
+    return Attention<V>(call, prepared.steps[static_cast<size_t>(call.message_start - 1)].ld)
+        .memory(plan.max_rows + plan.max_cols, prepared.tile_rows(), backward);
+  }
 
   // Runs process (and commit) of an op derived from this class over the plan.
   template <class Op, void (Op::*process)(int, const Item&), void (Op::*commit)(int, const Item&)>

@@ -25,15 +25,18 @@ class Evaluate : Engine<V> {
   void write(int k, const Item& item) {
     Worker<V>& w = this->worker(k);
     Evaluator<V> eval(prepared, w);
-    const int e = this->edge_register();
+    const int e = this->edge_register(), ld = prepared.steps[e].ld;
     for (int64_t at = item.first; at < item.last; ++at) {
       const Piece& piece = plan.pieces[at];
       const Row& row = *piece.row;
-      const View v = view(call.values[this->value_index(piece)], row, piece.copy, true, row.emit_offset, row.emit_stride);
       eval.nodes(piece);
       eval.tiles(piece, [&](const Tile<V>& t) {
         eval.template run<false>(t);
-        scatter<V>(t, v, call.width, w.out[e], prepared.steps[e].ld);
+        t.spans(e, [&](int first, int) {
+          const Side side = side_of(row, first > 0);
+          scatter<V>(t, view(call.values[this->value_index(side)], row, side, piece.copy, true), call.width,
+                     w.out[e] + static_cast<int64_t>(first) * ld, ld);
+        });
       });
     }
   }

@@ -26,6 +26,8 @@ class Gradients : Engine<V> {
     if (call.grad_table)
       std::memset(call.grad_table, 0,
                   sizeof(T) * call.directions * call.table_nodes * TABLE_LINES * call.instrs[prepared.table_step].n_out);
+    for (auto [grad, n] : {std::pair<void*, int>{call.grad_q, call.d}, {call.grad_k, call.d}, {call.grad_v, call.d_v}})
+      if (grad) std::memset(grad, 0, sizeof(T) * call.nodes * n);
     this->template run<Gradients, &Gradients::differentiate, &Gradients::commit_gradients>(this);
     if (call.grad_params) prepared.write_grads(total_params.data());
   }
@@ -75,25 +77,43 @@ class Gradients : Engine<V> {
     std::memset(w.params, 0, sizeof(T) * prepared.grad_size);
     for (int64_t at = item.first; at < item.last; ++at) {
       const Piece& piece = plan.pieces[at];
-      if (call.combine == EMIT && !call.values[value_index(piece)].data) continue;
+      if (!wanted(piece)) continue;
       eval.nodes(piece);
       clear_piece(w, piece);
-      if (call.combine != EMIT) coefficients(w, piece);
+      Attention<V> attention(call, call.combine == ATTEND ? prepared.steps[static_cast<size_t>(call.message_start - 1)].ld : 0);
+      if (call.combine == ATTEND) {
+        attention.place(w.attention, piece, prepared.tile_rows(), true);
+        attention.begin_backward(piece);
+      } else if (call.combine != EMIT) {
+        coefficients(w, piece);
+      }
       eval.tiles(piece, [&](const Tile<V>& t) {
         eval.template run<true>(t);
-        tile_gradients(w, back, t);
+        tile_gradients(w, back, attention, t);
       });
       node_gradients(w, piece);
       if (item.exclusive) commit_piece(w, piece);
     }
   }
 
-  void tile_gradients(Worker<V>& w, Backprop<V>& back, const Tile<V>& t) {
+  // Whether the gradient of anything that a piece computes is there.
+  bool wanted(const Piece& piece) const {
+    if (call.combine != EMIT) return true;
+    const Row& row = *piece.row;
+    return has_values(side_of(row, false)) || ((row.flags & PARTNER) && has_values(side_of(row, true)));
+  }
+  bool has_values(const Side& side) const { return call.values[value_index(side)].data != nullptr; }
+
+  void tile_gradients(Worker<V>& w, Backprop<V>& back, Attention<V>& attention, const Tile<V>& t) {
     const int e = this->edge_register(), q = this->message_register(), n = static_cast<int>(prepared.steps.size());
+    if (call.combine == ATTEND) {
+      const int x = call.message_start - 1;
+      attention.backward(t, w.out[x], w.out[n - 1], prepared.steps[n - 1].ld, w.g[0], w.grad_add[x]);
+      back.run(t, 0, n, 0);
+      return;
+    }
     if (call.combine == EMIT) {
-      const Row& row = *t.piece->row;
-      gather<V>(t, view(call.values[value_index(*t.piece)], row, t.piece->copy, true, row.emit_offset, row.emit_stride), call.width, w.g[0],
-                prepared.steps[e].ld);
+      t.spans(e, [&](int first, int) { emitted(w, t, e, first); });
       back.run(t, 0, n, 0);
       return;
     }
@@ -109,13 +129,29 @@ class Gradients : Engine<V> {
     back.run(t, 0, e + 1, 0);
   }
 
+  // The gradients of what was written out for edges (first 0) or partners.
+  void emitted(Worker<V>& w, const Tile<V>& t, int e, int first) {
+    const Row& row = *t.piece->row;
+    const Side side = side_of(row, first > 0);
+    const int ld = prepared.steps[e].ld;
+    T* g = w.g[0] + static_cast<int64_t>(first) * ld;
+    if (!has_values(side)) {
+      std::memset(g, 0, sizeof(T) * t.n * ld);
+      return;
+    }
+    gather<V>(t, view(call.values[value_index(side)], row, side, t.piece->copy, true), call.width, g, ld);
+    for (int r = 0; first && r < t.n; ++r)  // a neuron's pair with itself was written once
+      if (t.itself(r)) std::memset(g + static_cast<int64_t>(r) * ld, 0, sizeof(T) * ld);
+  }
+
   void clear_piece(Worker<V>& w, const Piece& piece) {
+    const int all = row_blocks<V>(piece.rows() + piece.cols()), rows = row_blocks<V>(piece.rows()), cols = row_blocks<V>(piece.cols());
     for (size_t k = 0; k < prepared.steps.size(); ++k) {
       const Step<V>& s = prepared.steps[k];
-      if (w.grad_add[k]) std::memset(w.grad_add[k], 0, sizeof(T) * row_blocks<V>(prepared.tile) * s.ld);
+      if (w.grad_add[k]) std::memset(w.grad_add[k], 0, sizeof(T) * prepared.tile_rows() * s.ld);
       if (!s.node) continue;
-      std::memset(w.grad_s[k], 0, sizeof(T) * row_blocks<V>(piece.rows()) * s.ld);
-      std::memset(w.grad_t[k], 0, sizeof(T) * row_blocks<V>(piece.cols()) * s.ld);
+      std::memset(w.grad_s[k], 0, sizeof(T) * (call.paired ? all : rows) * s.ld);
+      std::memset(w.grad_t[k], 0, sizeof(T) * (call.paired ? all : cols) * s.ld);
     }
     for (size_t x = 0; x < call.xs.size(); ++x) {
       const size_t ld = padded<V>(call.x_width[x]);
@@ -126,22 +162,37 @@ class Gradients : Engine<V> {
 
   // From the gradients of node terms to those of the projections and the node states.
   void node_gradients(Worker<V>& w, const Piece& piece) {
+    const bool both = call.paired && prepared.live(*piece.row) > 0;
+    const int rows = piece.rows(), cols = piece.cols();
     for (size_t k = 0; k < prepared.steps.size(); ++k) {
       const Step<V>& s = prepared.steps[k];
       if (!s.node) continue;
       const Instr& in = call.instrs[k];
-      const int dx = call.x_width[in.x], rows = piece.rows(), cols = piece.cols();
+      const int dx = call.x_width[in.x];
+      const T* x = static_cast<const T*>(call.xs[in.x]) + piece.copy * piece.row->node_stride * dx;
+      const T *x_i = x + (piece.row->dst + piece.i0) * dx, *x_j = x + (piece.row->src + piece.j0) * dx;
+      const int64_t behind = call.paired ? static_cast<int64_t>(rows) * s.ld : 0;
+      const T *dst_i = w.grad_s[k], *src_j = w.grad_t[k] + behind;                                    // of edges
+      const T *dst_j = both ? w.grad_s[k] + behind : nullptr, *src_i = both ? w.grad_t[k] : nullptr;  // of partners
+      const auto project = [&](const T* nodes, const T* g, int n, int64_t to) {
+        if (g) gemm_outer<V>(nodes, dx, dx, g, s.ld, n, w.params + to, s.ld);
+      };
       if (call.grad_params) {
-        const T* x = static_cast<const T*>(call.xs[in.x]) + piece.copy * piece.row->node_stride * dx;
-        gemm_outer<V>(x + (piece.row->dst + piece.i0) * dx, dx, dx, w.grad_s[k], s.ld, rows, w.params + s.g_wd, s.ld);
-        gemm_outer<V>(x + (piece.row->src + piece.j0) * dx, dx, dx, w.grad_t[k], s.ld, cols, w.params + s.g_ws, s.ld);
-        for (int i = 0; i < rows; ++i)
+        project(x_i, dst_i, rows, s.g_wd);
+        project(x_j, src_j, cols, s.g_ws);
+        project(x_j, dst_j, cols, s.g_wd);
+        project(x_i, src_i, rows, s.g_ws);
+        for (int i = 0; i < (both ? rows + cols : rows); ++i)
           for (int c = 0; c < s.ld; ++c) w.params[s.g_b + c] += w.grad_s[k][static_cast<int64_t>(i) * s.ld + c];
       }
       if (!call.grad_xs[in.x]) continue;
-      T *gi = w.grad_x_i[in.x], *gj = w.grad_x_j[in.x];
-      gemm<V>(w.grad_s[k], s.ld, rows, s.wd_t, gi, FromRows<V>{gi, s.wd_t.ld});
-      gemm<V>(w.grad_t[k], s.ld, cols, s.ws_t, gj, FromRows<V>{gj, s.ws_t.ld});
+      const auto back = [&](const T* g, int n, const Matrix<V>& m, T* to) {
+        if (g) gemm<V>(g, s.ld, n, m, to, FromRows<V>{to, m.ld});
+      };
+      back(dst_i, rows, s.wd_t, w.grad_x_i[in.x]);
+      back(src_i, rows, s.ws_t, w.grad_x_i[in.x]);
+      back(src_j, cols, s.ws_t, w.grad_x_j[in.x]);
+      back(dst_j, cols, s.wd_t, w.grad_x_j[in.x]);
     }
   }
 
@@ -159,50 +210,38 @@ class Gradients : Engine<V> {
       add(row.dst + piece.i0, piece.rows(), w.grad_x_i[x]);
       add(row.src + piece.j0, piece.cols(), w.grad_x_j[x]);
     }
-    if (!row.shared || !call.need_weights || !call.grad_weights[row.weight].data) return;
-    add_shared(w, piece, view(call.grad_weights[row.weight], row, piece.copy, false, row.offset, row.edge_stride));
+    if (call.combine == ATTEND) {
+      Attention<V> attention(call, prepared.steps[static_cast<size_t>(call.message_start - 1)].ld);
+      attention.place(w.attention, piece, prepared.tile_rows(), true);
+      attention.commit_backward(piece);
+    }
+    if (!row.shared || !call.need_weights) return;
+    for (const bool partner : {false, true}) {
+      const Side side = side_of(row, partner);
+      const bool own = !partner || (call.paired && prepared.live(row) > 0 && !(row.flags & SAME));
+      if (own && side.weight >= 0 && call.grad_weights[side.weight].data)
+        add_shared(w.raw_grad[partner], piece, view(call.grad_weights[side.weight], row, side, piece.copy, false));
+    }
   }
 
-  void add_shared(Worker<V>& w, const Piece& piece, const View& v) {
+  void add_shared(const T* raw, const Piece& piece, const View& v) {
     const int C = call.instrs[0].n_out, cols = piece.row->kind == DIAGONAL ? 1 : piece.cols();
-    Worker<V>& worker = w;
     for (int i = 0; i < piece.rows(); ++i)
       for (int j = 0; j < cols; ++j) {
         const int64_t jj = piece.row->kind == DIAGONAL ? piece.i0 + i : piece.j0 + j;
         char* p = v.base + ((piece.i0 + i) * v.dst + jj * v.src) * dtype_size(v.dtype);
-        for (int c = 0; c < C; ++c)
-          accumulate(p + c * v.channel * dtype_size(v.dtype), v.dtype, worker.raw_grad[(static_cast<int64_t>(i) * cols + j) * C + c]);
+        for (int c = 0; c < C; ++c) {
+          char* at = p + c * v.channel * dtype_size(v.dtype);
+          write_value(at, v.dtype, read_value<T>(at, v.dtype) + raw[(static_cast<int64_t>(i) * cols + j) * C + c]);
+        }
       }
-  }
-  static void accumulate(char* p, Dtype dtype, T x) {
-    if (dtype == F32) {
-      float f;
-      std::memcpy(&f, p, 4);
-      f += static_cast<float>(x);
-      std::memcpy(p, &f, 4);
-    } else if (dtype == F64) {
-      double f;
-      std::memcpy(&f, p, 8);
-      f += static_cast<double>(x);
-      std::memcpy(p, &f, 8);
-    } else {
-      uint16_t h;
-      std::memcpy(&h, p, 2);
-      if (dtype == BF16) {
-        h = to_bf16(from_bf16(h) + static_cast<float>(x));
-      } else {
-        const _Float16 f = static_cast<_Float16>(from_f16(h) + static_cast<float>(x));
-        std::memcpy(&h, &f, 2);
-      }
-      std::memcpy(p, &h, 2);
-    }
   }
 
   void commit_gradients(int k, const Item& item) {
     Worker<V>& w = this->workers[static_cast<size_t>(k)];
     if (!item.exclusive) {
       const Piece& piece = plan.pieces[item.first];
-      if (call.combine != EMIT || call.values[value_index(piece)].data) commit_piece(w, piece);
+      if (wanted(piece)) commit_piece(w, piece);
     }
     for (size_t c = 0; c < total_params.size(); ++c) total_params[c] += w.params[c];
     if (!w.table) return;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "aggregate.h"
+#include "attend.h"
 #include "evaluate.h"
 #include "gradients.h"
 
@@ -12,6 +13,7 @@ Kernels kernels_of() {
   return {
       [](const Call& c, Parallel p, int n) { Aggregate<V>(c, p, n)(); },
       [](const Call& c, Parallel p, int n) { Evaluate<V>(c, p, n)(); },
+      [](const Call& c, Parallel p, int n) { Attend<V>(c, p, n)(); },
       [](const Call& c, Parallel p, int n) { Gradients<V>(c, p, n)(); },
   };
 }

@@ -1,7 +1,7 @@
 // Messages of a tile from its registers, their running statistics by destination, and the way back.
 #pragma once
 
-#include "tile.h"
+#include "evaluator.h"
 
 namespace ngk {
 

@@ -21,11 +21,14 @@ struct Arena {
 template <class V>
 struct Step {
   using T = typename V::T;
-  Matrix<V> fwd[2], bwd[2];                                   // LIN: [n_in, n_out] and its transpose, by direction
-  Matrix<V> wd, ws, wd_t, ws_t;                               // node term: [d_x, n_out] and transposes
-  T* bias = nullptr;                                          // [ld], zero where none
-  int ld = 0;                                                 // of the result
-  int64_t g_w[2] = {-1, -1}, g_b = -1, g_wd = -1, g_ws = -1;  // offsets into the padded parameter gradients
+  Matrix<V> fwd[2], bwd[2];             // LIN: [n_in, n_out] and its transpose, by direction
+  Matrix<V> wd, ws, wd_t, ws_t;         // node term: [d_x, n_out] and transposes
+  Matrix<V> partner, partner_t;         // LIN: what the partners' registers are multiplied with
+  T* bias = nullptr;                    // [ld], zero where none
+  T *gamma = nullptr, *ones = nullptr;  // NORM: [ld] scale, and 1 on the columns that count
+  T eps = 0;
+  int ld = 0;                                                                 // of the result
+  int64_t g_w[2] = {-1, -1}, g_b = -1, g_wd = -1, g_ws = -1, g_partner = -1;  // offsets into the padded parameter gradients
   bool node = false;
 };
 
@@ -36,6 +39,7 @@ struct Prepared {
   std::vector<Step<V>> steps;
   const T *params, *table = nullptr;  // table: [directions, nodes, TABLE_LINES, table_ld]
   int table_step = -1, table_ld = 0, tile = 48, max_ld = 0;
+  int last_pair = 0;     // the last instruction that reads partners: below it, they are evaluated
   size_t grad_size = 0;  // of the padded parameter gradients
 
   explicit Prepared(const Call& c) : call(c), steps(c.instrs.size()), params(static_cast<const T*>(c.params)) {
@@ -46,6 +50,11 @@ struct Prepared {
     grad_size = 0;
     build(arena);
   }
+
+  // Rows of a tile's buffers: edges, then (from a full block on) their partners.
+  int tile_rows() const { return call.paired ? 2 * row_blocks<V>(tile / 2) : row_blocks<V>(tile); }
+  // Instructions below this are evaluated for the partners of a row's edges.
+  int live(const Row& row) const { return row.flags & PARTNER ? static_cast<int>(steps.size()) : last_pair; }
 
   Matrix<V> matrix(Arena& arena, int64_t offset, int rows, int cols, bool transpose) {
     Matrix<V> m;
@@ -81,11 +90,18 @@ struct Prepared {
     for (size_t k = 0; k < steps.size(); ++k) {
       const Instr& in = call.instrs[k];
       Step<V>& s = steps[k];
-      const bool same = in.op == ACT || in.op == ADD || in.op == MARK;
+      const bool same = in.op == ACT || in.op == ADD || in.op == MARK || in.op == NORM || in.op == MASK;
       s.ld = in.op == LOAD ? in.n_out : same ? steps[k - 1].ld : padded<V>(in.n_out);
       if (s.ld > max_ld) max_ld = s.ld;
       if (padded<V>(in.n_in) > max_ld) max_ld = padded<V>(in.n_in);  // gradients of an unpadded LOAD are made padded
+      if (in.op == NORM) prepare_norm(arena, in, s);
       if (in.op != LIN && in.op != TABLE) continue;
+      if (in.op == LIN && in.arg1 >= 0) {
+        last_pair = static_cast<int>(k);
+        s.partner = matrix(arena, in.arg1, in.n_out, in.n_in, false);
+        s.partner_t = matrix(arena, in.arg1, in.n_out, in.n_in, true);
+        s.g_partner = grads(static_cast<size_t>(in.n_in) * s.ld);
+      }
       if (in.op == LIN && in.n_in)
         for (int v = 0; v < (in.arg0 ? call.directions : 1); ++v) {
           s.fwd[v] = matrix(arena, in.w + v * in.arg0, in.n_out, in.n_in, false);
@@ -109,6 +125,23 @@ struct Prepared {
       }
       if (in.op == TABLE) prepare_table(arena, static_cast<int>(k));
     }
+  }
+
+  T* row(Arena& arena, const T* from, int n, int ld) {
+    T* p = arena.take<T>(ld);
+    for (int c = 0; p && c < ld; ++c) p[c] = c < n ? (from ? from[c] : T(1)) : T(0);
+    return p;
+  }
+
+  void prepare_norm(Arena& arena, const Instr& in, Step<V>& s) {
+    s.gamma = row(arena, params + in.w, in.n_out, s.ld);
+    s.bias = row(arena, params + in.b, in.n_out, s.ld);
+    s.ones = row(arena, nullptr, in.n_out, s.ld);
+    double eps;
+    std::memcpy(&eps, &in.arg0, sizeof(eps));
+    s.eps = static_cast<T>(eps);
+    s.g_w[0] = grads(s.ld);
+    s.g_b = grads(s.ld);
   }
 
   void prepare_table(Arena& arena, int k) {
@@ -143,7 +176,12 @@ struct Prepared {
     for (size_t k = 0; k < steps.size(); ++k) {
       const Instr& in = call.instrs[k];
       const Step<V>& s = steps[k];
+      if (in.op == NORM) {
+        put(s.g_w[0], in.w, in.n_out, 1, 0);
+        put(s.g_b, in.b, in.n_out, 1, 0);
+      }
       if (in.op != LIN && in.op != TABLE) continue;
+      if (in.op == LIN && in.arg1 >= 0) put(s.g_partner, in.arg1, in.n_out, in.n_in, s.ld);
       if (in.op == TABLE) put(s.g_w[0], in.w, in.n_out, 2 * in.n_in, s.ld);
       if (in.op == LIN && in.n_in)
         for (int v = 0; v < (in.arg0 ? call.directions : 1); ++v) put(s.g_w[v], in.w + v * in.arg0, in.n_out, in.n_in, s.ld);

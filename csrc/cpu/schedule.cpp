@@ -11,24 +11,35 @@ namespace ngk {
 namespace {
 
 constexpr int64_t PIECE_EDGES = 12288, SMALL_GRAPH = 4096, ITEM_EDGES = 8192;
+constexpr int64_t PAIR_SIDE = 64;  // with partners, node terms of destinations and sources are kept for both: small pieces
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void cut(const Row& row, int64_t index, int64_t copy, std::vector<Piece>& out) {
+void cut_pairs(const Row& row, int64_t index, int64_t copy, std::vector<Piece>& out) {
+  const bool triangle = row.kind == TRIANGLE;
+  const int64_t tall = triangle ? PAIR_SIDE : std::min<int64_t>(4 * PAIR_SIDE, std::max(PAIR_SIDE, PAIR_SIDE * PAIR_SIDE / row.n_src));
+  const int64_t wide = triangle ? PAIR_SIDE : std::min<int64_t>(4 * PAIR_SIDE, std::max(PAIR_SIDE, PAIR_SIDE * PAIR_SIDE / row.n_dst));
+  for (int64_t i = 0; i < row.n_dst; i += tall)
+    for (int64_t j = triangle ? i : 0; j < row.n_src; j += wide)
+      out.push_back({&row, index, copy, i, std::min(row.n_dst, i + tall), j, std::min(row.n_src, j + wide), triangle && i == j});
+}
+
+void cut(const Row& row, int64_t index, int64_t copy, bool paired, std::vector<Piece>& out) {
   if (row.kind == DIAGONAL) {
     for (int64_t i = 0; i < row.n_dst; i += 4096) {
       const int64_t end = std::min(row.n_dst, i + 4096);
-      out.push_back({&row, index, copy, i, end, i, end});
+      out.push_back({&row, index, copy, i, end, i, end, false});
     }
     return;
   }
+  if (paired) return cut_pairs(row, index, copy, out);
   const int64_t wide = std::min<int64_t>(2048, std::max<int64_t>(192, PIECE_EDGES / std::min<int64_t>(row.n_dst, 64)));
   const int64_t nj = ceil_div(row.n_src, wide), J = ceil_div(row.n_src, nj);
   const int64_t tall = std::min<int64_t>(1024, std::max<int64_t>(64, PIECE_EDGES / J));
   const int64_t ni = ceil_div(row.n_dst, tall), I = ceil_div(row.n_dst, ni);
   for (int64_t i = 0; i < row.n_dst; i += I)
     for (int64_t j = 0; j < row.n_src; j += J)
-      out.push_back({&row, index, copy, i, std::min(row.n_dst, i + I), j, std::min(row.n_src, j + J)});
+      out.push_back({&row, index, copy, i, std::min(row.n_dst, i + I), j, std::min(row.n_src, j + J), false});
 }
 
 }  // namespace
@@ -44,7 +55,7 @@ Plan make_plan(const Call& call) {
     const bool small = edges <= SMALL_GRAPH;
     for (int64_t copy = 0; copy < rows[begin].copies; ++copy) {
       const int64_t first = static_cast<int64_t>(plan.pieces.size());
-      for (size_t r = begin; r < end; ++r) cut(rows[r], static_cast<int64_t>(r), copy, plan.pieces);
+      for (size_t r = begin; r < end; ++r) cut(rows[r], static_cast<int64_t>(r), copy, call.paired, plan.pieces);
       const int64_t last = static_cast<int64_t>(plan.pieces.size());
       if (!small) {
         for (int64_t p = first; p < last; ++p) plan.items.push_back({p, p + 1, false});

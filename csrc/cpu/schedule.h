@@ -11,9 +11,13 @@ struct Piece {
   const Row* row;
   int64_t index;                 // of the row
   int64_t copy, i0, i1, j0, j1;  // destinations, sources; diagonal: j0 = i0, j1 = i1
+  bool triangle = false;         // the unordered pairs i <= j of i0 .. i1
   int rows() const { return static_cast<int>(i1 - i0); }
   int cols() const { return static_cast<int>(j1 - j0); }
-  int64_t edges() const { return row->kind == DIAGONAL ? rows() : static_cast<int64_t>(rows()) * cols(); }
+  int64_t edges() const {
+    const int64_t n = rows();
+    return row->kind == DIAGONAL ? n : triangle ? n * (n + 1) / 2 : n * cols();
+  }
 };
 
 struct Item {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..graph import NeuralGraph
-from ..topology import DIAGONAL
 from ..reference import evaluate as reference
+from ..topology import DIAGONAL
 from . import _cpp
 from . import expression as ex
 from .double_backward import second_derivatives

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .. import program as prog
 from ..edges import ACTIVATIONS
-from ..topology import DIAGONAL, FORWARD, KINDS, PARTNER
+from ..topology import FORWARD, PARTNER
 from .edge_list import EdgeList
 
 STD_THRESHOLD = 1e-5  # a variance up to here counts as 0, with gradient 0 (as PyG's StdAggregation)
