@@ -37,6 +37,25 @@ NGK_INLINE void act_scalar(int kind, T z, T* h, T* d) {
   }
 }
 
+// gelu = z Phi(z) with derivative Phi(z) + z phi(z). Phi from erfc(|z| / sqrt 2) = exp(-z^2 / 2) t P(t), t = 1 / (1 + p |z|): the
+// polynomial is a weighted least-squares fit, absolute error of Phi 3e-9, relative error of its tail 4e-6.
+template <class V>
+NGK_INLINE void gelu(typename V::R z, typename V::R* h, typename V::R* d) {
+  using T = typename V::T;
+  using R = typename V::R;
+  constexpr double P[8] = {0.31060257599880314, 0.3045873426399233,  0.3083392156077877,  -0.02022740038758009,
+                           0.5153611091793976,  -0.7066168153937421, 0.35302391919082055, -0.06506994334254164};
+  const R one = V::set1(T(1)), square = V::mul(z, z);
+  const R bell = V::exp(V::upper(V::mul(square, V::set1(T(-0.5))), V::set1(T(-87))));
+  const R t = V::recip(V::fma(V::upper(z, V::sub(V::zero(), z)), V::set1(T(0.55 * 0.70710678118654752440)), one));
+  R q = V::set1(T(0.5 * P[7]));
+  for (int k = 6; k >= 0; --k) q = V::fma(q, t, V::set1(T(0.5 * P[k])));
+  q = V::mul(V::mul(q, t), bell);
+  const R phi = V::if_lt(z, V::zero(), q, V::sub(one, q));
+  *h = V::mul(z, phi);
+  *d = V::fma(V::mul(z, bell), V::set1(T(0.39894228040143267794)), phi);
+}
+
 // h = act(z) over n values; with d, also the derivative there (d may be z itself).
 template <class V, bool GRAD>
 __attribute__((noinline)) void activate(int kind, const typename V::T* z, typename V::T* h, typename V::T* d, int64_t n) {
@@ -65,6 +84,17 @@ __attribute__((noinline)) void activate(int kind, const typename V::T* z, typena
         if (GRAD) V::store(d + k, V::mul(s, V::sub(one, s)));
       }
       return;
+    case GELU:
+      if constexpr (sizeof(T) == 4) {
+        for (int64_t k = 0; k < n; k += V::W) {
+          R y, slope;
+          gelu<V>(V::load(z + k), &y, &slope);
+          V::store(h + k, y);
+          if (GRAD) V::store(d + k, slope);
+        }
+        return;
+      }
+      [[fallthrough]];
     default:
       for (int64_t k = 0; k < n; ++k) {
         T hk, dk;
