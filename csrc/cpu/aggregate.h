@@ -38,6 +38,7 @@ class Aggregate : Engine<V> {
       const Piece& piece = plan.pieces[at];
       Stats<V> stats(w.stats, piece.rows(), ldm);
       eval.nodes(piece);
+      eval.template common<false>(piece);
       eval.tiles(piece, [&](const Tile<V>& t) {
         eval.template run<false>(t);
         const Registers<V> g = this->registers(w);

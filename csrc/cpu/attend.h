@@ -41,6 +41,7 @@ class Attend : Engine<V> {
       a.place(w.attention, piece, prepared.tile_rows(), false);
       a.begin_forward(piece);
       eval.nodes(piece);
+      eval.template common<false>(piece);
       eval.tiles(piece, [&](const Tile<V>& t) {
         eval.template run<false>(t);
         a.forward(t, w.out[call.message_start - 1], w.out[last], prepared.steps[last].ld);

@@ -18,7 +18,55 @@ class Backprop {
   Backprop(const Prepared<V>& prepared, Worker<V>& worker, Evaluator<V>& evaluator) : p(prepared), w(worker), eval(evaluator) {}
 
   // From the result of instruction end - 1 (gradient in w.g[slot], ld of that result) down to `begin`.
+  // Where all pairs of the piece have the first instructions in common, it stops above them: `finish` goes on.
   void run(const Tile<V>& t, int begin, int end, int slot) {
+    const int common = p.constant(*t.piece->row);
+    if (common == end) return keep(t, slot);
+    run(t, begin, end, slot, common);
+  }
+
+  // Gradients of what the pairs of a piece have in common, from their sums: one pair stands for all.
+  void finish(const Piece& piece) {
+    const int common = p.constant(*piece.row), n = static_cast<int>(p.steps.size());
+    if (!common) return;
+    const int live = p.live(*piece.row), half = live ? row_blocks<V>(1) : 0;
+    for (int r = 0; r < p.tile_rows(); ++r) w.i[r] = w.j[r] = 0;
+    const Tile<V> t{1, half, live, 0, w.i, w.j, &piece};
+    T *g = w.g[0], *next = w.g[1];
+    const Step<V>& s = p.steps[common < n ? common : n - 1];
+    std::memset(g, 0, sizeof(T) * (half + 1) * s.ld);
+    if (common == n) {
+      const int e = p.call.message_start - 1, ld = p.steps[e].ld;
+      std::memset(w.grad_add[e], 0, sizeof(T) * (half + 1) * ld);
+      std::memcpy(g, w.common, sizeof(T) * s.ld);
+      std::memcpy(w.grad_add[e], w.common_add[e], sizeof(T) * ld);
+      return run(t, 0, n, 0, 0);
+    }
+    const int rows = piece.rows() + (live ? piece.cols() : 0);
+    column_sums(w.grad_s[common], rows, s.ld, g);
+    for (int k = 0; k < common; ++k)
+      if (w.grad_add[k]) {
+        std::memset(w.grad_add[k], 0, sizeof(T) * (half + 1) * p.steps[k].ld);
+        std::memcpy(w.grad_add[k], w.common_add[k], sizeof(T) * p.steps[k].ld);
+      }
+    if (!linear_only(t, common, g, next)) return;
+    run(t, 0, scales(common) ? common - 1 : common, 1, 0);  // the activation's derivative is in
+  }
+
+ private:
+  // The sums over a tile's rows, for `finish`.
+  void keep(const Tile<V>& t, int slot) {
+    const int n = static_cast<int>(p.steps.size()), e = p.call.message_start - 1;
+    sum_rows(t, n - 1, w.g[slot], w.common);
+    sum_rows(t, e, w.grad_add[e], w.common_add[e]);
+  }
+  // Adds the rows of a tile's gradient of instruction k.
+  void sum_rows(const Tile<V>& t, int k, const T* g, T* to) {
+    const int ld = p.steps[k].ld;
+    t.spans(k, [&](int first, int rows) { column_sums(g + static_cast<int64_t>(first) * ld, rows, ld, to); });
+  }
+
+  void run(const Tile<V>& t, int begin, int end, int slot, int common) {
     T *g = w.g[slot], *next = w.g[2];
     for (int k = end - 1; k >= begin; --k) {
       const Instr& in = p.call.instrs[k];
@@ -38,9 +86,14 @@ class Backprop {
           norm(t, k, g);
           break;
         case ADD:
+          if (in.arg0 < common) {
+            sum_rows(t, k, g, w.common_add[in.arg0]);
+            break;
+          }
           copy_rows(g, s.ld, w.grad_add[in.arg0], p.steps[in.arg0].ld, t.rows(k), t.rows(static_cast<int>(in.arg0)));
           break;
         case LIN:
+          if (k == common && common) return bias_or_nodes(t, k, g);
           if (!linear(t, k, g, next)) return;
           swap(g, next);
           if (scales(k)) --k;  // the activation's derivative is in
@@ -62,7 +115,6 @@ class Backprop {
     }
   }
 
- private:
   static void swap(T*& a, T*& b) {
     T* c = a;
     a = b;
@@ -145,18 +197,23 @@ class Backprop {
 
   // False when nothing below wants a gradient.
   bool linear(const Tile<V>& t, int k, const T* g, T* next) {
+    bias_or_nodes(t, k, g);
+    return linear_only(t, k, g, next);
+  }
+
+  // The same without bias and node term.
+  bool linear_only(const Tile<V>& t, int k, const T* g, T* next) {
     const Instr& in = p.call.instrs[k];
     const Step<V>& s = p.steps[k];
-    bias_or_nodes(t, k, g);
     if (in.n_in == 0) return false;
+    if (in.arg1 >= 0 && t.partners(k)) return pair(t, k, g, next);
     const int lda = p.steps[k - 1].ld, ldn = s.bwd[0].ld;
     const T* x = w.out[k - 1];
     const auto at = [](auto* base, int row, int ld) { return base + static_cast<int64_t>(row) * ld; };
     if (p.call.grad_params)
       t.spans(k, [&](int first, int n) {
         gemm_outer<V>(at(x, first, lda), lda, in.n_in, at(g, first, s.ld), s.ld, n, w.params + s.g_w[eval.direction(t, first)], s.ld);
-        if (in.arg1 >= 0)
-          gemm_outer<V>(at(x, first ? 0 : t.half, lda), lda, in.n_in, at(g, first, s.ld), s.ld, n, w.params + s.g_partner, s.ld);
+        if (in.arg1 >= 0) gemm_outer<V>(at(x, t.half, lda), lda, in.n_in, at(g, first, s.ld), s.ld, n, w.params + s.g_partner, s.ld);
       });
     if (k == 1 && !p.call.need_weights) return false;
     const T* scale = scales(k) ? w.out[k - 2] : nullptr;
@@ -174,19 +231,39 @@ class Backprop {
     return true;
   }
 
-  // Adds to an edge's gradient what its partner's update took from it.
+  // What only the edges' update took from their partners.
   void from_partners(const Tile<V>& t, int k, const T* g, T* next, const T* scale) {
     const Step<V>& s = p.steps[k];
-    const int ld = s.partner_t.ld;
-    T *mine = next, *theirs = next + static_cast<int64_t>(t.half) * ld;
-    const T* their_scale = scale ? scale + static_cast<int64_t>(t.half) * ld : nullptr;
-    if (t.partners(k)) {
-      gemm<V>(g + static_cast<int64_t>(t.half) * s.ld, s.ld, t.n, s.partner_t, mine, FromRows<V>{mine, ld}, scale);
-      gemm<V>(g, s.ld, t.n, s.partner_t, theirs, FromRows<V>{theirs, ld}, their_scale);
-      return;
+    const int64_t ld = s.partner_t.ld;
+    if (scale) multiply(next, scale, Evaluator<V>::vector_count(t.n, s.partner_t.ld));
+    gemm<V>(g, s.ld, t.n, s.partner_t, next + t.half * ld, FromZero<V>{}, scale ? scale + t.half * ld : nullptr);
+  }
+
+  // A pair update of both directions (Evaluator::pair), by sums and differences of the gradients.
+  bool pair(const Tile<V>& t, int k, const T* g, T* next) {
+    const Instr& in = p.call.instrs[k];
+    const Step<V>& s = p.steps[k];
+    const int lda = p.steps[k - 1].ld, ldn = s.plus_t.ld;
+    const int64_t half = t.half;
+    if (p.call.grad_params) {
+      Evaluator<V>::sums(w.out[k - 1], t.half, t.n, lda, w.pair);
+      Evaluator<V>::sums(g, t.half, t.n, s.ld, next);  // next: free until its own turn
+      gemm_outer<V>(w.pair, lda, in.n_in, next, s.ld, t.n, w.params + s.g_plus, s.ld);
+      gemm_outer<V>(w.pair + half * lda, lda, in.n_in, next + half * s.ld, s.ld, t.n, w.params + s.g_minus, s.ld);
     }
-    if (scale) multiply(mine, scale, Evaluator<V>::vector_count(t.n, ld));
-    gemm<V>(g, s.ld, t.n, s.partner_t, theirs, FromZero<V>{}, their_scale);
+    if (k == 1 && !p.call.need_weights) return false;
+    Evaluator<V>::sums(g, t.half, t.n, s.ld, w.pair);
+    gemm<V>(w.pair, s.ld, t.n, s.plus_t, next, FromZero<V>{});
+    gemm<V>(w.pair + half * s.ld, s.ld, t.n, s.minus_t, next + half * ldn, FromZero<V>{});
+    for (int64_t c = 0; c < Evaluator<V>::vector_count(t.n, ldn); c += V::W) {
+      T *a = next + c, *b = a + half * ldn;
+      const R x = V::load(a), y = V::load(b);
+      V::store(a, V::add(x, y));
+      V::store(b, V::sub(x, y));
+    }
+    if (scales(k)) multiply(next, w.out[k - 2], Evaluator<V>::vector_count(t.rows(k), ldn));
+    compact(next, t.rows(k - 1), ldn, lda);
+    return true;
   }
 
   // g becomes the gradient of what was normalised.

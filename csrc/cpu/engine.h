@@ -38,16 +38,21 @@ class Engine {
     const size_t n = prepared.steps.size(), slack = 64;
     const size_t tile = static_cast<size_t>(prepared.tile_rows()), rows = row_blocks<V>(plan.max_rows), cols = row_blocks<V>(plan.max_cols),
                  s_rows = call.paired ? rows + cols : rows, t_rows = call.paired ? rows + cols : cols;
-    for (auto* v : {&w.out, &w.s, &w.t, &w.grad_s, &w.grad_t, &w.grad_add}) v->assign(n, nullptr);
+    for (auto* v : {&w.out, &w.s, &w.t, &w.grad_s, &w.grad_t, &w.grad_add, &w.common_add}) v->assign(n, nullptr);
     size_t rest = 0;
     for (size_t k = 0; k < n; ++k) {
       const Step<V>& s = prepared.steps[k];
       const Instr& in = call.instrs[k];
       w.out[k] = a.take<T>(tile * s.ld + slack);
       if (in.op == TABLE && rest < 2 * static_cast<size_t>(in.n_in) + slack) rest = 2 * in.n_in + slack;
-      if (in.op == ADD && backward) w.grad_add[in.arg0] = a.take<T>(tile * prepared.steps[in.arg0].ld + slack);
-      if (call.combine == ATTEND && backward && static_cast<int>(k) == call.message_start - 1)
-        w.grad_add[k] = a.take<T>(tile * s.ld + slack);
+      const int waiting = !backward                                                                 ? -1
+                          : in.op == ADD                                                            ? static_cast<int>(in.arg0)
+                          : call.combine == ATTEND && static_cast<int>(k) == call.message_start - 1 ? static_cast<int>(k)
+                                                                                                    : -1;
+      if (waiting >= 0) {
+        w.grad_add[waiting] = a.take<T>(tile * prepared.steps[waiting].ld + slack);
+        w.common_add[waiting] = a.take<T>(static_cast<size_t>(prepared.max_ld) + slack);
+      }
       if (!s.node) continue;
       const size_t dx = call.x_width[in.x];
       if (rest < V::MR * dx + slack) rest = V::MR * dx + slack;
@@ -58,6 +63,12 @@ class Engine {
       w.grad_t[k] = a.take<T>(t_rows * s.ld + slack);
     }
     w.rest = a.take<T>(rest);
+    size_t pair = 0;
+    for (size_t k = 1; k < n; ++k)
+      if (call.instrs[k].op == LIN && call.instrs[k].arg1 >= 0)
+        for (int ld : {prepared.steps[k].ld, prepared.steps[k - 1].ld})
+          if (pair < static_cast<size_t>(ld)) pair = static_cast<size_t>(ld);
+    w.pair = a.take<T>(tile * pair + slack);
     w.i = a.take<int>(tile);
     w.j = a.take<int>(tile);
     if (prepared.table_step >= 0) {
@@ -75,6 +86,7 @@ class Engine {
       w.message = a.take<T>(tile * ldm + slack);
       w.coefficients = a.take<T>(static_cast<size_t>(Coefficients<V>::PLANES) * plan.max_rows * ldm + slack);
     }
+    w.common = a.take<T>(static_cast<size_t>(prepared.max_ld) + slack);
     for (T*& g : w.g) g = a.take<T>(tile * prepared.max_ld + slack);
     w.grad_x_i.assign(call.xs.size(), nullptr);
     w.grad_x_j.assign(call.xs.size(), nullptr);

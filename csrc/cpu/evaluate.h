@@ -30,6 +30,7 @@ class Evaluate : Engine<V> {
       const Piece& piece = plan.pieces[at];
       const Row& row = *piece.row;
       eval.nodes(piece);
+      eval.template common<false>(piece);
       eval.tiles(piece, [&](const Tile<V>& t) {
         eval.template run<false>(t);
         t.spans(e, [&](int first, int) {

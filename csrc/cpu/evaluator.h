@@ -20,7 +20,10 @@ struct Worker {
   T *g[3] = {nullptr, nullptr, nullptr}, *message = nullptr /* FiLM shifts on their way */, *coefficients = nullptr, *stats = nullptr,
     *rest = nullptr;
   T *params = nullptr, *table = nullptr, *raw_grad[2] = {nullptr, nullptr};  // gradients of the current item; raw_grad: of the piece
-  T* attention = nullptr;                                                    // what attention keeps for a piece
+  T* pair = nullptr;                                                         // sums and differences of a tile's edges and partners
+  std::vector<T*> common_add;                                                // as grad_add, summed over a piece
+  T* common = nullptr;     // sums over a piece of the gradients of what its pairs have in common: share, state
+  T* attention = nullptr;  // what attention keeps for a piece
   int64_t table_low[2], table_high[2];
 };
 
@@ -83,10 +86,41 @@ class Evaluator {
     }
   }
 
-  // Runs every instruction on a tile. With GRAD, activations leave their derivative in their input's place.
+  // What all pairs of a piece have in common (Prepared::constant), once: a whole tile of it, and its share in the first node term.
+  template <bool GRAD>
+  void common(const Piece& piece) {
+    const int until = p.constant(*piece.row);
+    if (!until) return;
+    const int most = p.tile / 2;
+    for (int r = 0; r < p.tile_rows(); ++r) w.i[r] = w.j[r] = 0;
+    run<GRAD>(Tile<V>{most, p.live(*piece.row) ? row_blocks<V>(most) : 0, p.live(*piece.row), 0, w.i, w.j, &piece}, 0, until);
+    if (until == static_cast<int>(p.steps.size())) return;
+    const Step<V>& s = p.steps[until];
+    const T* x = w.out[until - 1];
+    T* share = w.out[until];  // of a block of rows, all the same
+    gemm<V>(x, p.steps[until - 1].ld, V::MR, s.fwd[0], share, FromZero<V>{});
+    if (p.call.instrs[until].arg1 >= 0) gemm<V>(x, p.steps[until - 1].ld, V::MR, s.partner, share, FromRows<V>{share, s.ld});
+    const int rows = piece.rows() + (p.live(*piece.row) ? piece.cols() : 0);
+    for (int i = 0; i < rows; ++i)
+      for (int c = 0; c < s.ld; ++c) w.s[until][static_cast<int64_t>(i) * s.ld + c] += share[c];
+  }
+
+  // Runs the instructions of a tile that are not done yet.
   template <bool GRAD>
   void run(const Tile<V>& t) {
-    for (int k = 0; k < static_cast<int>(p.steps.size()); ++k) {
+    const int n = static_cast<int>(p.steps.size()), done = p.constant(*t.piece->row);
+    if (done && done < n) {  // the node term holds the rest
+      Matrix<V> none;
+      none.ld = p.steps[done].ld;
+      gemm<V>(w.out[done], 0, t.rows(done), none, w.out[done], FromNodes<V>{w.s[done], w.t[done], none.ld, t.i, t.j});
+    }
+    run<GRAD>(t, done ? done + 1 : 0, n);
+  }
+
+  // Runs instructions first .. last - 1. With GRAD, activations leave their derivative in their input's place.
+  template <bool GRAD>
+  void run(const Tile<V>& t, int first_step, int last_step) {
+    for (int k = first_step; k < last_step; ++k) {
       const Instr& in = p.call.instrs[static_cast<size_t>(k)];
       const Step<V>& s = p.steps[static_cast<size_t>(k)];
       const T* prev = k ? w.out[k - 1] : nullptr;
@@ -215,7 +249,52 @@ class Evaluator {
     });
   }
 
+  // A pair update where both directions are wanted: z = A e + B e' and z' = A e' + B e are the sum and the difference of
+  // (A + B) / 2 (e + e') and (A - B) / 2 (e - e'): half the products.
+  void pair(const Tile<V>& t, int k, const T* prev) {
+    const Step<V>& s = p.steps[k];
+    const int lda = p.steps[k - 1].ld;
+    T *out = w.out[k], *back = out + static_cast<int64_t>(t.half) * s.ld;
+    sums(prev, t.half, t.n, lda, w.pair);
+    gemm<V>(w.pair, lda, t.n, s.plus, out, FromZero<V>{});
+    gemm<V>(w.pair + static_cast<int64_t>(t.half) * lda, lda, t.n, s.minus, back, FromZero<V>{});
+    for (int r = 0; r < t.n; ++r) {
+      const T *si = s.node ? w.s[k] + static_cast<int64_t>(t.i[r]) * s.ld : s.bias,
+              *tj = s.node ? w.t[k] + static_cast<int64_t>(t.j[r]) * s.ld : nullptr;
+      const T *sj = s.node ? w.s[k] + static_cast<int64_t>(t.j[r]) * s.ld : s.bias,
+              *ti = s.node ? w.t[k] + static_cast<int64_t>(t.i[r]) * s.ld : nullptr;
+      T *a = out + static_cast<int64_t>(r) * s.ld, *b = back + static_cast<int64_t>(r) * s.ld;
+      for (int c = 0; c < s.ld; c += V::W) {
+        const R x = V::load(a + c), y = V::load(b + c);
+        V::store(a + c, V::add(V::add(x, y), tj ? V::add(V::load(si + c), V::load(tj + c)) : V::load(si + c)));
+        V::store(b + c, V::add(V::sub(x, y), ti ? V::add(V::load(sj + c), V::load(ti + c)) : V::load(sj + c)));
+      }
+    }
+  }
+
+ public:
+  // e + e' in the rows of edges, e - e' in those of their partners.
+  static void sums(const T* x, int half, int n, int ld, T* to) {
+    const T* y = x + static_cast<int64_t>(half) * ld;
+    T* difference = to + static_cast<int64_t>(half) * ld;
+    if (ld % V::W) {  // no padding: a whole vector would reach the other half
+      for (int64_t c = 0; c < static_cast<int64_t>(n) * ld; ++c) {
+        const T a = x[c], b = y[c];
+        to[c] = a + b;
+        difference[c] = a - b;
+      }
+      return;
+    }
+    for (int64_t c = 0; c < vector_count(n, ld); c += V::W) {
+      const R a = V::load(x + c), b = V::load(y + c);
+      V::store(to + c, V::add(a, b));
+      V::store(difference + c, V::sub(a, b));
+    }
+  }
+
+ private:
   void linear(const Tile<V>& t, int k, const T* prev) {
+    if (p.call.instrs[k].arg1 >= 0 && t.partners(k)) return pair(t, k, prev);
     const Instr& in = p.call.instrs[k];
     const Step<V>& s = p.steps[k];
     const int lda = in.n_in ? p.steps[k - 1].ld : 0;
@@ -237,10 +316,7 @@ class Evaluator {
       go(0, t.rows(k));
     }
     if (in.arg1 < 0) return;
-    t.spans(k, [&](int first, int n) {  // the partners' registers
-      T* to = w.out[k] + static_cast<int64_t>(first) * s.ld;
-      gemm<V>(prev + static_cast<int64_t>(first ? 0 : t.half) * lda, lda, n, s.partner, to, FromRows<V>{to, s.ld});
-    });
+    gemm<V>(prev + static_cast<int64_t>(t.half) * lda, lda, t.n, s.partner, w.out[k], FromRows<V>{w.out[k], s.ld});
   }
 
   void norm(const Tile<V>& t, int k, const T* prev) {

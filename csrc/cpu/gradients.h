@@ -29,7 +29,9 @@ class Gradients : Engine<V> {
     for (auto [grad, n] : {std::pair<void*, int>{call.grad_q, call.d}, {call.grad_k, call.d}, {call.grad_v, call.d_v}})
       if (grad) std::memset(grad, 0, sizeof(T) * call.nodes * n);
     this->template run<Gradients, &Gradients::differentiate, &Gradients::commit_gradients>(this);
-    if (call.grad_params) prepared.write_grads(total_params.data());
+    if (!call.grad_params) return;
+    prepared.join_pairs(total_params.data());
+    prepared.write_grads(total_params.data());
   }
 
  private:
@@ -79,6 +81,7 @@ class Gradients : Engine<V> {
       const Piece& piece = plan.pieces[at];
       if (!wanted(piece)) continue;
       eval.nodes(piece);
+      eval.template common<true>(piece);
       clear_piece(w, piece);
       Attention<V> attention(call, call.combine == ATTEND ? prepared.steps[static_cast<size_t>(call.message_start - 1)].ld : 0);
       if (call.combine == ATTEND) {
@@ -91,6 +94,7 @@ class Gradients : Engine<V> {
         eval.template run<true>(t);
         tile_gradients(w, back, attention, t);
       });
+      back.finish(piece);
       node_gradients(w, piece);
       if (item.exclusive) commit_piece(w, piece);
     }
@@ -145,6 +149,11 @@ class Gradients : Engine<V> {
   }
 
   void clear_piece(Worker<V>& w, const Piece& piece) {
+    if (prepared.constant(*piece.row)) {
+      std::memset(w.common, 0, sizeof(T) * prepared.max_ld);
+      for (T* sum : w.common_add)
+        if (sum) std::memset(sum, 0, sizeof(T) * prepared.max_ld);
+    }
     const int all = row_blocks<V>(piece.rows() + piece.cols()), rows = row_blocks<V>(piece.rows()), cols = row_blocks<V>(piece.cols());
     for (size_t k = 0; k < prepared.steps.size(); ++k) {
       const Step<V>& s = prepared.steps[k];

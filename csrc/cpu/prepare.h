@@ -21,14 +21,16 @@ struct Arena {
 template <class V>
 struct Step {
   using T = typename V::T;
-  Matrix<V> fwd[2], bwd[2];             // LIN: [n_in, n_out] and its transpose, by direction
-  Matrix<V> wd, ws, wd_t, ws_t;         // node term: [d_x, n_out] and transposes
-  Matrix<V> partner, partner_t;         // LIN: what the partners' registers are multiplied with
+  Matrix<V> fwd[2], bwd[2];      // LIN: [n_in, n_out] and its transpose, by direction
+  Matrix<V> wd, ws, wd_t, ws_t;  // node term: [d_x, n_out] and transposes
+  // LIN with partners: what their registers are multiplied with; its sum with and difference from fwd (evaluator.h)
+  Matrix<V> partner, partner_t, plus, minus, plus_t, minus_t;
   T* bias = nullptr;                    // [ld], zero where none
   T *gamma = nullptr, *ones = nullptr;  // NORM: [ld] scale, and 1 on the columns that count
   T eps = 0;
-  int ld = 0;                                                                 // of the result
-  int64_t g_w[2] = {-1, -1}, g_b = -1, g_wd = -1, g_ws = -1, g_partner = -1;  // offsets into the padded parameter gradients
+  int ld = 0;  // of the result
+  int64_t g_w[2] = {-1, -1}, g_b = -1, g_wd = -1, g_ws = -1, g_partner = -1, g_plus = -1,
+          g_minus = -1;  // offsets into the padded parameter gradients
   bool node = false;
 };
 
@@ -40,6 +42,7 @@ struct Prepared {
   const T *params, *table = nullptr;  // table: [directions, nodes, TABLE_LINES, table_ld]
   int table_step = -1, table_ld = 0, tile = 48, max_ld = 0;
   int last_pair = 0;     // the last instruction that reads partners: below it, they are evaluated
+  int first_node = 0;    // the first instruction with a node term (or a checkpoint): below it, pairs without edges are all alike
   size_t grad_size = 0;  // of the padded parameter gradients
 
   explicit Prepared(const Call& c) : call(c), steps(c.instrs.size()), params(static_cast<const T*>(c.params)) {
@@ -53,6 +56,13 @@ struct Prepared {
 
   // Rows of a tile's buffers: edges, then (from a full block on) their partners.
   int tile_rows() const { return call.paired ? 2 * row_blocks<V>(tile / 2) : row_blocks<V>(tile); }
+  // Instructions below this give the same result for all pairs of a row, because none has raw features; 0: not so.
+  int constant(const Row& row) const {
+    const int n = static_cast<int>(steps.size());
+    if (!call.paired || row.weight >= 0 || row.partner >= 0) return 0;
+    if (first_node == n) return call.combine == ATTEND ? n : 0;
+    return first_node >= 2 && call.instrs[static_cast<size_t>(first_node)].op == LIN ? first_node : 0;
+  }
   // Instructions below this are evaluated for the partners of a row's edges.
   int live(const Row& row) const { return row.flags & PARTNER ? static_cast<int>(steps.size()) : last_pair; }
 
@@ -68,7 +78,14 @@ struct Prepared {
         for (int n = 0; n < m.ld; ++n)
           p[k * m.ld + n] = n >= m.N ? T(0) : (transpose ? src[k * cols + n] : src[static_cast<int64_t>(n) * cols + k]);
     m.p = p;
+    pack(arena, m);
+    return m;
+  }
+
+  // The bf16 form of a matrix.
+  void pack(Arena& arena, Matrix<V>& m) {
     if constexpr (V::BF16) {
+      const T* p = m.p;
       uint32_t* q = arena.take<uint32_t>(static_cast<size_t>((m.K + 1) / 2) * m.ld);
       if (p)
         for (int k = 0; k < m.K; k += 2)
@@ -77,7 +94,6 @@ struct Prepared {
                 to_bf16(p[k * m.ld + n]) | (k + 1 < m.K ? static_cast<uint32_t>(to_bf16(p[(k + 1) * m.ld + n])) << 16 : 0u);
       m.pairs = q;
     }
-    return m;
   }
 
   int64_t grads(size_t n) {
@@ -87,6 +103,8 @@ struct Prepared {
   }
 
   void build(Arena& arena) {
+    first_node = 0;
+    while (first_node < static_cast<int>(steps.size()) && call.instrs[first_node].x < 0 && call.instrs[first_node].op != MARK) ++first_node;
     for (size_t k = 0; k < steps.size(); ++k) {
       const Instr& in = call.instrs[k];
       Step<V>& s = steps[k];
@@ -100,7 +118,7 @@ struct Prepared {
         last_pair = static_cast<int>(k);
         s.partner = matrix(arena, in.arg1, in.n_out, in.n_in, false);
         s.partner_t = matrix(arena, in.arg1, in.n_out, in.n_in, true);
-        s.g_partner = grads(static_cast<size_t>(in.n_in) * s.ld);
+        for (int64_t* g : {&s.g_partner, &s.g_plus, &s.g_minus}) *g = grads(static_cast<size_t>(in.n_in) * s.ld);
       }
       if (in.op == LIN && in.n_in)
         for (int v = 0; v < (in.arg0 ? call.directions : 1); ++v) {
@@ -108,6 +126,7 @@ struct Prepared {
           s.bwd[v] = matrix(arena, in.w + v * in.arg0, in.n_out, in.n_in, true);
           s.g_w[v] = grads(static_cast<size_t>(in.n_in) * s.ld);
         }
+      if (in.op == LIN && in.arg1 >= 0) prepare_pair(arena, s);
       if (in.op == LIN && !in.arg0) s.fwd[1] = s.fwd[0], s.bwd[1] = s.bwd[0], s.g_w[1] = s.g_w[0];
       s.bias = arena.take<T>(s.ld);
       if (s.bias)
@@ -125,6 +144,22 @@ struct Prepared {
       }
       if (in.op == TABLE) prepare_table(arena, static_cast<int>(k));
     }
+  }
+
+  // (A + B) / 2 and (A - B) / 2 of a pair update's matrices.
+  void prepare_pair(Arena& arena, Step<V>& s) {
+    s.plus = blend(arena, s.fwd[0], s.partner, 1);
+    s.minus = blend(arena, s.fwd[0], s.partner, -1);
+    s.plus_t = blend(arena, s.bwd[0], s.partner_t, 1);
+    s.minus_t = blend(arena, s.bwd[0], s.partner_t, -1);
+  }
+  Matrix<V> blend(Arena& arena, const Matrix<V>& a, const Matrix<V>& b, T sign) {
+    Matrix<V> m = a;
+    T* p = arena.take<T>(static_cast<size_t>(m.K) * m.ld);
+    for (int64_t k = 0; p && k < static_cast<int64_t>(m.K) * m.ld; ++k) p[k] = T(0.5) * (a.p[k] + sign * b.p[k]);
+    m.p = p;
+    pack(arena, m);
+    return m;
   }
 
   T* row(Arena& arena, const T* from, int n, int ld) {
@@ -163,6 +198,18 @@ struct Prepared {
       for (int64_t r = 0; r < lines; ++r)
         for (int n = 0; n < s.ld; ++n) p[r * s.ld + n] = n < in.n_out ? src[r * in.n_out + n] : T(0);
     table = p;
+  }
+
+  // Gradients of the sums and differences of pair updates, to those of their matrices.
+  void join_pairs(T* g) const {
+    for (const Step<V>& s : steps) {
+      if (s.g_plus < 0) continue;
+      for (int64_t k = 0; k < static_cast<int64_t>(s.partner.K) * s.ld; ++k) {
+        const T plus = T(0.5) * g[s.g_plus + k], minus = T(0.5) * g[s.g_minus + k];
+        g[s.g_w[0] + k] += plus + minus;
+        g[s.g_partner + k] += plus - minus;
+      }
+    }
   }
 
   // Adds the padded gradients into grad_params, in its [n_out, n_in] form.
