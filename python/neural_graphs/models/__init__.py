@@ -1,5 +1,7 @@
 """Networks that read the weights of other networks."""
 
+from .dws import DWS
+from .nfn import NFN
 from .nggnn import NGGNN
 
-__all__ = ["NGGNN"]
+__all__ = ["DWS", "NFN", "NGGNN"]

@@ -53,22 +53,42 @@ def load(cls, state_dict: dict[str, torch.Tensor], config: dict, options: dict):
     model = cls(**{**options_of(config), **options})
     given = {re.sub(r"(^|\.)_orig_mod\.", r"\1", name): t for name, t in state_dict.items()}
     wanted = model.state_dict()
-    for name in [n for n in given if n not in wanted and _never_read(n, model)]:
-        del given[name]
+    return load_parameters("NGGNN.from_reference", model, {n: t for n, t in given.items() if n in wanted or not _never_read(n, model)})
+
+
+def load_parameters(op: str, model, given: dict[str, torch.Tensor]):
+    """`model` with the tensors `given`, in float64 if they are.
+
+    Raises:
+        ValueError: tensors missing, left over or of the wrong shape.
+    """
+    wanted = model.state_dict()
     missing, extra = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
     if missing or extra:
         text = "; ".join(f"{what}: {', '.join(names)}" for what, names in (("missing", missing), ("left over", extra)) if names)
-        raise ValueError(
-            f"NGGNN.from_reference: expected the tensors of this config, got others ({text}); does the config belong to the checkpoint?"
-        )
+        raise ValueError(f"{op}: expected the tensors of this config, got others ({text}); does the config belong to the checkpoint?")
     wrong = [f"{n} {tuple(given[n].shape)} instead of {tuple(wanted[n].shape)}" for n in wanted if given[n].shape != wanted[n].shape]
     if wrong:
-        raise ValueError(f"NGGNN.from_reference: expected tensors of the config's shapes, got {'; '.join(wrong)}")
+        raise ValueError(f"{op}: expected tensors of the config's shapes, got {'; '.join(wrong)}")
     dtypes = {t.dtype for t in given.values() if t.is_floating_point()}
     if dtypes == {torch.float64}:
         model.double()
     model.load_state_dict(given)
     return model
+
+
+def expect_options(op: str, config: dict, needed: tuple[str, ...], only: dict) -> None:
+    """A configuration that has what is `needed`, and of what is not built (`only`) the one value that is.
+
+    Raises:
+        ValueError: entries missing. NotImplementedError: another value.
+    """
+    missing = [k for k in needed if k not in config]
+    if missing:
+        raise ValueError(f"{op}: expected config with {', '.join(missing)}, got {', '.join(config)}")
+    for name, value in only.items():
+        if config.get(name, value) != value:
+            raise NotImplementedError(f"{op}: expected {name}={value!r}, got {config[name]!r}; that option is not built")
 
 
 def _never_read(name: str, model) -> bool:
