@@ -106,8 +106,11 @@ def test_broken_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"0.weight": torch.zeros(3, 2), "norm.scale": torch.zeros(3)}, r"expected keys .*, got 'norm.scale'"),
-        ({"a.0.weight": torch.zeros(3, 2), "b.0.weight": torch.zeros(3, 2)}, r"expected one chain of layers, got a, b"),
+        (
+            {"0.weight": torch.zeros(3, 2), "norm.scale": torch.zeros(3)},
+            r"expected numbered linear layers .* or a LLaMA-shaped decoder .*, got 'norm.scale'",
+        ),
+        ({"a.0.weight": torch.zeros(3, 2), "b.0.weight": torch.zeros(3, 2)}, r"expected one chain of layers, got a.k, b.k"),
         ({"0.bias": torch.zeros(3)}, r"expected a weight for each bias, got layer 0"),
         ({"0.weight": torch.zeros(3, 2), "1.weight": torch.zeros(1, 4)}, r"expected weight 1 of shape \(out, 3\), got \(1, 4\)"),
         ({}, r"expected one chain of layers, got no tensors"),
