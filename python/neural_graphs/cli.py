@@ -22,6 +22,8 @@ try:
 except ImportError as missing:
     sys.exit(f'error: ngk needs the package {missing.name}; pip install "ngkernels[demo]"')
 
+from . import commands
+
 EXPECTED = (ValueError, TypeError, NotImplementedError, RuntimeError, FloatingPointError, OSError, MemoryError)
 STOPPED = 130
 
@@ -36,6 +38,7 @@ app = typer.Typer(
 )
 train_app = typer.Typer(no_args_is_help=True, help="Train a model on one task.")
 app.add_typer(train_app, name="train")
+app.command()(commands.inspect)
 
 
 class Model(str, Enum):
