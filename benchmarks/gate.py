@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.baselines.pyg_nggnn import PyGNGGNN
 from benchmarks.cases import Case
 from benchmarks.providers import PROVIDERS, Runner
+from neural_graphs.baselines.pyg_nggnn import PyGNGGNN
 
 FACTOR = {"fp32": 3.0, "bf16": 1.0}
 FLOOR = {

@@ -6,14 +6,11 @@ before the model was built (interpreter, libraries, a warm-up on a tiny network)
 
 from __future__ import annotations
 
-import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,6 +22,7 @@ from benchmarks import records
 from benchmarks.cases import Case
 from benchmarks.machine import ROOT
 from benchmarks.providers import PROVIDERS, Provider, usable
+from neural_graphs.report.process import held_bytes, reset_peak, trim
 
 # Layouts with the same number of neurons: the slope of the peak over edges is the cost of an edge. The layout with few edges is there in
 # both orientations, because what a wide layer holds while it is computed depends on which side is wide.
@@ -36,34 +34,6 @@ WARM = "2x8x8x3"
 # with the order of sizes. A fixed threshold makes the peak that of live memory, for every provider alike; --malloc default leaves it.
 MALLOC = {"fixed": {"MALLOC_MMAP_THRESHOLD_": str(2**20)}, "default": {}}
 console = Console() if sys.stdout.isatty() else Console(width=120)
-
-
-def status_kib(field: str) -> int:
-    """VmRSS or VmHWM of this process, in KiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise OSError(f"memory: expected {field} in /proc/self/status, got none")
-
-
-def reset_peak() -> bool:
-    """Sets VmHWM back to VmRSS; False where the kernel does not allow it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def trim() -> None:
-    """Hands freed memory back to the system, so that it does not hide what comes next."""
-    import ctypes
-
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        pass
 
 
 def step_on(case: Case, provider: Provider, dtype: str, weight_grads: bool, steps: int, runner=None):
@@ -99,14 +69,14 @@ def child(request: dict) -> dict:
     if not provider.compiled:
         kept = None
     trim()
-    before, exact = status_kib("VmRSS"), reset_peak()
+    before, exact = held_bytes("VmRSS"), reset_peak()
     start = time.perf_counter()
     step_on(case, *args, steps=2, runner=kept)
     seconds = (time.perf_counter() - start) / 2
-    peak = status_kib("VmHWM") if exact else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = held_bytes("VmHWM")
     return {
-        "before_bytes": before * 1024,
-        "peak_bytes": (peak - before) * 1024,
+        "before_bytes": before,
+        "peak_bytes": peak - before,
         "method": "VmHWM" if exact else "ru_maxrss",
         "seconds": seconds,
     }

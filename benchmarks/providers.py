@@ -10,8 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from benchmarks.baselines.pyg_nggnn import PyGNGGNN
 from benchmarks.cases import CLASSES, Case
+from neural_graphs.baselines.pyg_nggnn import PyGNGGNN
 
 DTYPES = ("fp32", "bf16")
 
@@ -22,7 +22,7 @@ class Provider:
 
     Attributes:
         backend: of ngkernels; None for a baseline.
-        style, order: of the PyG baseline, see baselines/pyg_nggnn.py.
+        style, order: of the PyG baseline, see neural_graphs.baselines.pyg_nggnn.
         compiled: whether the whole model goes through torch.compile.
         text: one line for people.
     """

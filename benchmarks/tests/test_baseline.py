@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.baselines.pyg_nggnn import ORDERS, STYLES, PyGNGGNN
+from neural_graphs.baselines.pyg_nggnn import ORDERS, STYLES, PyGNGGNN
 
 CASE = Path(__file__).resolve().parents[2] / "tests" / "golden" / "a_nggnn_2_8_16_3"
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks import gate, machine, memory, plots, records, report, tables, timing, work
-from benchmarks.baselines.pyg_nggnn import PyGNGGNN
 from benchmarks.cases import Case
 from benchmarks.providers import PROVIDERS, Runner, new_oracle, select
+from neural_graphs.baselines.pyg_nggnn import PyGNGGNN
 
 
 def test_case_counts():

@@ -1,8 +1,9 @@
-"""Commands of `ngk` about checkpoints; cli.py lists them."""
+"""Commands of `ngk` about checkpoints and measurements; cli.py lists them."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,20 @@ from rich.console import Console
 Checkpoint = Annotated[Path, typer.Argument(metavar="FILE", help="A safetensors file, the index of a sharded one (model.safetensors.index.json), or a folder with one of them.")]
 Heads = Annotated[int | None, typer.Option("--num-heads", min=1, help="Query heads of a decoder whose queries share keys. [default: that of config.json beside the file]", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="All facts as JSON, every block by itself.")]
+Methods = Annotated[str, typer.Option("--methods", help="all, or some of the methods that --list-methods names, by commas.")]
+Budget = Annotated[str, typer.Option("--budget", help="Memory of a training step: 8GiB, or several, 2GiB,8GiB. What the bare process holds does not count.")]
+ScaleOut = Annotated[Path | None, typer.Option("--out", help="Results go to OUT/<device>/. [default: benchmarks/results in a checkout, else ngk-scale]", show_default=False)]
+Parameters = Annotated[int | None, typer.Option("--parameters", min=1, help="Choose every method's width for about so many parameters. [default: published sizes]", show_default=False)]
+First = Annotated[int, typer.Option("--first", min=8, help="Smallest hidden width h of the networks [2, h, 2h, 3].")]
+Last = Annotated[int, typer.Option("--last", min=8, help="Largest hidden width that is tried.")]
+Refine = Annotated[int, typer.Option("--refine", min=0, help="How often the gap between fits and does not fit is halved.")]
+Precision = Annotated[str, typer.Option("--dtype", help="fp32, or bf16 for autocast.")]
+Gradients = Annotated[bool, typer.Option("--weight-grads", help="Gradients of the input network's weights too.")]
+ScaleThreads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads of a training step.")]
+ScaleDevice = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:<number>.")]
+Seconds = Annotated[float, typer.Option("--max-seconds", min=1.0, help="Time limit of one measurement.")]
+Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Use the measurements that are there, or measure all of them again.")]
+ListMethods = Annotated[bool, typer.Option("--list-methods", help="Name the methods, and why one cannot run here.")]
 # fmt: on
 
 
@@ -32,3 +47,100 @@ def inspect(file: Checkpoint, num_heads: Heads = None, as_json: AsJson = False) 
         console.print(table)
     for line in report.summary(facts):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def scale(
+    methods: Methods = "all",
+    budget: Budget = "4GiB",
+    out: ScaleOut = None,
+    parameters: Parameters = None,
+    first: First = 16,
+    last: Last = 1 << 20,
+    refine: Refine = 2,
+    dtype: Precision = "fp32",
+    weight_grads: Gradients = False,
+    threads: ScaleThreads = 1,
+    device: ScaleDevice = "cpu",
+    max_seconds: Seconds = 600.0,
+    resume: Resume = True,
+    list_methods: ListMethods = False,
+) -> None:
+    """Find the largest input network that each method trains within a memory budget.
+
+    The published memory study: networks [2, h, 2h, 3], batch 1, forward, backward and optimiser step. Every size is measured in a
+    process of its own with a hard limit; running out of memory is a result. Results: OUT/<device>/scale.jsonl (every measurement),
+    scale.md (table), scale-memory.png, scale-time.png. Ctrl-C at any time; the same command continues.
+    """
+    from .scaling.methods import METHODS, select
+    from .scaling.study import Settings, Study, device_of
+
+    console = Console()
+    if list_methods:
+        for method in METHODS.values():
+            reason = method.why_not()
+            console.print(f"{method.name}: {method.text}" + (f" (cannot run: {reason})" if reason else ""), highlight=False, soft_wrap=True)
+        return
+    chosen, missing = select(methods)
+    for name, reason in missing.items():
+        console.print(f"[yellow]left out:[/yellow] {name}: {reason}", highlight=False, soft_wrap=True)
+    settings = Settings(
+        budgets=tuple(sorted(parse_bytes(part) for part in budget.split(","))), first=first, last=last, refine=refine, parameters=parameters,
+        dtype=dtype, weight_grads=weight_grads, threads=threads, device=device, max_seconds=max_seconds,
+    )  # fmt: skip
+    _check_room(settings)
+    folder = (out or Path("benchmarks/results" if Path("benchmarks/results").is_dir() else "ngk-scale")) / device_of(device)["slug"]
+    record = folder / "scale.jsonl"
+    if not resume:
+        record.unlink(missing_ok=True)
+    _run_study(console, Study(settings, record), chosen, folder)
+
+
+def _check_room(settings) -> None:
+    """A budget that the machine does not have would measure the machine, not the method."""
+    from .report.inspect import bytes_text
+    from .report.process import available_memory
+    from .scaling.measure import ROOM
+
+    free = available_memory() if settings.device == "cpu" else None
+    needed = max(settings.budgets) * ROOM[0] + ROOM[1]
+    if free is not None and needed > free:
+        raise ValueError(
+            f"--budget: expected at most what is free, {bytes_text(int((free - ROOM[1]) / ROOM[0]))}, got {bytes_text(max(settings.budgets))}"
+        )
+
+
+def _run_study(console: Console, study, chosen, folder: Path) -> None:
+    """Measures with a line for every point, then writes and shows the table."""
+    from .report.inspect import bytes_text
+    from .scaling import show
+
+    def told(row: dict, known: bool) -> None:
+        what = (
+            f"{row['seconds']:.3g} s, {bytes_text(row['peak_bytes'])}" if row["outcome"] == "ok" else f"{row['outcome']}: {row['reason']}"
+        )
+        text = f"{row['method']} {show.layout_text(row['layout'])} {row['edges']:,} edges: {what}{' (known)' if known else ''}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    with console.status("measuring") as status:
+        study.told = told
+        study.starting = lambda method, hidden: status.update(f"{method.name} {show.layout_text((2, hidden, 2 * hidden, 3))}")
+        results = [found for method in chosen for found in study.search(method)]
+    paths = show.publish(study.settings, results, study.records.latest(), folder)
+    for found in results:
+        size = "none" if found.row is None else show.layout_text(found.row["layout"])
+        text = f"{found.method} at {bytes_text(found.budget)}: {size}{show.BOUND[found.bound]}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print("written: " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
+
+
+def parse_bytes(text: str) -> int:
+    """8GiB, 512MiB, 1.5GB or plain bytes as a number of bytes.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B|B)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"expected a size such as 8GiB or 512MiB, got {text!r}")
+    power = "KMGT".index(match[2].upper()) + 1 if match[2] else 0
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

@@ -29,7 +29,7 @@ from ..data.storage import read_json, write_json
 from ..tasks.baselines import MlpConfig, bounds, run_baseline, weight_baselines
 from ..tasks.inr_classification import ClassifierConfig, train_classifier
 from ..tasks.training import Interrupted, StopRequest, TrainConfig
-from . import large_step, publish
+from . import large_step, process, publish
 from .progress import ProgressLine
 
 FORMAT = 2  # raised when stages of an older run must not be used again
@@ -190,7 +190,7 @@ class Demo:
         layout = self.config.picture.siren.layout
         edges = sum(a * b for a, b in zip(layout[:-1], layout[1:]))
         measured, notes = [], []
-        available, needed = large_step.available_memory(), edges * large_step.EAGER_BYTES_PER_EDGE + (1 << 29)
+        available, needed = process.available_memory(), edges * large_step.EAGER_BYTES_PER_EDGE + (1 << 29)
         with ProgressLine(self.console, "measure a large step", 2) as line:
             for done, backend in enumerate(("cpp", "reference")):
                 line.update(done, TITLES[backend])

@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .process import held_bytes, reset_peak
+
 MODEL = {"d_hid": 32, "num_layers": 4, "fourier_features": 32, "fourier_sigma": 0.5}
 EAGER_BYTES_PER_EDGE = 4_000  # a safe round-up of what the eager backend needs for one training step with 4 layers of 32
 
@@ -47,43 +49,6 @@ def measure(
         lines = done.stderr.strip().splitlines() or [f"killed (exit status {done.returncode}), probably out of memory"]
         raise MeasurementError(f"large step: backend {backend} failed: {lines[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def available_memory() -> int | None:
-    """Returns the bytes this process may still allocate: the smaller of the machine's and the control group's; None if unknown."""
-    found = []
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        found.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no limit reads "max"
-        pass
-    return min(found) if found else None
-
-
-def _resident(field: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (peak)."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource  # no /proc: the peak stands for both
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _reset_peak() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # the peak of the import then counts too, about as much as what is resident now
 
 
 def _step(model, weights, biases) -> float:
@@ -125,14 +90,14 @@ def _measure_here(path: str, backend: str, edge_memory: str, repeats: int) -> di
         none = torch.zeros(1, dtype=torch.int64)
         tiny = init_siren(SirenConfig(layout=(2, 16, 16, 3)), 1, torch.Generator().manual_seed(0))
         _step(model_for((2, 16, 16, 3)), *_inputs(InrSet(tuple(tiny[0]), tuple(tiny[1]), none, none, none.float())))
-        _reset_peak()
-        before = _resident("VmRSS")
+        reset_peak()
+        before = held_bytes("VmRSS")
         network = unpack(read_tensors(path)[0], path)
         layout, edges = network.layout, network.num_edges
         model, inputs = model_for(layout), _inputs(network)
         del network
         seconds = [_step(model, *inputs) for _ in range(repeats)]
-        peak = _resident("VmHWM")
+        peak = held_bytes("VmHWM")
     return {
         "backend": backend,
         "edge_memory": edge_memory,

@@ -128,11 +128,12 @@ class Backbone(nn.Module):
         self.edge_update = nn.ModuleList(EdgeMLP(d_hid) for _ in range(num_layers - 1))
         self.act = nn.SiLU()
 
-    def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> Tensor:
+    def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> tuple[Tensor, Tensor]:
+        """Node states and the last edge states."""
         for conv, norm, update in zip(self.convs, self.norms, self.edge_update):
             x = self.act(norm(conv(x, edge_index, edge_attr)))
             edge_attr = update(x, edge_index, edge_attr)
-        return self.convs[-1](x, edge_index, edge_attr)
+        return self.convs[-1](x, edge_index, edge_attr), edge_attr
 
 
 class PyGNGGNN(nn.Module):
@@ -200,7 +201,7 @@ class PyGNGGNN(nn.Module):
         inputs = biases[0].new_zeros(batch, self.layout[0], 1)
         node_value = torch.cat([inputs, *biases], dim=1).flatten(0, 1)  # [B*N, 1]
         edge_attr, x = self.construct_graph(edge_value, node_value, batch)
-        x = self.gnn(x, self.edge_index(batch), edge_attr)
+        x, _ = self.gnn(x, self.edge_index(batch), edge_attr)
         outputs = x.view(batch, -1, self.d_hid)[:, -self.layout[-1] :]
         return self.proj_out(outputs.flatten(1))
 

@@ -1,0 +1,1 @@
+"""What this library is compared with: the published operations, on other libraries."""

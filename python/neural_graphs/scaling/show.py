@@ -1,0 +1,133 @@
+"""The study for people: a Markdown table like the published one, plots of memory and time over edges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..report.inspect import bytes_text
+from ..report.plots import STYLE
+from .methods import METHODS
+from .study import Largest, Settings
+
+TAIL = 4  # points that slopes are fitted to: the largest, where what does not grow with the network matters least
+BOUND = {"memory": "", "time": ", stopped by time", "error": ", stopped by an error", "study": ", the largest tried"}
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float | None:
+    """Exponent b of y = a x^b by least squares over the logarithms of the last TAIL points; None for fewer than two."""
+    logs = [(math.log(x), math.log(y)) for x, y in sorted(points)[-TAIL:] if x > 0 and y > 0]
+    if len(logs) < 2:
+        return None
+    mean_x, mean_y = (sum(p[i] for p in logs) / len(logs) for i in (0, 1))
+    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
+
+
+def per_edge(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Bytes for each further edge, between the two largest networks."""
+    done = sorted((row["edges"], row["peak_bytes"]) for row in rows if row["outcome"] == "ok")[-2:]
+    return None if len(done) < 2 else (done[1][1] - done[0][1]) / (done[1][0] - done[0][0])
+
+
+def layout_text(layout: Sequence[int]) -> str:
+    return "[" + ", ".join(map(str, layout)) + "]"
+
+
+def table(settings: Settings, results: Sequence[Largest], rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line for each method, the largest network for each budget, its peak and time, slopes."""
+    header = ["method", "parameters"]
+    for budget in settings.budgets:
+        header += [f"largest at {bytes_text(budget)}", "edges", "peak", "s / step"]
+    header += ["bytes / edge", "memory ~ edges^", "time ~ edges^", "published limit"]
+    lines = []
+    for name in dict.fromkeys(result.method for result in results):
+        own = [row for row in rows if row["method"] == name and row["outcome"] == "ok"]
+        line = [METHODS[name].text, f"{own[0]['parameters']:,}" if own else "-"]
+        for budget in settings.budgets:
+            line += _cells(next(result for result in results if (result.method, result.budget) == (name, budget)))
+        exponents = [slope([(row["edges"], row[value]) for row in own]) for value in ("peak_bytes", "seconds")]
+        bytes_each = per_edge(own)
+        line.append("-" if bytes_each is None else f"{bytes_each:,.0f}" if bytes_each >= 100 else f"{bytes_each:.3g}")
+        line += ["-" if e is None else f"{e:.2f}" for e in exponents]
+        line.append(layout_text(METHODS[name].published) if METHODS[name].published else "-")
+        lines.append(line)
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+
+
+def _cells(result: Largest) -> list[str]:
+    if result.row is None:
+        return ["none" + BOUND[result.bound], "-", "-", "-"]
+    row = result.row
+    return [layout_text(row["layout"]) + BOUND[result.bound], f"{row['edges']:,}", bytes_text(row["peak_bytes"]), f"{row['seconds']:.3g}"]
+
+
+def page(settings: Settings, results: Sequence[Largest], rows: Sequence[dict[str, Any]]) -> str:
+    """The table, how it was measured, the plots."""
+    last = max(rows, key=lambda row: row["time"])
+    device, versions = last["machine"], last["versions"]
+    commits = sorted({row["git"][:9] + ("+" if row["git"].endswith("+") else "") for row in rows})
+    sizes = "published sizes" if settings.parameters is None else f"widths for about {settings.parameters:,} parameters"
+    return f"""# The largest input network that trains
+
+{table(settings, results, rows)}
+
+A training step is forward, cross-entropy, backward and AdamW (amsgrad) on one network [2, h, 2h, 3], batch 1, {settings.dtype}, gradients of the
+input weights {"on" if settings.weight_grads else "off"}, {sizes}. Every size ran in a process of its own with a hard limit; the peak is what is resident above
+the process after a warm-up on a tiny network: raw weights, parameters, gradients, optimiser state, activations. Widths were doubled until one
+did not fit, then the gap was halved {settings.refine} times. Published limits are those of the paper's discussion, on one GPU of unnamed size.
+Exponents are fitted to the {TAIL} largest networks; bytes / edge is the difference of the two largest.
+
+{device["model"]}, {settings.device}, {settings.threads} thread{"s" * (settings.threads > 1)}; PyTorch {versions["torch"]}, PyG {versions["torch_geometric"]};
+commit {", ".join(commits)}; {last["time"][:10]}.
+
+![memory](scale-memory.png)
+![time](scale-time.png)
+"""
+
+
+def plot(settings: Settings, rows: Sequence[dict[str, Any]], value: str, path: Path) -> None:
+    """Peak bytes or seconds over edges, both axes logarithmic, with fitted slopes; budgets as lines."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 5.4), dpi=140, facecolor="white", layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        colours = matplotlib.colormaps["tab10"].colors
+        for k, name in enumerate(METHODS):
+            own = sorted((row["edges"], row[value]) for row in rows if row["method"] == name and row["outcome"] == "ok")
+            if not own:
+                continue
+            exponent = slope(own)
+            label = METHODS[name].text + ("" if exponent is None else f"   edges^{exponent:.2f}")
+            axes.plot(*zip(*own), "o-", color=colours[k % len(colours)], markersize=4, linewidth=1.6, label=label)
+        if value == "peak_bytes":
+            for budget in settings.budgets:
+                axes.axhline(budget, color="#7b8794", linewidth=1, linestyle=(0, (5, 3)))
+                axes.annotate(f"budget {bytes_text(budget)}", (0.005, budget), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="edges (weights of the network read)",
+            ylabel="peak bytes" if value == "peak_bytes" else "seconds",
+        )
+        axes.set_title(f"A training step, batch 1, {settings.dtype}, {settings.device}")
+        axes.grid(True, which="both", color="#e4e7eb", linewidth=0.6)
+        axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        figure.savefig(path, metadata={"Software": None})
+
+
+def publish(settings: Settings, results: Sequence[Largest], rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Writes scale.md, scale-memory.png and scale-time.png; returns their paths."""
+    methods = {result.method for result in results}
+    rows = [row for row in rows if row["method"] in methods]
+    paths = [folder / name for name in ("scale.md", "scale-memory.png", "scale-time.png")]
+    plot(settings, rows, "peak_bytes", paths[1])
+    plot(settings, rows, "seconds", paths[2])
+    paths[0].write_text(page(settings, results, rows))
+    return paths
