@@ -1,4 +1,4 @@
-"""The PyG baseline is the reference: float64 against the recorded case, in both styles and both edge orders."""
+"""The PyG baselines are the reference: float64 against the recorded case, in both styles and edge orders, and with the dense front end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from neural_graphs.baselines.dense_nggnn import DenseNGGNN
 from neural_graphs.baselines.pyg_nggnn import ORDERS, STYLES, PyGNGGNN
 
 CASE = Path(__file__).resolve().parents[2] / "tests" / "golden" / "a_nggnn_2_8_16_3"
@@ -28,11 +29,15 @@ def relative(value: torch.Tensor, true: torch.Tensor) -> float:
     return ((value - true).abs().max() / true.abs().max()).item()
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("style", STYLES)
-def test_golden(golden, style, order):
+MODELS = {f"{style}-{order}": (PyGNGGNN, {"style": style, "order": order}) for style in STYLES for order in ORDERS}
+MODELS["dense"] = (DenseNGGNN, {})
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_golden(golden, kind):
     tensors, config = golden
-    model = PyGNGGNN(config["layout"], style=style, order=order).double().load_reference(part(tensors, "param", "buffer"))
+    make, options = MODELS[kind]
+    model = make(config["layout"], **options).double().load_reference(part(tensors, "param", "buffer"))
     inputs = {name: t.clone().requires_grad_() for name, t in part(tensors, "input").items()}
     weights, biases = ([inputs[f"{kind}.{layer}"] for layer in range(3)] for kind in ("weights", "biases"))
     logits = model(weights, biases)

@@ -95,7 +95,7 @@ def plot(settings: Settings, rows: Sequence[dict[str, Any]], value: str, path: P
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 5.4), dpi=140, facecolor="white", layout="constrained")
+        figure = Figure(figsize=(9.6, 6.4), dpi=140, facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         colours = matplotlib.colormaps["tab10"].colors
@@ -104,21 +104,19 @@ def plot(settings: Settings, rows: Sequence[dict[str, Any]], value: str, path: P
             if not own:
                 continue
             exponent = slope(own)
-            label = METHODS[name].text + ("" if exponent is None else f"   edges^{exponent:.2f}")
+            label = METHODS[name].text + ("" if exponent is None else f"   ~ edges^{exponent:.2f}")
             axes.plot(*zip(*own), "o-", color=colours[k % len(colours)], markersize=4, linewidth=1.6, label=label)
+        axes.set(xscale="log", xlabel="edges (weights of the network read)", ylabel="peak memory" if value == "peak_bytes" else "seconds")
+        axes.set_yscale("log", base=2 if value == "peak_bytes" else 10)
         if value == "peak_bytes":
+            axes.yaxis.set_major_formatter(lambda count, _: bytes_text(int(count)).replace(".0", ""))
             for budget in settings.budgets:
                 axes.axhline(budget, color="#7b8794", linewidth=1, linestyle=(0, (5, 3)))
-                axes.annotate(f"budget {bytes_text(budget)}", (0.005, budget), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
-        axes.set(
-            xscale="log",
-            yscale="log",
-            xlabel="edges (weights of the network read)",
-            ylabel="peak bytes" if value == "peak_bytes" else "seconds",
-        )
+                axes.annotate(f"budget {bytes_text(budget)}", (0.99, budget), xycoords=("axes fraction", "data"), ha="right", va="bottom")
         axes.set_title(f"A training step, batch 1, {settings.dtype}, {settings.device}")
-        axes.grid(True, which="both", color="#e4e7eb", linewidth=0.6)
-        axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        axes.grid(True, color="#e4e7eb", linewidth=0.6)
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
         figure.savefig(path, metadata={"Software": None})
 
 
