@@ -126,3 +126,21 @@ def test_pad_kernel_refuses_what_does_not_fit():
         build.pad_kernel(torch.zeros(1, 1, 5, 5), (3, 3))
     with pytest.raises(ValueError, match=r"pad_kernel: expected kernel of shape \(\*, kh, kw\), got \(3,\)"):
         build.pad_kernel(torch.zeros(3), (3, 3))
+
+
+@pytest.mark.parametrize("pattern", ["net.{}.linear", "fc{}", "seq.{}", "decoder.layers.{}.linear"])
+def test_names_of_linear_layers(pattern: str):
+    state = {f"{pattern.format(k)}.weight": torch.randn(o, i) for k, (i, o) in enumerate([(2, 4), (4, 3), (3, 1)])}
+    network = build.from_state_dict(state)
+    assert network.layout == (2, 4, 3, 1)
+    assert network.origin.layers == ("input", *(pattern.format(k) for k in range(3)))
+
+
+def test_convolutions_and_norms_are_not_built():
+    for shape in [(4, 3, 3, 3), (4,)]:
+        with pytest.raises(
+            NotImplementedError, match=r"expected linear layers with weights \(out, in\), got 0.weight of shape .*convolutions and norms"
+        ):
+            build.from_state_dict({"0.weight": torch.zeros(shape), "1.weight": torch.zeros(2, 4)})
+    with pytest.raises(TypeError, match=r"expected weight 0 of a floating dtype, got torch.int8"):
+        build.from_state_dict({"0.weight": torch.zeros(3, 2, dtype=torch.int8)})

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_build_llama import llama, sparse_file
+from test_build_files import sparse_file
+from test_build_llama import llama
 
 from neural_graphs import build, cli
 from neural_graphs.report.inspect import bytes_text, inspect
