@@ -103,6 +103,19 @@ def test_an_interrupted_study_continues(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "measure", whole)
     (alone,) = Study(SETTINGS, tmp_path / "other.jsonl").search(METHODS["dws"])
     assert alone.row["hidden"] == found.row["hidden"] and whole.asked == stopped.asked + rest.asked
+    assert [json.loads(line)["outcome"] for line in path.read_text().splitlines()] == ["ok"] * len(whole.asked)
+
+
+def test_fresh_measures_again_and_keeps_what_is_there(fake, tmp_path):
+    path = tmp_path / "scale.jsonl"
+    Study(SETTINGS, path).search(METHODS["dws"])
+    before, count = path.read_text(), len(fake.asked)
+    fake.per_edge = 500.0
+    Study(SETTINGS, path, fresh=True).search(METHODS["dws"])
+    assert len(fake.asked) > count and path.read_text().startswith(before)
+    records = Study(SETTINGS, path).records
+    assert records.find("dws", 16, 8 * MIB, 600.0)["peak_bytes"] == 500 * edges_of(16)  # the later one
+    assert [row["peak_bytes"] for row in records.latest() if row["hidden"] == 16] == [500 * edges_of(16)]
 
 
 def test_which_records_answer(fake, tmp_path):
@@ -136,10 +149,10 @@ def test_what_ran_out_of_less_does_not_answer(tmp_path):
 def test_broken_records_are_named(tmp_path):
     path = tmp_path / "scale.jsonl"
     path.write_text('{"schema": 1, "key": {}}\nx\n{"schema": 1, "key": {}}\n')
-    with pytest.raises(ValueError, match=r"expected JSON lines, got line 2 of '.*scale.jsonl'.*--fresh"):
+    with pytest.raises(ValueError, match=r"expected JSON lines, got line 2 of '.*scale.jsonl'.*; take that line out"):
         Records(path, {})
     path.write_text('{"schema": 0, "key": {}}\n{}\n')
-    with pytest.raises(ValueError, match=r"expected schema 1 in '.*', got 0"):
+    with pytest.raises(ValueError, match=r"expected schema 1 in '.*', got 0 in line 1; use another --out"):
         Records(path, {})
 
 

@@ -89,10 +89,7 @@ def scale(
     )  # fmt: skip
     _check_room(settings)
     folder = (out or Path("benchmarks/results" if Path("benchmarks/results").is_dir() else "ngk-scale")) / device_of(device)["slug"]
-    record = folder / "scale.jsonl"
-    if not resume:
-        record.unlink(missing_ok=True)
-    _run_study(console, Study(settings, record), chosen, folder)
+    _run_study(console, Study(settings, folder / "scale.jsonl", fresh=not resume), chosen, folder)
 
 
 def _check_room(settings) -> None:

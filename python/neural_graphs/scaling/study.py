@@ -70,11 +70,17 @@ class Settings:
 
 
 class Records:
-    """The measurements of a study: a file of JSON lines that only grows."""
+    """The measurements of a study: a file of JSON lines that only grows.
 
-    def __init__(self, path: Path, key: dict[str, Any]):
+    Args:
+        key: what measurements must agree in; lines of other studies stay in the file and are passed over.
+        fresh: pass over everything that is there.
+    """
+
+    def __init__(self, path: Path, key: dict[str, Any], fresh: bool = False):
         self.path, self.key = path, key
-        self.rows = [row for row in _read(path) if row["key"] == key] if path.exists() else []
+        rows = _read(path) if path.exists() else []
+        self.rows = [] if fresh else [row for row in rows if row["key"] == key]
 
     def find(self, method: str, hidden: int, limit: int, max_seconds: float) -> dict[str, Any] | None:
         """The last measurement that answers the question; one that ran out of less memory or time does not, nor does an error."""
@@ -100,19 +106,21 @@ class Records:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file. A last line that was cut off while it was written is taken out of the file."""
+    text = path.read_text()
+    whole, cut = text[: text.rfind("\n") + 1], text[text.rfind("\n") + 1 :]
+    if cut:
+        path.write_text(whole)
     rows = []
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(whole.splitlines(), 1):
         try:
             row = json.loads(line)
         except ValueError as error:
-            if number == len(lines):  # cut off in the middle of a write: measured again
-                break
-            raise ValueError(
-                f"scale: expected JSON lines, got line {number} of {str(path)!r}: {error}; repair it, or start anew with --fresh"
-            ) from error
+            raise ValueError(f"scale: expected JSON lines, got line {number} of {str(path)!r}: {error}; take that line out") from error
         if row.get("schema") != SCHEMA:
-            raise ValueError(f"scale: expected schema {SCHEMA} in {str(path)!r}, got {row.get('schema')}; start anew with --fresh")
+            raise ValueError(
+                f"scale: expected schema {SCHEMA} in {str(path)!r}, got {row.get('schema')} in line {number}; use another --out"
+            )
         rows.append(row)
     return rows
 
@@ -128,12 +136,24 @@ class Largest:
 
 
 class Study:
-    """Measures methods one after the other; `told(row, known)` hears of every measurement, known: from an earlier run."""
+    """Measures methods one after the other.
 
-    def __init__(self, settings: Settings, path: Path, told: Callable[[dict, bool], None] = lambda row, known: None,
-                 starting: Callable[[Method, int], None] = lambda method, hidden: None):  # fmt: skip
+    Args:
+        settings: what is asked for. path: the file of records.
+        told: hears of every measurement: (row, whether it was known from an earlier run).
+        starting: hears of every measurement that begins: (method, hidden width). fresh: measure everything again.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        path: Path,
+        told: Callable[[dict, bool], None] = lambda row, known: None,
+        starting: Callable[[Method, int], None] = lambda method, hidden: None,
+        fresh: bool = False,
+    ):
         self.settings, self.told, self.starting = settings, told, starting
-        self.records = Records(path, {**settings.key, "slug": device_of(settings.device)["slug"]})
+        self.records = Records(path, {**settings.key, "slug": device_of(settings.device)["slug"]}, fresh)
 
     def point(self, method: Method, width: int, hidden: int) -> dict[str, Any]:
         """The measurement at one size, made now or known."""
