@@ -281,6 +281,36 @@ def test_command(tmp_path, capsys):
     assert status == 0 and out.count("(known)") == 4 and len((folder / "scale.jsonl").read_text().splitlines()) == 4
 
 
+def test_ctrl_c_keeps_what_is_measured(monkeypatch, tmp_path, capsys):
+    machine = Machine()
+
+    def interrupted(request, timeout):
+        if machine.asked:
+            raise KeyboardInterrupt
+        return machine(request, timeout)
+
+    monkeypatch.setattr(study, "measure", interrupted)
+    status, _, err = ngk(capsys, "scale", "--methods", "dws", "--budget", "8MiB", "--out", tmp_path)
+    assert status == 130 and err.startswith("stopped; the measurements so far are in") and "The same command continues" in err
+    assert len(next(tmp_path.rglob("scale.jsonl")).read_text().splitlines()) == 1
+
+
+def test_an_interrupted_measurement_leaves_no_process(monkeypatch):
+    started = []
+
+    class Interrupted(measuring.subprocess.Popen):
+        def communicate(self, *args, timeout=None, **options):
+            if not started:
+                started.append(self)
+                raise KeyboardInterrupt
+            return super().communicate(*args, timeout=timeout, **options)
+
+    monkeypatch.setattr(measuring.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measuring.measure(REQUEST, 300)
+    assert started[0].returncode == -9
+
+
 def test_errors_are_one_sentence(tmp_path, capsys):
     for arguments, words in [
         (["--methods", "x"], "error: --methods: expected all or some of ng-gnn"),

@@ -110,6 +110,7 @@ def _run_study(console: Console, study, chosen, folder: Path) -> None:
     """Measures with a line for every point, then writes and shows the table."""
     from .report.inspect import bytes_text
     from .scaling import show
+    from .tasks.training import Interrupted
 
     def told(row: dict, known: bool) -> None:
         what = (
@@ -121,7 +122,10 @@ def _run_study(console: Console, study, chosen, folder: Path) -> None:
     with console.status("measuring") as status:
         study.told = told
         study.starting = lambda method, hidden: status.update(f"{method.name} {show.layout_text((2, hidden, 2 * hidden, 3))}")
-        results = [found for method in chosen for found in study.search(method)]
+        try:
+            results = [found for method in chosen for found in study.search(method)]
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped; the measurements so far are in {folder / 'scale.jsonl'}") from None
     paths = show.publish(study.settings, results, study.records.latest(), folder)
     for found in results:
         size = "none" if found.row is None else show.layout_text(found.row["layout"])
