@@ -19,3 +19,24 @@ def flat(result) -> list[torch.Tensor]:
 def relative(found: torch.Tensor, wanted: torch.Tensor, least: float = 1e-30) -> float:
     """Largest error over the largest wanted value, or over `least` if that is more."""
     return ((found - wanted).abs().max() / wanted.abs().max().clamp(min=least)).item()
+
+
+def permuted(weights, biases, layout):
+    """The same functions with the hidden neurons in another order, and the orders."""
+    orders = [torch.arange(layout[0]), *(torch.randperm(d) for d in layout[1:-1]), torch.arange(layout[-1])]
+    weights = [w[:, a][:, :, b] for w, a, b in zip(weights, orders, orders[1:])]
+    return weights, [b[:, o] for b, o in zip(biases, orders[1:])], orders
+
+
+def saved_tensors(model, weights, biases) -> list[torch.Tensor]:
+    """What a step of `model` keeps for its backward pass, each storage once."""
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        saved.setdefault(t.untyped_storage().data_ptr(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = model(weights, biases)
+    sum(t.sum() for t in flat(out)).backward()
+    return list(saved.values())

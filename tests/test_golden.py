@@ -2,65 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_cases import Case, close, loaded
 
 import ngkernels as ngk
 from neural_graphs.build import pad_kernel
 from neural_graphs.models import NGGNN
-from neural_graphs.models.norms import NodeNorm
 from neural_graphs.models.probe import ProbeFeatures
 from ngkernels import nn
 from ngkernels.graph import DENSE, DIAGONAL
 
-GOLDEN = Path(__file__).parent / "golden"
-TOLERANCE = 1e-10
 MODELS = ("a_nggnn_2_8_16_3", "a3_nggnn_gating_relufirst", "a5_nggnn_probe_2_8_8_1", "a6_nggnn_linearenc_meanpool")
-
-
-class Case:
-    """A recorded case: `config` and tensors, looked up by kind and name."""
-
-    def __init__(self, name: str):
-        self.config = json.loads((GOLDEN / f"{name}.json").read_text())["config"]
-        self.tensors = load_file(GOLDEN / f"{name}.safetensors")
-
-    def group(self, *kinds: str) -> dict[str, torch.Tensor]:
-        pairs = ((key.split("/", 1), t) for key, t in self.tensors.items())
-        return {key[1]: t for key, t in pairs if len(key) == 2 and key[0] in kinds}
-
-    def inputs(self) -> dict[str, torch.Tensor]:
-        return {name: t.clone().requires_grad_() for name, t in self.group("input").items()}
-
-    def check(self, outputs: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor], module: torch.nn.Module | None = None) -> None:
-        """Outputs, and after backward from the recorded loss every recorded gradient."""
-        wanted = self.group("out")
-        assert wanted.keys() == outputs.keys()
-        for name, t in outputs.items():
-            close(t, wanted[name], f"out/{name}")
-        sum((t * self.tensors[f"coeff/{name}"]).sum() for name, t in outputs.items()).backward()
-        for name, t in self.group("grad_input").items():
-            close(inputs[name].grad, t, f"grad_input/{name}")
-        parameters = dict(module.named_parameters()) if module is not None else {}
-        for name, t in self.group("grad_param").items():
-            found = parameters[name].grad
-            close(torch.zeros_like(t) if found is None else found, t, f"grad_param/{name}")
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
-    assert found.dtype == wanted.dtype == torch.float64
-    assert found.shape == wanted.shape, name
-    error, size = (found - wanted).abs().max().item(), wanted.abs().max().item()
-    assert error <= TOLERANCE * size, f"{name}: {error} of {size}"
-
-
-def loaded(module: torch.nn.Module, case: Case) -> torch.nn.Module:
-    module.double().load_state_dict(case.group("param", "buffer"))
-    return module
 
 
 # ---- NG-GNN ----
@@ -178,7 +131,7 @@ def test_reductions_on_ties_and_empty_neighbourhoods(backend: str):
 def test_whole_batch_norm():
     case = Case("e6_graph_layernorm")
     inputs = case.inputs()
-    norm = loaded(NodeNorm(inputs["x"].shape[1], "batch_graph", case.config["eps"]), case)
+    norm = loaded(nn.NodeNorm(inputs["x"].shape[1], "batch_graph", case.config["eps"]), case)
     case.check({"y": norm(inputs["x"])}, inputs, norm)
 
 

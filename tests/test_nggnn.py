@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import flat, networks, relative
+from networks import flat, networks, permuted, relative, saved_tensors
 
 import ngkernels as ngk
 from neural_graphs.models import NGGNN
@@ -66,13 +66,6 @@ def test_reference_names_round_trip(backend: str):
 # ---- symmetries ----
 layouts = st.lists(st.integers(1, 6), min_size=1, max_size=3).map(lambda hidden: [2, *hidden, 3])
 symmetry = settings(max_examples=8, deadline=None, derandomize=True)
-
-
-def permuted(weights, biases, layout):
-    """The same functions with the hidden neurons in another order, and the orders."""
-    orders = [torch.arange(layout[0]), *(torch.randperm(d) for d in layout[1:-1]), torch.arange(layout[-1])]
-    weights = [w[:, a][:, :, b] for w, a, b in zip(weights, orders, orders[1:])]
-    return weights, [b[:, o] for b, o in zip(biases, orders[1:])], orders
 
 
 @symmetry
@@ -171,19 +164,6 @@ def test_equivariant_head_on_unequal_networks(backend: str):
 
 
 # ---- memory ----
-def saved_tensors(model, weights, biases) -> list[torch.Tensor]:
-    saved: dict[int, torch.Tensor] = {}
-
-    def keep(t: torch.Tensor) -> torch.Tensor:
-        saved.setdefault(t.untyped_storage().data_ptr(), t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = model(weights, biases)
-    sum(t.sum() for t in flat(out)).backward()
-    return list(saved.values())
-
-
 @pytest.mark.parametrize("policy", ["recompute", "hybrid"])
 @pytest.mark.parametrize("head", ["classification", "equivariant"])
 def test_nothing_with_a_row_for_each_edge_is_kept(backend: str, policy: str, head: str):

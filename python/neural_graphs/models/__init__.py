@@ -3,5 +3,6 @@
 from .dws import DWS
 from .nfn import NFN
 from .nggnn import NGGNN
+from .ngt import NGT
 
-__all__ = ["DWS", "NFN", "NGGNN"]
+__all__ = ["DWS", "NFN", "NGGNN", "NGT"]

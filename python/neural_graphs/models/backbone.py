@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ngkernels import EdgeState
-from ngkernels.nn import EdgeUpdate, PNALayer, recompute
+from ngkernels.nn import EdgeUpdate, NodeNorm, PNALayer, recompute
 
 from .memory import EdgeMemory
-from .norms import NodeNorm
 
 ACTIVATIONS = {
     "silu": F.silu, "relu": torch.relu, "gelu": F.gelu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
@@ -85,6 +84,6 @@ class Backbone(nn.Module):
             x = self.between(k, conv(x, edges), edges)
             if self.edge_update:
                 edges = self.edge_update[k](edges, x)
-                if k + 1 < last or read_edges:  # else one consumer only
+                if k + 1 < last or (read_nodes and read_edges):  # else one consumer only
                     edges = self.memory.after(k + 1, edges)
         raise ValueError("Backbone: expected at least one layer, got none")

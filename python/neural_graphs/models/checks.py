@@ -11,6 +11,17 @@ from ngkernels import NeuralGraph
 CHECK_FINITE = (None, "warn", "error")
 
 
+def check_known(op: str, **options: tuple) -> None:
+    """Each option a pair (value, known values).
+
+    Raises:
+        ValueError: a value that is not known.
+    """
+    for name, (value, known) in options.items():
+        if value not in known:
+            raise ValueError(f"{op}: expected {name} in {', '.join(map(str, known))}, got {value!r}")
+
+
 def check_layout(op: str, layout) -> tuple[int, ...]:
     """`layout` as a tuple of widths.
 
@@ -50,6 +61,21 @@ def check_batch(op: str, layout, weights, biases, edge_channels: int, node_chann
                 f"{op}: expected biases[{k}] of shape {(batch, layout[k + 1], node_channels)} (B, out, channels), got {tuple(b.shape)}"
             )
     return batch
+
+
+def check_weights(op: str, graph: NeuralGraph, weights, channels: int) -> None:
+    """As many weight tensors as `graph` has, of its shapes.
+
+    Raises:
+        ValueError: others.
+    """
+    wanted = graph.weight_shapes(channels)
+    if len(weights) != len(wanted):
+        raise ValueError(f"{op}: expected {len(wanted)} weight tensors (one for each forward block), got {len(weights)}")
+    for k, (w, shape) in enumerate(zip(weights, wanted, strict=True)):
+        short = channels == 1 and len(shape) == 4 and shape[0] == 1 and tuple(w.shape) == shape[1:3]
+        if tuple(w.shape) != shape and not short:
+            raise ValueError(f"{op}: expected weights[{k}] of shape {shape} (copies, n_src, n_dst, channels), got {tuple(w.shape)}")
 
 
 def check_tensors(op: str, weights, biases, parameter: torch.Tensor) -> None:
@@ -100,15 +126,17 @@ def check_graph(op: str, graph: NeuralGraph, reverse: bool, layer: int | None) -
     """A graph that a model with (without) reversed edges can read; node layer `layer` of each network is pooled.
 
     Raises:
-        TypeError: no NeuralGraph. ValueError: a restricted graph, reversed edges here but not there, no such layer.
+        TypeError: no NeuralGraph. ValueError: a restricted or closed graph, reversed edges here but not there, no such layer.
     """
     if not isinstance(graph, NeuralGraph):
         raise TypeError(f"{op}: expected graph to be a NeuralGraph, got {type(graph).__name__}")
     if graph.rows is not None:
         raise ValueError(f"{op}: expected an unrestricted graph, got one restricted to node layer {graph.rows}")
+    if graph.closed or any(p.token for p in graph.parts):
+        raise ValueError(f"{op}: expected a graph of edges alone, got one with tokens or a closure; the model adds what it needs")
     if graph.has_reverse != reverse:
         raise ValueError(
-            f"{op}: expected a graph with reverse={reverse} (the model's reverse_edges), got {graph.has_reverse}; build it with reverse={reverse}"
+            f"{op}: expected a graph with reverse={reverse} (the edges that the model reads), got {graph.has_reverse}; build it with reverse={reverse}"
         )
     depth = min(len(p.layers) for p in graph.parts)
     if layer is not None and not -depth <= layer < depth:

@@ -17,10 +17,11 @@ ACTIVATION_NAMES = ("none", "relu", "gelu", "silu", "tanh", "sigmoid", "leaky_re
 
 
 class ActivationEmbedding(nn.Module):
-    """One learned vector for each activation, added to the nodes of hidden layers."""
+    """One learned vector for each activation, added to the nodes of hidden layers. op: who asks, for messages."""
 
-    def __init__(self, width: int):
+    def __init__(self, op: str, width: int):
         super().__init__()
+        self.op = op
         self.embedding = nn.Embedding(len(ACTIVATION_NAMES), width)
 
     def forward(self, graph: NeuralGraph, activations: Sequence) -> torch.Tensor:
@@ -34,13 +35,13 @@ class ActivationEmbedding(nn.Module):
         """
         each = [activations] * graph.num_graphs if all(isinstance(a, str) for a in activations) else list(activations)
         if len(each) != graph.num_graphs:
-            raise ValueError(f"NGGNN: expected activations for {graph.num_graphs} networks, got {len(each)}")
+            raise ValueError(f"{self.op}: expected activations for {graph.num_graphs} networks, got {len(each)}")
         index, nothing = [], len(ACTIVATION_NAMES)
         layers = [p.layers for p in graph.parts for _ in range(p.copies)]
         for names, widths in zip(each, layers, strict=True):
             if len(names) != len(widths) - 2 or any(n not in ACTIVATION_NAMES for n in names):
                 raise ValueError(
-                    f"NGGNN: expected {len(widths) - 2} activations (one for each hidden layer) of {', '.join(ACTIVATION_NAMES)}, got {list(names)}"
+                    f"{self.op}: expected {len(widths) - 2} activations (one for each hidden layer) of {', '.join(ACTIVATION_NAMES)}, got {list(names)}"
                 )
             ids = [nothing, *(ACTIVATION_NAMES.index(n) for n in names), nothing]
             index += [i for i, w in zip(ids, widths, strict=True) for _ in range(w)]
@@ -51,13 +52,15 @@ class ActivationEmbedding(nn.Module):
 class GraphEmbedding(nn.Module):
     """First states: e0 = proj_edge_in(proj_weight(w)), x0 = proj_node_in(proj_bias(b) [+ probes]) [+ position] [+ activation].
 
-    Args: those of NGGNN.
+    Args: op, the model that asks, for messages; those of NGGNN and NGT.
     """
 
     def __init__(
         self,
+        op,
         layout,
-        width,
+        d_node,
+        d_edge,
         node_channels,
         edge_channels,
         encoder,
@@ -69,17 +72,17 @@ class GraphEmbedding(nn.Module):
         probes,
     ):
         super().__init__()
-        self.layout, self.width, self.reverse = tuple(layout), width, reverse
+        self.op, self.layout, self.d_node, self.reverse = op, tuple(layout), d_node, reverse
         if positional:
-            self.pos_embed = nn.Parameter(torch.randn(layout[0] + len(layout) - 2 + layout[-1], width))
+            self.pos_embed = nn.Parameter(torch.randn(layout[0] + len(layout) - 2 + layout[-1], d_node))
         else:
             self.register_parameter("pos_embed", None)
-        self.proj_weight = None if zero_out_weights else Encoder(edge_channels, width, reciprocal=reverse, **encoder)
-        self.proj_bias = None if zero_out_bias else Encoder(node_channels, width, **encoder)
-        self.proj_node_in = nn.Linear(width, width)
-        self.proj_edge_in = nn.Linear(width, width)
-        self.gpf = ProbeFeatures(layout, probes, width) if probes else None
-        self.act_emb = ActivationEmbedding(width) if activations else None
+        self.proj_weight = None if zero_out_weights else Encoder(edge_channels, d_edge, reciprocal=reverse, **encoder)
+        self.proj_bias = None if zero_out_bias else Encoder(node_channels, d_node, **encoder)
+        self.proj_node_in = nn.Linear(d_node, d_node)
+        self.proj_edge_in = nn.Linear(d_edge, d_edge)
+        self.gpf = ProbeFeatures(layout, probes, d_node) if probes else None
+        self.act_emb = ActivationEmbedding(op, d_node) if activations else None
         self._rows: dict[tuple[int, ...], torch.Tensor] = {}
 
     def edges(self, graph: NeuralGraph, weights, affine) -> EdgeState:
@@ -87,15 +90,15 @@ class GraphEmbedding(nn.Module):
         if self.proj_weight is not None:
             return self.proj_weight.edges(graph, weights, self.proj_edge_in, affine)
         channels = weights[0].shape[-1] * (3 if self.reverse else 1)
-        zero = self.proj_edge_in.weight.new_zeros(self.width, channels)
+        zero = self.proj_edge_in.weight.new_zeros(self.proj_edge_in.out_features, channels)
         return EdgeState(graph, weights, encoders.Linear(zero, self.proj_edge_in.bias, self.reverse))
 
     def nodes(self, graph: NeuralGraph, values: torch.Tensor, probed: torch.Tensor | None = None, activations=None) -> torch.Tensor:
-        """The first node states [N, width].
+        """The first node states [N, d_node].
 
         Args:
             values: normalised biases of all nodes [N, C]; 0 for input nodes.
-            probed: probe features [N, width], or None. activations: see ActivationEmbedding.
+            probed: probe features [N, d_node], or None. activations: see ActivationEmbedding.
         """
         out = self.proj_node_in
         x = out.bias.repeat(graph.num_nodes, 1) if self.proj_bias is None else self.proj_bias.values(values, out)
@@ -105,14 +108,14 @@ class GraphEmbedding(nn.Module):
             x = self._add_position(graph, x)
         if self.act_emb is not None:
             if activations is None:
-                raise ValueError("NGGNN: expected activations (activation_embedding is on), got None")
+                raise ValueError(f"{self.op}: expected activations (activation_embedding is on), got None")
             x = x + self.act_emb(graph, activations)
         return x
 
     def _add_position(self, graph: NeuralGraph, x: torch.Tensor) -> torch.Tensor:
         rows = [self._position_rows(p.layers).to(self.pos_embed.device) for p in graph.parts]
         if len(rows) == 1:
-            return (x.view(graph.num_graphs, -1, self.width) + self.pos_embed[rows[0]]).flatten(0, 1)
+            return (x.view(graph.num_graphs, -1, self.d_node) + self.pos_embed[rows[0]]).flatten(0, 1)
         return x + self.pos_embed[torch.cat([r.repeat(p.copies) for r, p in zip(rows, graph.parts, strict=True)])]
 
     def _position_rows(self, layers: tuple[int, ...]) -> torch.Tensor:
@@ -121,7 +124,7 @@ class GraphEmbedding(nn.Module):
             inputs, hidden, outputs = self.layout[0], len(self.layout) - 2, self.layout[-1]
             if layers[0] > inputs or len(layers) - 2 > hidden or layers[-1] > outputs:
                 raise ValueError(
-                    f"NGGNN: expected networks of at most {inputs} inputs, {hidden} hidden layers and {outputs} outputs (the positional embedding of "
+                    f"{self.op}: expected networks of at most {inputs} inputs, {hidden} hidden layers and {outputs} outputs (the positional embedding of "
                     f"layout {self.layout}), got {layers}; build the model with a larger layout, or with positional=False"
                 )
             middle = [inputs + k for k, w in enumerate(layers[1:-1]) for _ in range(w)]

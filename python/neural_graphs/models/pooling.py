@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ngkernels import EdgeState, Message, NeuralGraph, aggregate
+from ngkernels import EdgeState, Message, NeuralGraph, aggregate, attend
+from ngkernels.graph import DENSE, Part
 
 SHORT = {"cat": ("cat", "last"), "mean": ("mean", "all"), "max": ("max", "all"), "cat_mean": ("cat_mean", "all")}
 NODE_METHODS, EDGE_METHODS = ("cat", "mean", "max", "cat_mean"), ("mean_edge", "max_edge")
@@ -18,29 +19,32 @@ class Pooling:
 
     cat: the layer's nodes one after the other. mean, max: over nodes. cat_mean: the mean of every layer, one after
     the other. mean_edge, max_edge: over all ordered pairs of nodes (or all pairs into the last layer), where a pair
-    without an edge counts as 0.
+    without an edge counts as 0. cls_token: the state of a node added in front of every network, which is layer 0.
     """
 
     method: str
     where: str | int
+    op: str = "Pooling"  # who asks, for messages
 
     @classmethod
-    def parse(cls, pooling, layers: int) -> Pooling:
-        """From "cat", "mean", "max", "cat_mean" or a pair (method, where).
+    def parse(cls, op: str, pooling, layers: int, token: bool = False) -> Pooling:
+        """From "cat", "mean", "max", "cat_mean", "cls_token" (if there may be a `token`) or a pair (method, where).
 
         Raises:
             ValueError: anything else.
         """
+        if pooling == "cls_token" and token:
+            return cls(pooling, 0, op)
         pair = SHORT.get(pooling) if isinstance(pooling, str) else tuple(pooling)
         if pair is not None and len(pair) == 2:
             method, where = pair
             at_layer = where == "last" or (isinstance(where, int) and -layers <= where < layers)
             if (method in ("mean", "max") and (where == "all" or at_layer)) or (method == "cat" and at_layer):
-                return cls(method, where)
+                return cls(method, where, op)
             if pair in (("cat_mean", "all"), ("mean_edge", "all"), ("max_edge", "all"), ("mean_edge", "last")):
-                return cls(method, where)
+                return cls(method, where, op)
         raise ValueError(
-            f"NGGNN: expected pooling cat, mean, max, cat_mean or a pair: (cat | mean | max, last or a layer number below {layers}), "
+            f"{op}: expected pooling cat, mean, max, cat_mean{', cls_token' if token else ''} or a pair: (cat | mean | max, last or a layer number below {layers}), "
             f"(mean | max | cat_mean | mean_edge | max_edge, all), (mean_edge, last); got {pooling!r}"
         )
 
@@ -55,11 +59,13 @@ class Pooling:
             return None
         return -1 if self.where == "last" else int(self.where)
 
-    def features(self, layout, width: int) -> int:
+    def features(self, layout, d_node: int, d_edge: int) -> int:
         """Length of the vector."""
         if self.method == "cat_mean":
-            return len(layout) * width
-        return layout[self.rows] * width if self.method == "cat" else width
+            return len(layout) * d_node
+        if self.of_edges:
+            return d_edge
+        return layout[self.rows] * d_node if self.method == "cat" else d_node
 
     def nodes(self, graph: NeuralGraph, x: torch.Tensor) -> torch.Tensor:
         """[num_graphs, features] from node states: all rows, or those of layer `rows`.
@@ -67,11 +73,13 @@ class Pooling:
         Raises:
             ValueError: cat over networks of unequal width.
         """
+        if self.method == "cls_token":
+            return x
         sizes = [(p.copies, p.num_nodes if self.rows is None else p.layers[self.rows]) for p in graph.parts]
         if self.method == "cat":
             if len({n for _, n in sizes}) > 1:
                 raise ValueError(
-                    f"NGGNN: expected equal widths of the pooled layer for pooling cat, got {sorted({n for _, n in sizes})}; use mean or max"
+                    f"{self.op}: expected equal widths of the pooled layer for pooling cat, got {sorted({n for _, n in sizes})}; use mean or max"
                 )
             return x.reshape(graph.num_graphs, -1)
         if self.method == "cat_mean":
@@ -80,7 +88,7 @@ class Pooling:
         if len(sizes) == 1:
             x = x.view(graph.num_graphs, -1, x.shape[1])
             return x.mean(1) if self.method == "mean" else x.amax(1)
-        return _reduce_segments(x, [n for c, n in sizes for _ in range(c)], self.method)
+        return reduce_segments(x, [n for c, n in sizes for _ in range(c)], self.method)
 
     def edges(self, graph: NeuralGraph, edges: EdgeState, x: torch.Tensor) -> torch.Tensor:
         """[num_graphs, width] from edge states; x: any node states, not read."""
@@ -92,15 +100,51 @@ class Pooling:
         parts = [p for p in graph.parts for _ in range(p.copies)]
         sizes = [p.layers[-1] if last else p.num_nodes for p in parts]
         if self.method == "max_edge":
-            return _reduce_segments(reduced, sizes, "max").clamp(min=0)  # a pair without an edge is always there
+            return reduce_segments(reduced, sizes, "max").clamp(min=0)  # a pair without an edge is always there
         pairs = torch.tensor([p.num_nodes for p in parts], dtype=x.dtype, device=x.device)
-        return _reduce_segments(reduced, sizes, "mean") / pairs[:, None]
+        return reduce_segments(reduced, sizes, "mean") / pairs[:, None]
 
 
-def _reduce_segments(x: torch.Tensor, sizes: list[int], method: str) -> torch.Tensor:
+def reduce_segments(x: torch.Tensor, sizes: list[int], method: str) -> torch.Tensor:
     """Mean or max [len(sizes), F] of consecutive rows of x [sum(sizes), F]."""
     count = torch.tensor(sizes, device=x.device)
     index = torch.repeat_interleave(torch.arange(len(sizes), device=x.device), count)
     if method == "mean":
         return x.new_zeros(len(sizes), x.shape[1]).index_add(0, index, x) / count[:, None]
     return x.new_zeros(len(sizes), x.shape[1]).scatter_reduce(0, index[:, None].expand_as(x), x, "amax", include_self=False)
+
+
+HIDDEN = -1e4  # a logit whose exponential is 0 in every dtype
+
+
+def mean_of_pairs(edges: EdgeState, x: torch.Tensor, over: str, last: bool) -> torch.Tensor:
+    """[num_graphs, D]: the mean of e_ij over all pairs (i, j) that `ngkernels.attend` looks at; `last`: j in the last layer.
+
+    An attention whose weights are all equal. x: any node states, not read.
+    """
+    graph, width = edges.graph, edges.width
+    ones, key = x.new_ones(graph.num_nodes, 1), x.new_zeros(graph.num_nodes, 1)
+    if last:
+        key = key + HIDDEN
+        key[graph.node_layer(-1).to(x.device)] = 0
+    nothing, eye = x.new_zeros(1, width), torch.eye(width, dtype=x.dtype, device=x.device)
+    means = attend(edges, ones, key, x.new_zeros(graph.num_nodes, width), nothing, nothing, eye, heads=1, scale=1.0, over=over)
+    counts = torch.cat([_pairs_of(p, over, last).repeat(p.copies) for p in graph.parts]).to(x)[:, None]
+    index = graph.graph_of_node().to(x.device)
+    total = x.new_zeros(graph.num_graphs, width).index_add(0, index, counts * means)
+    return total / x.new_zeros(graph.num_graphs, 1).index_add(0, index, counts)
+
+
+def _pairs_of(part: Part, over: str, last: bool) -> torch.Tensor:
+    """Number of pairs in the row of each node of one network, int64 [num_nodes]."""
+    layers, rows = part.layers, []
+    for a, width in enumerate(layers):
+        count = torch.zeros(width, dtype=torch.int64)
+        for b in range(len(layers) - 1 if last else 0, len(layers)):
+            kinds = {block.kind for block in part.blocks if (block.src, block.dst) in ((a, b), (b, a))}
+            if over == "all" or DENSE in kinds:
+                count += layers[b]
+            elif kinds or a == b:  # diagonal blocks, or each neuron to itself
+                count[: layers[b]] += 1
+        rows.append(count)
+    return torch.cat(rows)

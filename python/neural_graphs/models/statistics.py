@@ -19,28 +19,29 @@ class Statistics:
     weights: tuple[tuple[float, float], ...] | None = None  # (mean, std) by layer
     biases: tuple[tuple[float, float], ...] | None = None
     denormalize: bool = False
+    op: str = "Statistics"  # who asks, for messages
 
     @classmethod
-    def parse(cls, stats: dict | None, layers: int, denormalize: bool = False) -> Statistics:
+    def parse(cls, op: str, stats: dict | None, layers: int, denormalize: bool = False) -> Statistics:
         """From a dict of `NAMES`, each one number for each layer; None: no statistics.
 
         Raises:
             ValueError: unknown names, wrong numbers of values, a std of 0.
         """
         if not stats:
-            return cls(denormalize=denormalize)
+            return cls(denormalize=denormalize, op=op)
         if set(stats) - set(NAMES):
-            raise ValueError(f"NGGNN: expected stats of {', '.join(NAMES)}, got {', '.join(map(str, stats))}")
+            raise ValueError(f"{op}: expected stats of {', '.join(NAMES)}, got {', '.join(map(str, stats))}")
         values = {}
         for name in NAMES:
             given = stats.get(name)
             values[name] = [float(v) for v in given] if given is not None else [float(name.endswith("std"))] * layers
             if len(values[name]) != layers or (name.endswith("std") and not all(v > 0 for v in values[name])):
                 raise ValueError(
-                    f"NGGNN: expected stats[{name!r}] of {layers} numbers (one for each layer; a std above 0), got {values[name]}"
+                    f"{op}: expected stats[{name!r}] of {layers} numbers (one for each layer; a std above 0), got {values[name]}"
                 )
         pairs = [tuple(zip(values[f"{kind}_mean"], values[f"{kind}_std"])) for kind in ("weights", "biases")]
-        return cls(*pairs, denormalize)
+        return cls(*pairs, denormalize, op)
 
     def affine(self, graph: NeuralGraph):
         """(scale, shift) of each weight tensor of `graph`, for EdgeState; None without statistics.
@@ -52,7 +53,7 @@ class Statistics:
             return None
         if graph.packed or any(p.num_weights != len(self.weights) for p in graph.parts):
             raise ValueError(
-                f"NGGNN: expected networks of {len(self.weights)} weight tensors each (one for each of the stats), got {graph}"
+                f"{self.op}: expected networks of {len(self.weights)} weight tensors each (one for each of the stats), got {graph}"
             )
         return tuple(1 / s for _, s in self.weights) * len(graph.parts), tuple(-m / s for m, s in self.weights) * len(graph.parts)
 
@@ -65,15 +66,15 @@ class Statistics:
         if isinstance(biases, torch.Tensor):
             if tuple(biases.shape) != (graph.num_nodes, channels):
                 raise ValueError(
-                    f"NGGNN: expected biases of shape {(graph.num_nodes, channels)} (all nodes of the graph), got {tuple(biases.shape)}"
+                    f"{self.op}: expected biases of shape {(graph.num_nodes, channels)} (all nodes of the graph), got {tuple(biases.shape)}"
                 )
             if self.biases is not None:
-                raise ValueError("NGGNN: expected biases as a list of layers (the model has stats), got one tensor")
+                raise ValueError(f"{self.op}: expected biases as a list of layers (the model has stats), got one tensor")
             return biases.to(dtype)
         biases = list(biases)
         wanted = [(p.copies, width, channels) for p in graph.parts for width in p.layers[1:]]
         if [tuple(b.shape) for b in biases] != wanted:
-            raise ValueError(f"NGGNN: expected biases of shapes {wanted}, got {[tuple(b.shape) for b in biases]}")
+            raise ValueError(f"{self.op}: expected biases of shapes {wanted}, got {[tuple(b.shape) for b in biases]}")
         pieces, left = [], iter(biases)
         for p in graph.parts:
             layers = [self._normalized(k, next(left).to(dtype)) for k in range(len(p.layers) - 1)]

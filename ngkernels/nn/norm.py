@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ngkernels import NeuralGraph
+from ..graph import NeuralGraph
 
 NORMS = ("layer", "graph", "batch_graph", None)
 
