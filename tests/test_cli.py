@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,7 +71,9 @@ def test_errors_are_one_sentence(arguments, words, tmp_path, monkeypatch, capsys
 def test_usage_errors(capsys):
     assert here("no-such-command") == 2
     assert here("demo", "--steps", "0") == 2
-    assert here("demo", "--model", "x") == 2 and "ng-gnn" in capsys.readouterr().err
+    assert here("demo", "--model", "x") == 2
+    shown = capsys.readouterr().err
+    assert "ng-gnn" in shown and "ng-t" in shown
 
 
 def test_debug_lets_the_error_through(tmp_path, monkeypatch):
@@ -158,6 +161,11 @@ def test_demo_in_miniature(tmp_path, capsys):
     again = ["demo", "--smoke", "--out", tmp_path / "out", "--cache", tmp_path / "cache", "--steps"]
     assert here(*again, 20) == 0
     assert "train ng-gnn" not in capsys.readouterr().out  # nothing was left to do
+    assert here(*again, 20, "--model", "ng-t") == 0
+    shown = capsys.readouterr().out
+    assert "train ng-t" in shown and "train ng-gnn" not in shown
+    assert "NG-T names the digit" in shown and "NG-GNN names the digit" in shown and re.search(r"NG-T is \d+\.\d points (above|below) NG-GNN", shown)
+    assert "| NG-T, fused kernels | weights |" in (out / "report.md").read_text()
     assert here(*again, 21) == 1
     shown = capsys.readouterr().err
     assert "belongs to another run" in shown and "--fresh" in shown

@@ -28,6 +28,7 @@ from neural_graphs.tasks.inr_classification import (
 from neural_graphs.tasks.training import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+MODELS = pytest.mark.parametrize("model", ["ng-gnn", "ng-t"])
 TINY = ClassifierConfig(d_hid=8, num_layers=3, fourier_features=8, train=TrainConfig(steps=12, batch=8, warmup=2, eval_every=5))
 
 
@@ -47,12 +48,14 @@ class StopAfter:
         return self.looks < 0
 
 
-def test_resumed_equals_uninterrupted(sets, tmp_path):
-    whole, finished = train_classifier(sets, TINY, {}, tmp_path / "whole.pt")
+@MODELS
+def test_resumed_equals_uninterrupted(sets, tmp_path, model):
+    config = replace(TINY, model=model)
+    whole, finished = train_classifier(sets, config, {}, tmp_path / "whole.pt")
     assert finished
-    part, finished = train_classifier(sets, TINY, {}, tmp_path / "part.pt", stop=StopAfter(7))
+    part, finished = train_classifier(sets, config, {}, tmp_path / "part.pt", stop=StopAfter(7))
     assert not finished and part.step == 7
-    part, finished = train_classifier(sets, TINY, {}, tmp_path / "part.pt")
+    part, finished = train_classifier(sets, config, {}, tmp_path / "part.pt")
     assert finished and part.history == whole.history
     theirs = whole.model.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in part.model.state_dict().items())
@@ -64,7 +67,8 @@ def test_fresh_ignores_a_checkpoint(sets, tmp_path):
     assert trainer.step == 12
 
 
-def test_the_model_learns(sets, tmp_path):
+@MODELS
+def test_the_model_learns(sets, tmp_path, model):
     """Two classes that differ in the sign of the last layer's weights: easy, and impossible without reading weights."""
 
     def easy(part):
@@ -75,19 +79,22 @@ def test_the_model_learns(sets, tmp_path):
         return InrSet((*part.weights[:2], last), biases, labels, torch.arange(len(part)), part.psnr)
 
     data = {name: easy(part) for name, part in sets.items()}
-    config = replace(TINY, augment=False, train=TrainConfig(steps=150, batch=16, lr=5e-3, warmup=10, eval_every=150))
+    config = replace(TINY, model=model, augment=False, train=TrainConfig(steps=150, batch=16, lr=5e-3, warmup=10, eval_every=150))
     trainer, _ = train_classifier(data, config, {}, tmp_path / "x.pt")
     assert trainer.history[-1]["test_accuracy"] > 85
 
 
-def test_bf16_runs(sets, tmp_path):
-    config = replace(TINY, train=replace(TINY.train, steps=4, bf16=True))
+@MODELS
+def test_bf16_runs(sets, tmp_path, model):
+    config = replace(TINY, model=model, train=replace(TINY.train, steps=4, bf16=True))
     trainer, _ = train_classifier(sets, config, {}, tmp_path / "x.pt")
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trainer.model.parameters())
 
 
-def test_prediction_does_not_depend_on_order_signs_or_batch(sets):
-    model, inputs, networks = build_model(TINY, (2, 8, 8, 1), 10), InrInputs(sets["train"], None), sets["test"]
+@MODELS
+@pytest.mark.parametrize("attention", ["all", "edges"])
+def test_prediction_does_not_depend_on_order_signs_or_batch(sets, model, attention):
+    model, inputs, networks = build_model(replace(TINY, model=model, attention=attention), (2, 8, 8, 1), 10), InrInputs(sets["train"], None), sets["test"]
     expected = model(*inputs(networks))
     weights, biases = [w.clone() for w in networks.weights], [b.clone() for b in networks.biases]
     weights[0], biases[0], weights[1] = -weights[0], -biases[0], -weights[1]
@@ -156,5 +163,13 @@ def test_sorted_baseline_is_invariant(sets):
 
 
 def test_unknown_model():
-    with pytest.raises(ValueError, match="expected model to be one of ng-gnn, got 'ng-t'"):
-        ClassifierConfig(model="ng-t")
+    for make in (ClassifierConfig.recipe, ClassifierConfig):
+        with pytest.raises(ValueError, match="expected model to be one of ng-gnn, ng-t, got 'ng-x'"):
+            make("ng-x")
+
+
+def test_recipes_are_defaults():
+    plain = ClassifierConfig.recipe("ng-t", train={"steps": None})
+    assert plain.model == "ng-t" and plain.train.steps == ClassifierConfig.recipe("ng-t", train={}).train.steps
+    changed = ClassifierConfig.recipe("ng-t", 16, {"steps": 7, "lr": 0.5}, attention="all")
+    assert (changed.d_hid, changed.train.steps, changed.train.lr, changed.attention) == (16, 7, 0.5, "all")

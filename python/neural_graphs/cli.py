@@ -44,6 +44,12 @@ app.command()(commands.scale)
 
 class Model(str, Enum):
     ng_gnn = "ng-gnn"
+    ng_t = "ng-t"
+
+
+class Attention(str, Enum):
+    all = "all"
+    edges = "edges"
 
 
 class Suffix(str, Enum):
@@ -62,6 +68,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything ran
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of a training step. [default: torch's choice]", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Continue what the output folder holds, or start anew and overwrite it.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocast.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Training steps. One long schedule is much better than a short one. [default: 8000]", show_default=False)]
 Reader = Annotated[Model, typer.Option("--model", help="The model that reads the networks.")]
 # fmt: on
 
@@ -79,7 +86,7 @@ def demo(
             "--out", help="Folder for the report, plots and checkpoint. [default: ngk-demo, or ngk-demo-smoke]", show_default=False
         ),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps. One long schedule is much better than a short one.")] = 8000,
+    steps: Steps = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Every stage in miniature, under a minute; its accuracy means nothing.")] = False,
     model: Reader = Model.ng_gnn,
     device: Device = "cpu",
@@ -158,12 +165,22 @@ def train_inr_classification(
         Path | None, typer.Option("--splits", help="Splits JSON of a public layout. [default: the one in the folder]", show_default=False)
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint and metrics.json.")] = Path("ngk-inr-classification"),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 8000,
+    steps: Steps = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Networks per step.")] = 64,
-    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of AdamW.")] = 2e-3,
+    lr: Annotated[
+        float | None, typer.Option("--lr", help="Peak learning rate of AdamW. [default: what suits the model]", show_default=False)
+    ] = None,
     weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0, help="Weight decay of AdamW.")] = 1e-2,
-    d_hid: Annotated[int, typer.Option("--d-hid", min=1, help="Width of node and edge states.")] = 32,
-    num_layers: Annotated[int, typer.Option("--layers", min=1, help="Message-passing layers.")] = 4,
+    d_hid: Annotated[
+        int | None,
+        typer.Option(
+            "--d-hid", min=1, help="Width of node states; of edge states too, or half of it (ng-t). [default: 32]", show_default=False
+        ),
+    ] = None,
+    num_layers: Annotated[int, typer.Option("--layers", min=1, help="Layers of message passing, or of attention.")] = 4,
+    attention: Annotated[
+        Attention, typer.Option("--attention", help="ng-t: along the edges of a network, or among all pairs of its neurons.")
+    ] = Attention.edges,
     augment: Annotated[bool, typer.Option("--augment/--no-augment", help="Turn, scale, shift the pictures, in weight space.")] = True,
     eval_every: Annotated[int, typer.Option("--eval-every", min=1, help="Steps between two evaluations.")] = 500,
     model: Reader = Model.ng_gnn,
@@ -182,10 +199,11 @@ def train_inr_classification(
     from .data.storage import default_cache, write_json
     from .report.progress import ProgressLine
     from .tasks.inr_classification import ClassifierConfig, train_classifier
-    from .tasks.training import Interrupted, StopRequest, TrainConfig
+    from .tasks.training import Interrupted, StopRequest
 
-    train = TrainConfig(steps=steps, batch=batch, lr=lr, weight_decay=weight_decay, seed=seed, bf16=bf16, eval_every=eval_every)
-    config = ClassifierConfig(model=model.value, d_hid=d_hid, num_layers=num_layers, augment=augment, train=train)
+    train = {"steps": steps, "batch": batch, "lr": lr, "weight_decay": weight_decay, "seed": seed, "bf16": bf16, "eval_every": eval_every}
+    config = ClassifierConfig.recipe(model.value, d_hid, train, num_layers=num_layers, attention=attention.value, augment=augment)
+    steps = config.train.steps
     sets, described = _read_sets(console, data, splits, cache or default_cache())
     with StopRequest() as stop, ProgressLine(console, f"train {config.model}", steps) as line:
         trainer, finished = train_classifier(

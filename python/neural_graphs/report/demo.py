@@ -1,4 +1,4 @@
-"""The demo, stage by stage: fit networks to real pictures, train NG-GNN on their weights, compare, measure a large step, report.
+"""The demo, stage by stage: fit networks to real pictures, train a model on their weights, compare, measure a large step, report.
 
 Results of a finished stage are kept in `<out>/results.json` with the configuration that made them, and used again when a run with
 the same configuration continues.
@@ -27,12 +27,12 @@ from ..data import (
 from ..data.digits import SPLIT_SEED
 from ..data.storage import read_json, write_json
 from ..tasks.baselines import MlpConfig, bounds, run_baseline, weight_baselines
-from ..tasks.inr_classification import ClassifierConfig, train_classifier
-from ..tasks.training import Interrupted, StopRequest, TrainConfig
+from ..tasks.inr_classification import MODELS, ClassifierConfig, train_classifier
+from ..tasks.training import Interrupted, StopRequest
 from . import large_step, process, publish
 from .progress import ProgressLine
 
-FORMAT = 2  # raised when stages of an older run must not be used again
+FORMAT = 3  # raised when stages of an older run must not be used again
 TITLES = {"cpp": "fused C++ kernels", "reference": "reference, eager"}
 
 
@@ -46,20 +46,20 @@ class DemoConfig:
     fresh: bool = False
     digits: DigitConfig = field(default_factory=DigitConfig)
     picture: PictureConfig = field(default_factory=PictureConfig)
-    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    classifiers: tuple[ClassifierConfig, ...] = (ClassifierConfig(),)  # the first is what the report is about
     baselines: MlpConfig = field(default_factory=MlpConfig)
     repeats: int = 2
 
 
 def smoke(config: DemoConfig) -> DemoConfig:
     """Returns the same demo in miniature: every stage runs, in less than a minute; its accuracy means nothing."""
-    train = replace(config.classifier.train, steps=min(config.classifier.train.steps, 60), batch=32, eval_every=20, warmup=10)
+    trains = [replace(c.train, steps=min(c.train.steps, 60), batch=32, eval_every=20, warmup=10) for c in config.classifiers]
     picture_siren = replace(config.picture.siren, layout=(2, 64, 128, 3), steps=40)
     return replace(
         config,
         digits=replace(config.digits, images=60, per_image=4, chunk=120, siren=replace(config.digits.siren, steps=60)),
         picture=replace(config.picture, siren=picture_siren),
-        classifier=replace(config.classifier, train=train),
+        classifiers=tuple(replace(c, train=train) for c, train in zip(config.classifiers, trains, strict=True)),
         baselines=replace(config.baselines, steps=40, batch=64),
         repeats=1,
     )
@@ -90,13 +90,16 @@ class Demo:
         networks, picture = self._networks(), self._picture()
         sets = digit_splits(networks)
         with StopRequest() as stop:
-            training = self._stage("training", self._training_identity(), lambda: self._train(sets, stop))
+            trained = [
+                self._stage(f"train {c.model}", self._training_identity(c), lambda c=c: self._train(c, sets, stop))
+                for c in self.config.classifiers
+            ]
             baselines = self._stage("baselines", self._baseline_identity(), lambda: self._baselines(sets, stop))
         large = self._stage("large step", self._large_identity(), self._large_step)
         results = {
             "machine": self.results["machine"],
             "data": publish.describe_data(self.config.digits, networks, sets),
-            "training": training,
+            "trained": trained,
             "baselines": baselines,
             "large": large,
             "seconds": self.results["seconds"],
@@ -115,7 +118,7 @@ class Demo:
         begin = time.monotonic()
         result = work()
         self.results["stages"][name] = {"identity": identity, "result": result}
-        self.results["seconds"][name] = result["seconds"] if name == "training" else time.monotonic() - begin
+        self.results["seconds"][name] = result["seconds"] if name.startswith("train ") else time.monotonic() - begin
         write_json(self.path, self.results)
         return result
 
@@ -141,9 +144,8 @@ class Demo:
         with ProgressLine(self.console, "fit the large network", self.config.picture.siren.steps) as line:
             return picture_inr(self.config.picture, self.config.cache, lambda done, total: line.update(done))
 
-    def _train(self, sets: dict[str, InrSet], stop: StopRequest) -> dict[str, Any]:
-        config = self.config.classifier
-        checkpoint = self.config.out / "checkpoint.pt"
+    def _train(self, config: ClassifierConfig, sets: dict[str, InrSet], stop: StopRequest) -> dict[str, Any]:
+        checkpoint = self.config.out / f"checkpoint-{config.model}.pt"
         with ProgressLine(self.console, f"train {config.model}", config.train.steps) as line:
             trainer, finished = train_classifier(
                 sets,
@@ -161,18 +163,18 @@ class Demo:
             raise Interrupted(f"stopped after step {trainer.step} of {config.train.steps}; the state is in {checkpoint}")
         last = trainer.history[-1]
         self.console.print(
-            f"test accuracy {last['test_accuracy']:.1f} % (standard error {last['test_standard_error']:.1f})",
+            f"{MODELS[config.model]}: test accuracy {last['test_accuracy']:.1f} % (standard error {last['test_standard_error']:.1f})",
             highlight=False,
             soft_wrap=True,
         )
         speed = trainer.step / max(trainer.seconds, 1e-9)
-        return {"history": trainer.history, "seconds": trainer.seconds, "steps_per_second": speed}
+        return {"title": MODELS[config.model], "history": trainer.history, "seconds": trainer.seconds, "steps_per_second": speed}
 
     def _baselines(self, sets: dict[str, InrSet], stop: StopRequest) -> list[dict[str, Any]]:
         config, found = self.config.baselines, []
         pictures, _ = load_digit_pictures()
         quick = replace(config, steps=max(1, config.steps // 4))  # what sees the picture has learned it by then
-        todo = [(b, config) for b in weight_baselines(self.config.classifier.motion)] + [(b, quick) for b in bounds(pictures)]
+        todo = [(b, config) for b in weight_baselines(self.config.classifiers[0].motion)] + [(b, quick) for b in bounds(pictures)]
         before = 0
         with ProgressLine(self.console, "train comparisons", sum(recipe.steps for _, recipe in todo)) as line:
             for baseline, recipe in todo:
@@ -216,11 +218,11 @@ class Demo:
     def _data_identity(self) -> dict:
         return {**self.config.digits.describe(), "split": SPLIT_SEED}
 
-    def _training_identity(self) -> dict:
-        return {"data": self._data_identity(), "classifier": asdict(self.config.classifier), "device": self.config.device}
+    def _training_identity(self, config: ClassifierConfig) -> dict:
+        return {"data": self._data_identity(), "classifier": asdict(config), "device": self.config.device}
 
     def _baseline_identity(self) -> dict:
-        motion = asdict(self.config.classifier.motion)
+        motion = asdict(self.config.classifiers[0].motion)
         return {"data": self._data_identity(), "mlp": asdict(self.config.baselines), "motion": motion}
 
     def _large_identity(self) -> dict:
@@ -228,16 +230,18 @@ class Demo:
 
 
 def make_config(
-    out: Path, cache: Path, *, steps: int, seed: int, device: str, model: str, fresh: bool, bf16: bool, small: bool
+    out: Path, cache: Path, *, steps: int | None, seed: int, device: str, model: str, fresh: bool, bf16: bool, small: bool
 ) -> DemoConfig:
-    """Returns the demo's configuration from the options of the command line."""
-    train = TrainConfig(steps=steps, seed=seed, bf16=bf16, eval_every=max(1, min(500, steps // 16)))
+    """Returns the demo's configuration from the options of the command line; another model than NG-GNN is compared with it."""
+    first = ClassifierConfig.recipe(model, train={"steps": steps, "seed": seed, "bf16": bf16})
+    others = [] if model == "ng-gnn" else [ClassifierConfig.recipe("ng-gnn", train={"steps": steps, "seed": seed, "bf16": bf16})]
+    classifiers = [replace(c, train=replace(c.train, eval_every=max(1, min(500, c.train.steps // 16)))) for c in (first, *others)]
     config = DemoConfig(
         out=out,
         cache=cache,
         device=device,
         fresh=fresh,
-        classifier=ClassifierConfig(model=model, train=train),
+        classifiers=tuple(classifiers),
         baselines=MlpConfig(seed=seed),
     )
     return smoke(config) if small else config

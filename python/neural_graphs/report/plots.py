@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-INK, GREY, BLUE, ORANGE, GREEN = "#1f2933", "#7b8794", "#1d5fd1", "#d9730d", "#2f855a"
+INK, GREY, BLUE, ORANGE, GREEN, PURPLE = "#1f2933", "#7b8794", "#1d5fd1", "#d9730d", "#2f855a", "#8e4ec6"
 STYLE = {
     "font.size": 11,
     "axes.edgecolor": "#9aa5b1",
@@ -24,32 +24,37 @@ STYLE = {
 }
 
 
-def accuracy_curve(history: Sequence[dict[str, float]], baselines: Sequence[dict[str, Any]], title: str) -> bytes:
-    """Test accuracy over training steps with its standard error; baselines and bounds as lines, named at the right edge."""
+def accuracy_curve(trained: Sequence[dict[str, Any]], baselines: Sequence[dict[str, Any]], title: str) -> bytes:
+    """Test accuracy over training steps with its standard error; baselines and bounds as lines, named at the right edge.
+
+    Args:
+        trained: {title, history} of each model that reads the weights, the report's own first.
+        baselines: {title, reads, accuracy} each.
+    """
     with _style():
         figure, axes = _figure(9.6, 5.4)
-        steps = [point["step"] for point in history]
-        values = [point["test_accuracy"] for point in history]
-        errors = [point["test_standard_error"] for point in history]
-        low, high = ([v + sign * e for v, e in zip(values, errors)] for sign in (-1, 1))
-        axes.fill_between(steps, low, high, color=BLUE, alpha=0.18, linewidth=0)
-        axes.plot(steps, values, color=BLUE, linewidth=2.4, marker="o", markersize=4)
-        lines = [(values[-1], f"NG-GNN on the weights  {values[-1]:.1f}", BLUE)]
+        lines = []
+        for entry, colour in zip(trained, (BLUE, PURPLE)):
+            steps, values, errors = ([point[key] for point in entry["history"]] for key in ("step", "test_accuracy", "test_standard_error"))
+            low, high = ([v + sign * e for v, e in zip(values, errors)] for sign in (-1, 1))
+            axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(steps, values, color=colour, linewidth=2.4, marker="o", markersize=4)
+            lines.append((values[-1], f"{entry['title']} on the weights  {values[-1]:.1f}", colour))
         for entry in baselines:
             colour = GREEN if entry["reads"] == "picture" else ORANGE
             axes.axhline(entry["accuracy"], color=colour, linewidth=1.1, linestyle=(0, (5, 3)), alpha=0.85)
             lines.append((entry["accuracy"], f"{entry['title']}  {entry['accuracy']:.1f}", colour))
         axes.set_ylim(0, 103)
-        axes.set_xlim(0, max(steps))
+        axes.set_xlim(0, max(entry["history"][-1]["step"] for entry in trained))
         for position, (_, text, colour) in zip(_spread([line[0] for line in lines], 4.6), lines):
-            weight = "bold" if colour == BLUE else "normal"
+            weight = "bold" if colour in (BLUE, PURPLE) else "normal"
             axes.annotate(
                 text, (1.015, position), xycoords=("axes fraction", "data"), color=colour, va="center", fontsize=10, fontweight=weight
             )
         axes.set_xlabel("training steps")
         axes.set_ylabel("test accuracy, %")
         axes.set_title(title, pad=24)
-        axes.text(0, 1.025, "blue: reads the weights, with standard error   orange: MLPs on the weights   green: bounds, they see the picture",
+        axes.text(0, 1.025, "with standard error: reads the weights as a graph   orange: MLPs on the weights   green: bounds, they see the picture",
                   transform=axes.transAxes, fontsize=9.5, color=GREY)  # fmt: skip
         figure.subplots_adjust(left=0.075, right=0.66, top=0.86, bottom=0.11)
         return _png(figure)

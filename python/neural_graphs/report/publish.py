@@ -48,7 +48,7 @@ def figures(results: Mapping[str, Any], test: InrSet, picture: PictureConfig, ne
     """Returns the PNGs by name; `network` is the large one that draws `picture`."""
     title = "Naming a digit from the weights of its network"
     drawn = {
-        "accuracy": plots.accuracy_curve(results["training"]["history"], results["baselines"], title),
+        "accuracy": plots.accuracy_curve(results["trained"], results["baselines"], title),
         "reconstructions": _digits(test),
         "picture": _picture(picture, network),
     }

@@ -18,16 +18,23 @@ from ..data.inr_set import InrSet
 from ..data.transforms import Normalisation, PictureMotion, canonical_signs, move_picture
 from .training import Progress, StopRequest, TrainConfig, Trainer
 
-MODELS = ("ng-gnn",)
+MODELS = {"ng-gnn": "NG-GNN", "ng-t": "NG-T"}
+# What suits each model on the digits; a transformer's step costs more and wants a smaller rate.
+RECIPES = {"ng-gnn": {"d_hid": 32, "steps": 8000, "lr": 2e-3}, "ng-t": {"d_hid": 32, "steps": 8000, "lr": 1e-3}}
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """The model (by its command-line name) and how it is trained."""
+    """The model (by its command-line name) and how it is trained.
+
+    NG-GNN: node and edge states are d_hid wide. NG-T: nodes d_hid, edges half of it, attention and the MLP of nodes twice, the
+    MLP of edges once; the published one has d_hid = 64. `attention`: of NG-T, "all" pairs of neurons or "edges".
+    """
 
     model: str = "ng-gnn"
     d_hid: int = 32
     num_layers: int = 4
+    attention: str = "edges"
     fourier_features: int = 32
     fourier_sigma: float = 0.5
     pooling: str = "cat"
@@ -36,31 +43,46 @@ class ClassifierConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise ValueError(f"inr-classification: expected model to be one of {', '.join(MODELS)}, got {self.model!r}")
+        _check_model(self.model)
+
+    @classmethod
+    def recipe(cls, model: str, d_hid: int | None = None, train: dict[str, Any] | None = None, **options) -> ClassifierConfig:
+        """The configuration that suits `model`, with options of its own and of the training; None leaves one as it is.
+
+        Raises:
+            ValueError: an unknown model.
+        """
+        _check_model(model)
+        own = dict(RECIPES[model])
+        width = own.pop("d_hid")
+        own.update({key: value for key, value in (train or {}).items() if value is not None})
+        return cls(model=model, d_hid=width if d_hid is None else d_hid, train=TrainConfig(**own), **options)
 
     def describe(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if key != "train"}
 
 
+def _check_model(model: str) -> None:
+    if model not in MODELS:
+        raise ValueError(f"inr-classification: expected model to be one of {', '.join(MODELS)}, got {model!r}")
+
+
 def build_model(config: ClassifierConfig, layout: tuple[int, ...], classes: int) -> nn.Module:
     """Returns the model with parameters drawn from the configuration's seed (the global generator is left as it was)."""
-    from ..models import NGGNN
+    from ..models import NGGNN, NGT
 
+    d = config.d_hid
+    common = {
+        "layout": list(layout), "num_layers": config.num_layers, "out_features": classes, "encoder": "fourier",
+        "fourier_features": config.fourier_features, "fourier_sigma": config.fourier_sigma, "norm": "layer", "pooling": config.pooling,
+        "edge_memory": "recompute",
+    }  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        return NGGNN(
-            layout=list(layout),
-            d_hid=config.d_hid,
-            num_layers=config.num_layers,
-            out_features=classes,
-            encoder="fourier",
-            fourier_features=config.fourier_features,
-            fourier_sigma=config.fourier_sigma,
-            norm="layer",
-            pooling=config.pooling,
-            edge_memory="recompute",
-        )
+        if config.model == "ng-gnn":
+            return NGGNN(d_hid=d, **common)
+        widths = {"d_node": d, "d_edge": d // 2, "d_attn_hid": 2 * d, "d_node_hid": 2 * d, "d_edge_hid": d, "d_out_hid": 2 * d}
+        return NGT(attention=config.attention, **widths, **common)
 
 
 class InrInputs:
