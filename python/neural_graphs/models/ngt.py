@@ -178,5 +178,7 @@ class NGT(NeuralGraphModel):
     def prepare(self, graph: NeuralGraph) -> None:
         """As NeuralGraphModel.prepare."""
         super().prepare(graph)
-        flipped = flip(graph)
-        super().prepare(flipped.with_token() if self._has_token else flipped)
+        flipped = flip(graph).with_token() if self._has_token else flip(graph)
+        for rows in {None, None if self.head == "equivariant" else self.pooling.rows}:
+            read = flipped if rows is None else flipped.restrict(rows)
+            read.closure(self.attention, self.reverse_edges).pairs_as(self.attention)

@@ -129,10 +129,18 @@ def mean_of_pairs(edges: EdgeState, x: torch.Tensor, over: str, last: bool) -> t
         key[graph.node_layer(-1).to(x.device)] = 0
     nothing, eye = x.new_zeros(1, width), torch.eye(width, dtype=x.dtype, device=x.device)
     means = attend(edges, ones, key, x.new_zeros(graph.num_nodes, width), nothing, nothing, eye, heads=1, scale=1.0, over=over)
-    counts = torch.cat([_pairs_of(p, over, last).repeat(p.copies) for p in graph.parts]).to(x)[:, None]
+    counts = _pairs(graph, over, last).to(x)[:, None]
     index = graph.graph_of_node().to(x.device)
     total = x.new_zeros(graph.num_graphs, width).index_add(0, index, counts * means)
     return total / x.new_zeros(graph.num_graphs, 1).index_add(0, index, counts)
+
+
+def _pairs(graph: NeuralGraph, over: str, last: bool) -> torch.Tensor:
+    """Number of pairs in the row of each node, int64 [num_nodes]. Kept."""
+    key = ("pairs of rows", over, last)
+    if key not in graph._cache:
+        graph._cache[key] = torch.cat([_pairs_of(p, over, last).repeat(p.copies) for p in graph.parts])
+    return graph._cache[key]
 
 
 def _pairs_of(part: Part, over: str, last: bool) -> torch.Tensor:
