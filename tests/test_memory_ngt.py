@@ -54,7 +54,7 @@ def check(layout: tuple[int, ...], attention: str) -> None:
 
 @linux
 def test_peak_of_a_training_step():
-    """One tensor of 32 numbers for each pair would be as much as the limit; the reference keeps 20 kB for each pair."""
+    """One tensor of 32 numbers for each pair would take all that is left; the reference keeps 20 kB for each pair."""
     check((2, 320, 320, 3), "all")
 
 

@@ -102,6 +102,18 @@ def test_it_says_what_it_is():
     assert "hidden=8, heads=2, modulate_v=True" in text
 
 
+@pytest.mark.parametrize("norm", ["layer", "graph", "batch_graph", None])
+def test_the_rows_that_are_pooled_are_rows_of_the_whole(backend: str, norm: str | None):
+    """Norms over a network see all its neurons, also where only the last layer's states are wanted."""
+    model, graph = NGT([2, 5, 3], **SMALL, norm=norm), ngk.NeuralGraph.mlp([2, 5, 3], 2)
+    weights, _ = networks([2, 5, 3], 2)
+    first = model.first_states(graph, torch.randn(20, 12), weights)
+    with ngk.use_backend(backend):
+        whole, _ = model.layers_of(*first)
+        last, _ = model.layers_of(*first, rows=-1)
+    assert relative(last, whole.view(2, 10, -1)[:, 7:].flatten(0, 1)) < 1e-5
+
+
 # ---- checkpoints of the reference ----
 CONFIG = {
     "layout": [2, 6, 3], "d_node": 12, "d_edge": 6, "d_attn_hid": 8, "d_node_hid": 10, "d_edge_hid": 7, "d_out_hid": 9, "n_layers": 3, "n_heads": 2,
