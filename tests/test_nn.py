@@ -90,6 +90,20 @@ def test_encoder_of_edges_and_of_values_are_the_module_itself(backend: str, kind
             torch.testing.assert_close(encoder.values(w[0, 0], out), out(encoder(w[0, 0])))
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_loaded_frequencies_bring_their_own_grid_also_to_compiled_code(backend: str, assign: bool):
+    """Sixty times higher frequencies: on the old grid, the tabulated encoder would be wrong in its first digit."""
+    encoder, other, out = nn.Encoder(1, 5, features=16, sigma=0.5), nn.Encoder(1, 5, features=16, sigma=30.0), torch.nn.Linear(5, 4)
+    v = torch.rand(64, 1) - 0.5
+    nn.diagonal_graph(64)  # made here: compiled code cannot
+    encoder.load_state_dict(other.state_dict(), assign=assign)
+    torch._dynamo.reset()
+    with ngk.use_backend(backend):
+        found = torch.compile(encoder.values, fullgraph=True, backend="eager")(v, out)
+        torch.testing.assert_close(found, out(encoder(v)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(encoder.values(v, out), out(encoder(v)), rtol=1e-4, atol=1e-4)
+
+
 def node_arguments() -> list[torch.Tensor | None]:
     x, reduced, matrix, bias = torch.randn(7, 3), torch.randn(7, 4), torch.randn(5, 3 + 3 * 4), torch.randn(5)
     return [*(t.double().requires_grad_() for t in (x, reduced, matrix, bias)), None, *torch.rand(2, 7, 1).double()]

@@ -38,19 +38,22 @@ class GaussianEncoding(nn.Module):
     def __init__(self, channels: int, features: int = 128, sigma: float = 3.0):
         super().__init__()
         self.b = nn.Parameter(torch.randn(features, channels) * sigma, requires_grad=False)
-        self._step = (self.b._version, encoders.table_step(self.b))
+        self._step = self._measured()
         self.register_load_state_dict_post_hook(GaussianEncoding._loaded)
 
     @staticmethod
     def _loaded(module: GaussianEncoding, _incompatible) -> None:
         module.step  # noqa: B018  read now: compiled code cannot
 
+    def _measured(self) -> tuple[nn.Parameter, int, int]:
+        return self.b, self.b._version, encoders.table_step(self.b)
+
     @property
     def step(self) -> int:
         """Grid step of the tabulated encoder (encoders.Fourier): read from the frequencies once for each change of them."""
-        if not torch.compiler.is_compiling() and self._step[0] != self.b._version:
-            self._step = (self.b._version, encoders.table_step(self.b))
-        return self._step[1]
+        if not torch.compiler.is_compiling() and (self._step[0] is not self.b or self._step[1] != self.b._version):
+            self._step = self._measured()
+        return self._step[2]
 
     def forward(self, v: torch.Tensor) -> torch.Tensor:
         """gamma(v), [..., 2 features], of v [..., channels]: plain PyTorch, for values that are few."""
