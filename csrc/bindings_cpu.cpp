@@ -141,7 +141,10 @@ struct Problem {
     }
     call.grad_params = data(grads[nw + nx], type, "grad params");
     call.grad_table = data(grads[nw + nx + 1], type, "grad table");
-    for (size_t k = nw + nx + 2; k < grads.size(); ++k) call.grad_carriers.push_back(edge_tensor(grads[k], packed));
+    for (size_t k = nw + nx + 2; k < grads.size(); ++k) {
+      const bool flat = call.rows.empty() ? grads[k].dim() == 2 : packed;  // a restricted graph without blocks clears them all the same
+      call.grad_carriers.push_back(edge_tensor(grads[k], flat));
+    }
   }
 
   // Edges of a row that have raw features, as its weight tensor counts them.

@@ -42,7 +42,9 @@ def rewritten(function: str, old: str, new: str) -> tuple[object, str, object]:
     plain = getattr(original, "__func__", original)
     source = textwrap.dedent(inspect.getsource(plain))
     if source.count(old) != 1:
-        raise LookupError(f"mutant: expected {old!r} once in {function}, got {source.count(old)} times; the code has changed, renew the mutant")
+        raise LookupError(
+            f"mutant: expected {old!r} once in {function}, got {source.count(old)} times; the code has changed, renew the mutant"
+        )
     code = compile(source.replace(old, new), f"<mutant of {function}>", "exec", __future__.annotations.compiler_flag, True)
     found: dict = {}
     exec(code, plain.__globals__, found)

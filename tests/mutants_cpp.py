@@ -24,7 +24,15 @@ const Isa& isa_avx512_bf16() { return isa_avx2(); }
 }
 """
 SOURCES = ("bindings_cpu.cpp", "cpu/schedule.cpp", "cpu/isa_scalar.cpp", "cpu/isa_avx2.cpp", "cpu/stubs.cpp")
-TESTS = ("test_aggregate.py", "test_readout.py", "test_checkpoint.py", "test_determinism.py", "test_graph.py", "test_edges.py")
+TESTS = (
+    "test_aggregate.py",
+    "test_readout.py",
+    "test_checkpoint.py",
+    "test_determinism.py",
+    "test_graph.py",
+    "test_edges.py",
+    "test_random_expressions.py",
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,9 @@ PATCHES = tuple(Patch(*row) for row in (
     ("no-way-past-the-carrier", "cpu/backprop.h", "scatter<V>(t, view(p.call.grad_carriers[k], row, t.piece->copy, true,", "scatter<V>(t, view(p.call.grad_carriers[k], row, 0, true,"),
     ("last-columns-without-gradient", "cpu/gemm.h", "for (; k < K; ++k) outer_block<V, 1, NV>", "for (; k + 1 < K; ++k) outer_block<V, 1, NV>"),
     ("uncovered-gradients-not-cleared", "bindings_cpu.cpp", "edges * e.channels < g.numel()", "false"),
+    ("gradient-tiles-too-narrow", "cpu/prepare.h", "if (padded<V>(in.n_in) > max_ld) max_ld = padded<V>(in.n_in);", ""),
     # determinism
+    ("working-memory-not-cleared", "cpu/engine.h", "std::memset(w.coefficients, 0,", "if (false) std::memset(w.coefficients, 0,"),
     ("other-bits-in-backward", "cpu/edge_math.h", "V::store(h + k, y);", "V::store(h + k, GRAD ? V::mul(y, V::set1(T(1) + T(sizeof(T) == 4 ? 1.2e-7 : 2.3e-16))) : y);"),
     ("committed-as-they-finish", "cpu/schedule.cpp", "while (s.turn.load(std::memory_order_acquire) != m) std::this_thread::yield();", ""),
 ))  # fmt: skip
@@ -85,7 +95,12 @@ class Workshop:
         facts = json.loads((ROOT / "ngkernels" / "_build_info.json").read_text())
         self.folder = folder
         self.compiler = shlex.split(os.environ.get("CXX", "")) or [facts["compiler"].split()[0]]
-        self.flags = ["-fPIC", "-O1", *(f for f in facts["flags"] if not f.startswith("-O")), *(f"-I{p}" for p in [*include_paths(), folder / "csrc"])]
+        self.flags = [
+            "-fPIC",
+            "-O1",
+            *(f for f in facts["flags"] if not f.startswith("-O")),
+            *(f"-I{p}" for p in [*include_paths(), folder / "csrc"]),
+        ]
         self.libraries = [*(f"-L{p}" for p in library_paths()), "-ltorch_cpu", "-ltorch", "-lc10"]
         for name in ("ngkernels", "csrc", "tests"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "golden"))
@@ -105,7 +120,9 @@ class Workshop:
             path = self.folder / "csrc" / patch.file
             text = path.read_text()
             if text.count(patch.old) != 1:
-                raise LookupError(f"mutant {patch.name}: expected {patch.old!r} once in {patch.file}, got {text.count(patch.old)} times; renew it")
+                raise LookupError(
+                    f"mutant {patch.name}: expected {patch.old!r} once in {patch.file}, got {text.count(patch.old)} times; renew it"
+                )
             self.patched, self.original = path, text
             path.write_text(text.replace(patch.old, patch.new))
             stale |= depending_on(path)
@@ -125,7 +142,20 @@ class Workshop:
         """Runs the engine's tests on the copy until the first failure."""
         env = {**os.environ, "PYTHONPATH": str(self.folder), "NGKERNELS_TEST_BACKENDS": "cpp", "PYTHONDONTWRITEBYTECODE": "1"}
         files = [f"tests/{name}" for name in TESTS]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-m", "not slow and not big", *files]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "--no-header",
+            "--tb=line",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not slow and not big",
+            *files,
+        ]
         return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True)
 
 

@@ -169,14 +169,18 @@ def node_rows(networks: Sequence[Network], layer: int) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-def by_block(values: torch.Tensor, edges: Edges, packed: bool, layer: int | None = None, networks: Sequence[Network] = ()) -> list[torch.Tensor]:
-    """Values [E, n] as one tensor a block; packed: as one tensor, network by network and copy by copy."""
+def by_block(
+    values: torch.Tensor, edges: Edges, packed: bool, layer: int | None = None, networks: Sequence[Network] = ()
+) -> list[torch.Tensor]:
+    """Values [E, n] as one tensor a block into `layer`; packed: as one tensor, network by network and copy by copy, 0 for the others."""
     pieces = values.split([math.prod(s) for s in edges.shapes])
+    kept = [layer is None or dst == layer % len(networks[k].layers) for dst, k in zip(edges.into, edges.networks)]
     if packed:
         rows = []
         for number in sorted(set(edges.networks)):
-            own = [p.reshape(s[0], -1, p.shape[1]) for p, s, k in zip(pieces, edges.shapes, edges.networks) if k == number]
+            own = [
+                (p * keep).reshape(s[0], -1, p.shape[1]) for p, s, k, keep in zip(pieces, edges.shapes, edges.networks, kept) if k == number
+            ]
             rows.append(torch.cat(own, 1).flatten(0, 1))
         return [torch.cat(rows)]
-    kept = [layer is None or dst == layer % len(networks[k].layers) for dst, k in zip(edges.into, edges.networks)]
     return [p.reshape(*s, p.shape[1]) for p, s, keep in zip(pieces, edges.shapes, kept) if keep]

@@ -8,7 +8,9 @@ from samples import Sample
 PLAIN = Sample("plain")
 REVERSED = (mlp(2, 5, 3, copies=2, reverse=True),)
 # a residual identity beside a dense block between the same layers, a block that skips a layer, another that runs inside a layer
-RESIDUAL = Network((3, 5, 4, 5), (("dense", 0, 1), ("dense", 1, 2), ("dense", 2, 3), ("diagonal", 1, 3), ("diagonal", 2, 3), ("dense", 0, 3)), copies=2)
+RESIDUAL = Network(
+    (3, 5, 4, 5), (("dense", 0, 1), ("dense", 1, 2), ("dense", 2, 3), ("diagonal", 1, 3), ("diagonal", 2, 3), ("dense", 0, 3)), copies=2
+)
 LOOPS = Network((4, 3), (("dense", 0, 1), ("diagonal", 0, 0), ("dense", 1, 1)))
 UNEQUAL = (mlp(2, 5, 3, copies=2), mlp(3, 4), RESIDUAL, mlp(1, 1, 6, copies=3))
 UNEQUAL_REVERSED = (mlp(2, 5, 3, copies=2, reverse=True), mlp(4, 3, reverse=True))
@@ -17,8 +19,15 @@ REDUCTIONS = tuple(PLAIN.but("reduce-" + "-".join(r), reduce=r, head=0) for r in
     ("sum",), ("mean",), ("min",), ("max",), ("std",), ("var",), ("var", "std"), ("max", "sum", "var"), ("std", "min"), ("mean", "var"), ("sum", "mean", "max"),
     ("std", "sum"), ("var", "std", "max", "min", "mean", "sum"),
 ))  # fmt: skip
-ACTIVATIONS = tuple(PLAIN.but(f"activation-{a}", activation=a, mlp=1) for a in ("relu", "gelu", "tanh", "sigmoid", "leaky_relu", "identity"))
-MESSAGES = tuple(PLAIN.but(f"{kind}-{layers}", kind=kind, mlp=layers) for kind in ("film", "gate", "product", "concat") for layers in (0, 1, 2) if (kind, layers) != ("film", 0))
+ACTIVATIONS = tuple(
+    PLAIN.but(f"activation-{a}", activation=a, mlp=1) for a in ("relu", "gelu", "tanh", "sigmoid", "leaky_relu", "identity")
+)
+MESSAGES = tuple(
+    PLAIN.but(f"{kind}-{layers}", kind=kind, mlp=layers)
+    for kind in ("film", "gate", "product", "concat")
+    for layers in (0, 1, 2)
+    if (kind, layers) != ("film", 0)
+)
 FOURIER = (
     PLAIN.but("fourier", encoder="fourier"),
     PLAIN.but("fourier-3-channels", encoder="fourier", channels=3),
@@ -117,6 +126,11 @@ MEMORY = tuple(PLAIN.but("-".join(["memory", *(p or "none" for p in policy), *mo
     (("same", "virtual"), ("packed",), {"networks": UNEQUAL_REVERSED, "packed": True, "reciprocal": True}),
     (("virtual", None), ("restricted", "packed"), {"restrict": -1, "networks": UNEQUAL, "packed": True, "head": 0}),
     (("virtual", "virtual"), ("head",), {"reduce": ()}),
+    (("virtual", None), ("restricted", "to", "nothing"), {"restrict": 0}),
+    (("virtual", None), ("restricted", "to", "nothing", "packed"), {"restrict": 0, "networks": UNEQUAL, "packed": True, "head": 0}),
+    (("same", None), ("restricted", "to", "nothing"), {"restrict": 0}),
+    (("same",), ("widest",), {"width": 17, "hidden": 3, "features": 1, "node_width": 2, "head": 0, "residual": (False,), "networks": (mlp(20, 21, 5),)}),
+    (("same+virtual",), ("widest",), {"width": 33, "hidden": 3, "features": 1, "node_width": 2, "residual": (False,), "networks": (mlp(20, 21, 5),)}),
 ))  # fmt: skip
 
 SAMPLES = (PLAIN, *REDUCTIONS, *ACTIVATIONS, *MESSAGES, *FOURIER, *TABLES, *ENCODERS, *GRAPHS, *SIZES, *MEMORY)

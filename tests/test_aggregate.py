@@ -59,10 +59,14 @@ def test_float64_weights_compute_in_float64_with_float32_parameters(backend: str
     wanted = run(lambda live: oracle_of(PLAIN, {name: v.double() for name, v in live.items()}), t)
     found = run_engine(PLAIN, t, backend)
     assert {name: v.dtype for name, v in found.items()} == {name: v.dtype for name, v in wanted.items()}
-    assert_close({k: v for k, v in found.items() if v.dtype == torch.float64}, {k: v for k, v in wanted.items() if v.dtype == torch.float64})
+    assert_close(
+        {k: v for k, v in found.items() if v.dtype == torch.float64}, {k: v for k, v in wanted.items() if v.dtype == torch.float64}
+    )
 
 
-@pytest.mark.parametrize("networks", [(mlp(5000, 1),), (mlp(1, 5000),), (mlp(2100, 70, reverse=True),)], ids=["hub-in", "hub-out", "hub-both"])
+@pytest.mark.parametrize(
+    "networks", [(mlp(5000, 1),), (mlp(1, 5000),), (mlp(2100, 70, reverse=True),)], ids=["hub-in", "hub-out", "hub-both"]
+)
 def test_hubs_above_every_block_size(networks, backend: str):
     sample = PLAIN.but("hub", networks=networks, head=0, residual=(True,), width=3, features=2)
     assert_close(run_engine(sample, leaves(sample), backend), float64_oracle(sample), 1e-10)
@@ -158,8 +162,14 @@ def test_weights_beyond_the_table_are_evaluated_directly(far: float, backend: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 6))
 @pytest.mark.parametrize("sample", **named((*SIZES, *TABLES)))
-def test_float32_budget_with_other_random_numbers(sample: Sample, seed: int, backend: str):
-    t = cast(leaves(sample, seed), torch.float32)
-    assert_budget(run_engine(sample, t, backend), run_oracle(sample, cast(t, torch.float64)), run_oracle(sample, t), FLOAT32_FLOOR)
+def test_float32_budget_over_other_random_numbers(sample: Sample, backend: str):
+    """Five draws at once: the largest error of them all, because a single number's error is small or large by luck."""
+    found, wanted, plain = [], [], []
+    for seed in range(1, 6):
+        t = cast(leaves(sample, seed), torch.float32)
+        found.append(run_engine(sample, t, backend))
+        wanted.append(run_oracle(sample, cast(t, torch.float64)))
+        plain.append(run_oracle(sample, t))
+    together = ({name: torch.stack([r[name] for r in runs]) for name in runs[0]} for runs in (found, wanted, plain))
+    assert_budget(*together, FLOAT32_FLOOR)

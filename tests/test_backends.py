@@ -55,7 +55,11 @@ def test_the_processors_sets_are_run(record_property):
     """By what the system says of the processor, and not only by what the library says of it."""
     assert "scalar" in RUNNABLE
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    needs = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}}
+    needs = {
+        "avx2": {"avx2", "fma"},
+        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+        "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+    }
     for name, required in needs.items():
         assert (name in RUNNABLE) == required.issubset(flags), f"{name}: runnable here: {RUNNABLE}"
     record_property("instruction sets not runnable on this machine", ", ".join(set(ISAS) - set(RUNNABLE)) or "none")
@@ -90,7 +94,9 @@ def test_every_instruction_set_with_bfloat16_operands(sample: Sample, isa: str):
     found = run_engine(sample, t, "cpp", autocast=torch.bfloat16)
     assert_budget(found, wanted, plain, 2**-8)
     without = run_engine(sample, t, "cpp")
-    assert torch.equal(found["out.0"], without["out.0"]) == (isa != "avx512_bf16"), "bfloat16 operands are used where, and only where, they are forced"
+    assert torch.equal(found["out.0"], without["out.0"]) == (isa != "avx512_bf16"), (
+        "bfloat16 operands are used where, and only where, they are forced"
+    )
 
 
 @pytest.mark.parametrize("reduce", [("min",), ("max",)], ids=["min", "max"])
@@ -166,7 +172,11 @@ def test_unknown_backends_are_refused(name):
 def test_an_unavailable_backend_lists_the_reasons_of_all(name: str):
     text = f"backend '{name}' was forced but .*{REASON[name]}.*reference: runs; cpp: .*; triton: .*; cuda: "
     with ngk.use_backend(name):
-        for call in (lambda: engine(PLAIN.but("a", head=0), leaves(PLAIN)), lambda: engine(PLAIN.but("r", reduce=()), leaves(PLAIN)), lambda: engine(MEMORY[1], leaves(MEMORY[1]))):
+        for call in (
+            lambda: engine(PLAIN.but("a", head=0), leaves(PLAIN)),
+            lambda: engine(PLAIN.but("r", reduce=()), leaves(PLAIN)),
+            lambda: engine(MEMORY[1], leaves(MEMORY[1])),
+        ):
             with pytest.raises(NotImplementedError, match=text):
                 call()
 
@@ -189,7 +199,9 @@ print(ngk.aggregate(e, ngk.Message.concat(x, torch.ones(2, 1), None, torch.eye(2
 
 def in_a_process(**environment: str) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k != "NGKERNELS_BACKEND"}
-    return subprocess.run([sys.executable, "-c", STEP], cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT), **environment}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", STEP], cwd=ROOT, env={**env, "PYTHONPATH": str(ROOT), **environment}, capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("name", DECLARED)
@@ -212,7 +224,9 @@ def test_without_the_library_the_reference_runs_and_says_so(monkeypatch):
     monkeypatch.setattr(backends, "_warned", False)
     with pytest.warns(RuntimeWarning, match="ngkernels runs on its reference backend, slowly .*the C.. library is not there"):
         found = engine(PLAIN, leaves(PLAIN))
-    assert_close({f"out.{k}": o for k, o in enumerate(found)}, {k: v for k, v in float64_oracle(PLAIN).items() if k.startswith("out.")}, 1e-10)
+    assert_close(
+        {f"out.{k}": o for k, o in enumerate(found)}, {k: v for k, v in float64_oracle(PLAIN).items() if k.startswith("out.")}, 1e-10
+    )
     assert backends.isa() == "none"
     with ngk.use_backend("cpp"), pytest.raises(NotImplementedError, match="backend 'cpp' was forced but the C.. library is not there"):
         engine(PLAIN, leaves(PLAIN))
@@ -220,7 +234,11 @@ def test_without_the_library_the_reference_runs_and_says_so(monkeypatch):
 
 # ---- weights that are not finite ----
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
-@pytest.mark.parametrize("changes", [{}, {"encoder": "fourier"}, {"encoder": "fourier", "table": "auto"}, {"encoder": "fourier", "table": "auto", "table_range": 1.0}], ids=["linear", "fourier", "table", "table-range"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"encoder": "fourier"}, {"encoder": "fourier", "table": "auto"}, {"encoder": "fourier", "table": "auto", "table_range": 1.0}],
+    ids=["linear", "fourier", "table", "table-range"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_a_weight_that_is_not_finite_stays_with_its_neuron(value: float, changes: dict, dtype: torch.dtype, backend: str):
     """No crash, no hang; its destination shows NaN in every reduction, all others are bitwise what they were."""

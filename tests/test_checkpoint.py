@@ -37,7 +37,11 @@ def test_a_virtual_checkpoint_changes_no_value(sample: Sample, backend: str):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("changes", [{}, {"networks": REVERSED, "reciprocal": True}, {"networks": UNEQUAL_REVERSED, "packed": True}], ids=["plain", "reversed", "packed"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"networks": REVERSED, "reciprocal": True}, {"networks": UNEQUAL_REVERSED, "packed": True}],
+    ids=["plain", "reversed", "packed"],
+)
 def test_stored_values_are_rounded_to_their_dtype(changes: dict, dtype: torch.dtype, backend: str):
     """The oracle rounds in the same place; later consumers start from exactly the stored numbers."""
     name = str(dtype).removeprefix("torch.")
@@ -116,7 +120,9 @@ def test_a_checkpoint_with_nothing_to_train_is_legal(backend: str):
         sample = PLAIN.but("frozen", memory=(policy, policy))
         with ngk.use_backend(backend), torch.no_grad():
             found = engine(sample, leaves(sample))
-        assert_close({f"out.{k}": o for k, o in enumerate(found)}, {k: v for k, v in float64_oracle(PLAIN).items() if k.startswith("out.")}, 1e-10)
+        assert_close(
+            {f"out.{k}": o for k, o in enumerate(found)}, {k: v for k, v in float64_oracle(PLAIN).items() if k.startswith("out.")}, 1e-10
+        )
 
 
 def test_the_function_and_the_method_are_the_same(backend: str):
@@ -132,7 +138,9 @@ def test_a_restricted_state_cannot_be_stored(backend: str):
     with ngk.use_backend(backend):
         e = edge_state(PLAIN, leaves(PLAIN)).restrict(-1)
         for store in (None, torch.float32):
-            with pytest.raises(ValueError, match="checkpoint: expected an unrestricted state, got one restricted to a node layer; checkpoint first"):
+            with pytest.raises(
+                ValueError, match="checkpoint: expected an unrestricted state, got one restricted to a node layer; checkpoint first"
+            ):
                 e.checkpoint(store)
 
 

@@ -93,7 +93,11 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS.keys())
-@pytest.mark.parametrize("networks", [UNEQUAL, UNEQUAL_REVERSED, (mlp(2, 64, 64, 3), mlp(2, 5, 3), mlp(3, 71, 130, 2), mlp(2, 40, 40, 1, copies=3))], ids=["unequal", "reversed", "large"])
+@pytest.mark.parametrize(
+    "networks",
+    [UNEQUAL, UNEQUAL_REVERSED, (mlp(2, 64, 64, 3), mlp(2, 5, 3), mlp(3, 71, 130, 2), mlp(2, 40, 40, 1, copies=3))],
+    ids=["unequal", "reversed", "large"],
+)
 def test_a_network_alone_and_in_a_batch(networks: tuple[Network, ...], encoder: dict):
     """Node outputs, edge outputs, gradients of its weights and its nodes: bitwise."""
     sample = PLAIN.but("batch", networks=networks, reciprocal=networks is UNEQUAL_REVERSED, **encoder)
@@ -150,7 +154,14 @@ LEFT = (
 )  # fmt: skip
 
 
-_WIDE = {"width": 64, "hidden": 64, "features": 64, "node_width": 64, "networks": (mlp(60, 50, 40),), "reduce": ("mean", "min", "max", "std")}
+_WIDE = {
+    "width": 64,
+    "hidden": 64,
+    "features": 64,
+    "node_width": 64,
+    "networks": (mlp(60, 50, 40),),
+    "reduce": ("mean", "min", "max", "std"),
+}
 DIRT = (
     PLAIN.but("wide", **_WIDE),
     PLAIN.but("wide-table", encoder="fourier", table="auto", table_range=1.0, **_WIDE),

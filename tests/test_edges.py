@@ -46,7 +46,11 @@ LAYOUTS = (transposed, offset, sliced, channels_first)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("changes", [{}, {"networks": REVERSED, "reciprocal": True}, {"memory": ("virtual", None)}, {"encoder": "fourier", "table": "auto"}], ids=["plain", "reversed", "virtual", "table"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"networks": REVERSED, "reciprocal": True}, {"memory": ("virtual", None)}, {"encoder": "fourier", "table": "auto"}],
+    ids=["plain", "reversed", "virtual", "table"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strided_weights_are_read_in_place(layout, changes: dict, dtype: torch.dtype, backend: str):
     sample = PLAIN.but("strided", channels=1 if "table" in changes else 3, **changes)
@@ -116,7 +120,9 @@ def test_a_matrix_is_one_network_with_one_channel(backend: str):
     views = [m.weight.T for m in modules]
     with ngk.use_backend(backend):
         found = ngk.aggregate(ngk.EdgeState(graph, views, encoder), message, ("mean", "std"))
-        wanted = ngk.aggregate(ngk.EdgeState(graph, [w.detach().contiguous()[None, :, :, None] for w in views], encoder), message, ("mean", "std"))
+        wanted = ngk.aggregate(
+            ngk.EdgeState(graph, [w.detach().contiguous()[None, :, :, None] for w in views], encoder), message, ("mean", "std")
+        )
         found.sum().backward()
     assert torch.equal(found, wanted)
     assert all(m.weight.grad is not None and m.weight.grad.shape == m.weight.shape for m in modules)
@@ -187,7 +193,9 @@ def test_frequencies_changed_in_place_are_noticed():
         frequencies.copy_(torch.randn(sample.frequencies, 1))
 
 
-@pytest.mark.parametrize("encoder", [{"encoder": "linear"}, {"encoder": "fourier"}, {"encoder": "fourier", "table": "auto"}], ids=["linear", "fourier", "table"])
+@pytest.mark.parametrize(
+    "encoder", [{"encoder": "linear"}, {"encoder": "fourier"}, {"encoder": "fourier", "table": "auto"}], ids=["linear", "fourier", "table"]
+)
 def test_a_state_may_be_used_again(encoder: dict, backend: str):
     """In two backward passes, first without gradients, after a parameter has changed: nothing of a call is left behind in it."""
     sample = PLAIN.but("again", head=0, **encoder)

@@ -35,7 +35,14 @@ def update(**changed) -> ngk.EdgeState:
 
 def aggregate(kind: str = "film", reduce=("sum",), **changed) -> torch.Tensor:
     rows = 2 * F if kind == "film" else F
-    arguments = {"x": zeros(N, X), "weight_edge": zeros(rows, D), "bias_edge": zeros(rows), "weight_dst": zeros(F, X), "weight_src": zeros(F, X), "bias": zeros(F)}
+    arguments = {
+        "x": zeros(N, X),
+        "weight_edge": zeros(rows, D),
+        "bias_edge": zeros(rows),
+        "weight_dst": zeros(F, X),
+        "weight_src": zeros(F, X),
+        "bias": zeros(F),
+    }
     return ngk.aggregate(state(), getattr(ngk.Message, kind)(**{**arguments, **changed}), reduce)
 
 

@@ -81,7 +81,9 @@ def test_sources_and_destinations_of_every_edge(networks, backend: str):
     with ngk.use_backend(backend):
         from_src = ngk.aggregate(e, ngk.Message.concat(eye, none[:, :2], None, none, eye))[:, 0]
         from_dst = ngk.aggregate(e, ngk.Message.concat(eye, none[:, :2], None, eye, none))[:, 0]
-    adjacency = torch.zeros(n, n, dtype=torch.float64).index_put((edges.dst, edges.src), torch.ones(len(edges.src), dtype=torch.float64), accumulate=True)
+    adjacency = torch.zeros(n, n, dtype=torch.float64).index_put(
+        (edges.dst, edges.src), torch.ones(len(edges.src), dtype=torch.float64), accumulate=True
+    )
     assert torch.equal(from_src, adjacency)
     assert torch.equal(from_dst, torch.diag(adjacency.sum(1)))
 
@@ -94,7 +96,9 @@ def test_mlp_from_blocks_and_batch_say_the_same():
     third = ngk.NeuralGraph.batch([second])
     assert torch.equal(first.edges_as().table, second.edges_as().table) and torch.equal(first.edges_as().table, third.edges_as().table)
     assert repr(first) == "NeuralGraph(2 x [2, 5, 3]; 20 nodes, 100 edges)"
-    assert repr(ngk.NeuralGraph.batch([first] * 5)).startswith("NeuralGraph(2 x [2, 5, 3], 2 x [2, 5, 3],") and "..." in repr(ngk.NeuralGraph.batch([first] * 5))
+    assert repr(ngk.NeuralGraph.batch([first] * 5)).startswith("NeuralGraph(2 x [2, 5, 3], 2 x [2, 5, 3],") and "..." in repr(
+        ngk.NeuralGraph.batch([first] * 5)
+    )
 
 
 def test_packing_joins_neighbours_of_one_architecture():
@@ -106,7 +110,9 @@ def test_packing_joins_neighbours_of_one_architecture():
 
 
 def test_pack_writes_network_by_network_block_by_block_source_by_source():
-    graph = ngk.NeuralGraph.batch([ngk.NeuralGraph.mlp([2, 1, 2], batch_size=2), ngk.NeuralGraph.from_blocks([2, 3], [ngk.Block("diagonal", 0, 1, 0)])], packed=True)
+    graph = ngk.NeuralGraph.batch(
+        [ngk.NeuralGraph.mlp([2, 1, 2], batch_size=2), ngk.NeuralGraph.from_blocks([2, 3], [ngk.Block("diagonal", 0, 1, 0)])], packed=True
+    )
     parts = [torch.arange(4.0).reshape(2, 2, 1, 1), 10 + torch.arange(4.0).reshape(2, 1, 2, 1), 20 + torch.arange(2.0).reshape(1, 2, 1)]
     assert graph.pack(parts).flatten().tolist() == [0, 1, 10, 11, 2, 3, 12, 13, 20, 21]
     assert math.prod(graph.weight_shapes(1)[0]) == graph.num_edges == 10

@@ -55,7 +55,9 @@ print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if 
 def peak(layout: tuple[int, ...], trained: bool, policy: str) -> int:
     # a fixed threshold: large blocks that are freed go back to the system, whatever was allocated before
     env = {**os.environ, "PYTHONPATH": str(ROOT), "NGKERNELS_BACKEND": "cpp", "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, "-c", STEP, repr(layout), repr(trained), policy], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, repr(layout), repr(trained), policy], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return int(done.stdout)
 
@@ -68,7 +70,9 @@ def slope(layouts: tuple[tuple[int, ...], ...], trained: bool, policy: str) -> f
     return (peaks[0] - peaks[1]) / (graphs[0].num_edges - graphs[1].num_edges)
 
 
-linux = pytest.mark.skipif("cpp" not in DECLARED or not Path("/proc/self/clear_refs").exists(), reason="needs the cpp backend and Linux's /proc")
+linux = pytest.mark.skipif(
+    "cpp" not in DECLARED or not Path("/proc/self/clear_refs").exists(), reason="needs the cpp backend and Linux's /proc"
+)
 
 
 @linux
@@ -120,7 +124,9 @@ def test_a_stored_state_of_more_than_two_to_the_31_values():
     graph = ngk.NeuralGraph.mlp([n_src, n])
     weight = torch.randn(1, n_src, n, 1).requires_grad_()
     with ngk.use_backend("cpp"):
-        (out,) = ngk.readout(ngk.EdgeState(graph, [weight], ngk.encoders.Identity()), [(torch.arange(1.0, d + 1)[:, None], None)], dtype=torch.bfloat16)
+        (out,) = ngk.readout(
+            ngk.EdgeState(graph, [weight], ngk.encoders.Identity()), [(torch.arange(1.0, d + 1)[:, None], None)], dtype=torch.bfloat16
+        )
         assert out.numel() > 1 << 31
         torch.testing.assert_close(out[0, -1, -1], (weight[0, -1, -1] * torch.arange(1.0, d + 1)).bfloat16())
         grad = torch.zeros((), dtype=torch.bfloat16).expand(out.shape).contiguous()

@@ -45,7 +45,7 @@ def draw(seed: int) -> Sample:
         kind=r.choice(("film", "gate", "product", "concat")),
         mlp=r.choice((0, 0, 1, 2)),
         reduce=tuple(r.sample(("sum", "mean", "min", "max", "std", "var"), r.randint(1, 6))),
-        head=0 if packed and restrict is not None else r.choice((0, 1, 2)),  # a packed readout has the rows of all edges
+        head=r.choice((0, 1, 2)),
         head_nodes=r.random() < 0.5,
         memory=tuple(r.choice((None, None, "virtual", "same", "virtual+same", "same+virtual")) for _ in range(updates)),
         restrict=restrict,

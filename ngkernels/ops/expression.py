@@ -62,13 +62,14 @@ def reference_gradients(forward: Callable, e: E, grads: list[torch.Tensor], need
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad and (g.numel() or not o.numel())]
         found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=create_graph, allow_unused=True) if pairs and wanted else [None] * len(wanted)
     it = iter(zip(wanted, found, strict=True))
-    out = []
-    for t, n in zip(leaves, need, strict=True):
-        if not n:
-            out.append(t.new_empty(0))
-        else:
-            w, g = next(it)
-            out.append(torch.zeros_like(w) if g is None else (g if create_graph else g.clone()))
+    found = [next(it) if n else (None, None) for n in need]
+    if create_graph:
+        return [t.new_empty(0) if w is None else torch.zeros_like(w) if g is None else g for t, (w, g) in zip(leaves, found, strict=True)]
+    n = len(need) - len(more)
+    out = [*empty_gradients(e, need[:n]), *(t.new_empty(t.shape if k else 0) for t, k in zip(more, need[n:], strict=True))]
+    for to, (w, g) in zip(out, found, strict=True):
+        if w is not None:
+            to.zero_() if g is None else to.copy_(g)
     return out
 
 

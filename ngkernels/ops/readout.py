@@ -34,7 +34,7 @@ def readout(
 
     Returns:
         One tensor for each block: (copies, n_src, n_dst, C_out) dense, (copies, n, C_out) diagonal; a packed graph
-        gives one tensor [E, C_out]. Reversed blocks come after the forward ones, in their own (src, dst) order.
+        gives one tensor [E, C_out], with 0 for edges that it is restricted from. Reversed blocks come after the forward ones, in their own (src, dst) order.
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation, an empty mlp.
