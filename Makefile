@@ -60,7 +60,8 @@ test-full: build lint  ## lint and the whole test matrix
 	@$(call with_backends,$(PY) -m pytest)
 
 # The backends that a run must cover: NGKERNELS_TEST_BACKENDS, else reference and cpp. A library that does not compile has failed
-# in `make build`; where there is no compiler, the run says that it leaves cpp out.
+# in `make build`; where there is no compiler, the run says that it leaves cpp out. Threads that wait sleep: the tests' work is in small
+# pieces, and on a machine that has other things to do, spinning threads made them take four times as long.
 define with_backends
 backends=$${NGKERNELS_TEST_BACKENDS:-}; \
 if [ -z "$$backends" ]; then \
@@ -68,7 +69,7 @@ if [ -z "$$backends" ]; then \
     [ -e $(LIBRARY) ] || { backends=reference; echo "NOT TESTED: the cpp backend, because the library was not built"; }; \
 fi; \
 echo "backends that must run: $$backends"; \
-NGKERNELS_TEST_BACKENDS=$$backends $(1)
+NGKERNELS_TEST_BACKENDS=$$backends OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(1)
 endef
 
 lint: build  ## check Python with ruff
