@@ -298,13 +298,16 @@ class NeuralGraph:
             self._cache[key] = edge_topology(self, paired, reciprocal)
         return self._cache[key]
 
-    def pairs_as(self, over: str) -> Topology:
-        """The table of the pairs of a closed graph that attention over `over` reads, both directions in one row."""
+    def pairs_as(self, over: str, include_self: bool = True) -> Topology:
+        """The table of the pairs of a closed graph that attention over `over` reads, both directions in one row.
+
+        `include_self`: a neuron's pair with itself as well, where it is no edge.
+        """
         if over not in OVER:
             raise ValueError(f"NeuralGraph.pairs_as: expected over to be one of {', '.join(OVER)}, got {over!r}")
-        key = ("pairs", over)
+        key = ("pairs", over, include_self)
         if key not in self._cache:
-            self._cache[key] = pair_topology(self, over)
+            self._cache[key] = pair_topology(self, over, include_self)
         return self._cache[key]
 
     def _in_degrees(self) -> torch.Tensor:

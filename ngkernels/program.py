@@ -58,11 +58,11 @@ class Expression(NamedTuple):
 
 
 class _Builder:
-    def __init__(self, edges: EdgeState, dtype: torch.dtype, tabulate: bool, over: str | None = None):
+    def __init__(self, edges: EdgeState, dtype: torch.dtype, tabulate: bool, over: str | None = None, include_self: bool = True):
         self.edges, self.dtype, self.tabulate, self.over = edges, dtype, tabulate, over
         self.paired = over is not None or edges.paired
         self.directions = 2 if edges.encoder.reciprocal and (edges.graph.has_reverse or self.paired) else 1
-        self.topology = edges.graph.pairs_as(over) if over else edges.graph.edges_as(self.paired, edges.encoder.reciprocal)
+        self.topology = edges.graph.pairs_as(over, include_self) if over else edges.graph.edges_as(self.paired, edges.encoder.reciprocal)
         self.masked = not any(p.token for p in edges.graph.parts)  # nothing to mask
         self.params: list[torch.Tensor] = []
         self.size = 0
@@ -316,10 +316,10 @@ def build_message(edges: EdgeState, message: Message, reduce: Sequence[str], tab
         return b.finish(COMBINE[message.kind], message.width, mask, start)
 
 
-def build_attention(edges: EdgeState, maps: Sequence[torch.Tensor], over: str, tabulate: bool) -> Expression:
+def build_attention(edges: EdgeState, maps: Sequence[torch.Tensor], over: str, include_self: bool, tabulate: bool) -> Expression:
     """The expression of e_ij and, from it, of `maps` side by side: the edge's share of queries, keys and values."""
     with full_precision(edges.weights[0].device):
-        b = _Builder(edges, _dtype(edges), tabulate, over)
+        b = _Builder(edges, _dtype(edges), tabulate, over, include_self)
         b.steps()
         b.materialise()
         if all(r[0] in (LOAD, MASK, MARK) for r in b.instructions):  # a raw register has no padding, which kernels want here

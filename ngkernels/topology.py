@@ -156,7 +156,7 @@ class _PartTable:
             return b.reversed(), True
         return None, False
 
-    def pair_rows(self, over: str) -> list[list[int]]:
+    def pair_rows(self, over: str, include_self: bool) -> list[list[int]]:
         """One row for each pair of opposite blocks whose result is used."""
         rows, blocks, seen = [], self.part.blocks, set()
         for k, b in enumerate(blocks):
@@ -164,7 +164,7 @@ class _PartTable:
                 continue
             seen.add((b.src, b.dst))
             other = self.part.opposite(k)
-            flags = self.used(b, over) * FORWARD | self.used(blocks[other], over) * PARTNER
+            flags = self.used(b, over, include_self) * FORWARD | self.used(blocks[other], over, include_self) * PARTNER
             if flags == PARTNER:
                 k, other, flags = other, k, FORWARD
             if flags == 0:
@@ -181,10 +181,12 @@ class _PartTable:
             rows.append(self.row(kind, k, partner, other, False, flags))
         return rows
 
-    def used(self, block: Block, over: str) -> bool:
+    def used(self, block: Block, over: str, include_self: bool) -> bool:
         """Whether the destinations of a block read its states."""
         if self.at.rows not in (None, block.dst):
             return False
+        if block.src == block.dst and not block.edge:
+            return include_self
         if over in ("all", "edges") or block.src == block.dst or (self.part.token and 0 in (block.src, block.dst)):
             return True
         if over == "in":
@@ -217,8 +219,8 @@ def edge_topology(graph: NeuralGraph, paired: bool, reciprocal: bool) -> Topolog
     return _finish(graph, table, numbers)
 
 
-def pair_topology(graph: NeuralGraph, over: str) -> Topology:
+def pair_topology(graph: NeuralGraph, over: str, include_self: bool) -> Topology:
     """One row for each pair of opposite blocks of a closed graph: both directions are evaluated together."""
     numbers = _numbers(graph)
-    table = [r for p, at in zip(graph.parts, numbers, strict=True) for r in _PartTable(graph, p, at).pair_rows(over)]
+    table = [r for p, at in zip(graph.parts, numbers, strict=True) for r in _PartTable(graph, p, at).pair_rows(over, include_self)]
     return _finish(graph, table, numbers)

@@ -117,6 +117,7 @@ def attend(
     over: str = "all",
     dropout: float = 0.0,
     seed: int = 0,
+    include_self: bool = True,
 ) -> torch.Tensor:
     """Relational attention: queries, keys and values of a pair of neurons depend on the state of the pair.
 
@@ -132,6 +133,7 @@ def attend(
         scale: None for 1 / sqrt(Dk).
         over: which j a neuron i reads, of its own network. "all": every one, itself included. "edges": those joined to it by an edge
             in either direction, and itself. "in", "out": those with an edge j -> i, i -> j, and itself.
+        include_self: whether a neuron reads itself where that is no edge; False not with over="all".
         dropout: probability with which an attention weight is dropped, in [0, 1). seed: of the mask, a hash of (seed, i, j, head).
 
     Returns:
@@ -147,10 +149,12 @@ def attend(
     Reference: Diao and Loynd, ICLR 2023 (relational attention); Kofinas et al., ICLR 2024 (NG-T).
     """
     _check(edges, q, k, v, weight_q, weight_k, weight_add, weight_mul, heads, over, dropout)
+    if over == "all" and not include_self:
+        raise ValueError("attend: expected include_self=True with over='all', got False; use over='edges', 'in' or 'out'")
     closed = edges.closure("all" if over == "all" else "edges")
     compute = ex.compute_mode(backends.choose("attend", edges.weights[0].device))
     maps = [weight_q, weight_k] if weight_mul is None else [weight_q, weight_k, weight_mul]
-    e = build_attention(closed, maps, over, ex.backend_of(compute) != "reference")
+    e = build_attention(closed, maps, over, include_self, ex.backend_of(compute) != "reference")
     shape = [heads, int(weight_mul is not None), int(weight_add is not None)]
     scale = (q.shape[1] / heads) ** -0.5 if scale is None else float(scale)
     nodes = [t.to(e.params.dtype).contiguous() for t in (q, k, v)]
