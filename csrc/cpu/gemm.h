@@ -142,15 +142,15 @@ __attribute__((noinline)) void gemm(const typename V::T* a, int64_t lda, int row
       return;
     }
   }
-  for (int row = 0; row < rows; row += V::MR) {
-    int col = 0;
-    for (; col + 2 * V::W <= m.ld; col += 2 * V::W)
-      gemm_block<V, V::MR, 2>(a + row * lda, lda, m.p, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, m.K, row, col, from,
-                              scale ? scale + static_cast<int64_t>(row) * m.ld : nullptr);
-    if (col < m.ld)
-      gemm_block<V, V::MR, 1>(a + row * lda, lda, m.p, m.ld, c + static_cast<int64_t>(row) * m.ld, m.ld, m.K, row, col, from,
-                              scale ? scale + static_cast<int64_t>(row) * m.ld : nullptr);
-  }
+  const auto columns = [&](auto width, int col) {  // column by column: a panel of m stays in the first-level cache
+    for (int row = 0; row < rows; row += V::MR) {
+      const int64_t at = static_cast<int64_t>(row) * m.ld;
+      gemm_block<V, V::MR, decltype(width)::value>(a + row * lda, lda, m.p, m.ld, c + at, m.ld, m.K, row, col, from, scale ? scale + at : nullptr);
+    }
+  };
+  int col = 0;
+  for (; col + 2 * V::W <= m.ld; col += 2 * V::W) columns(std::integral_constant<int, 2>{}, col);
+  if (col < m.ld) columns(std::integral_constant<int, 1>{}, col);
 }
 
 template <class V, int MK, int NV>
