@@ -12,6 +12,7 @@ from ..program import REDUCE, aux_slots, build_message, reductions
 from ..reference import evaluate as reference
 from . import _cpp
 from . import expression as ex
+from .autograd import register_autograd
 from .double_backward import second_derivatives
 
 ex.library.define(f"aggregate({ex.SCHEMA}, SymInt rows, int compute) -> (Tensor, Tensor, Tensor)")
@@ -65,16 +66,15 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # no zeros for them
 
 
-def _autograd(ctx, grad, _aux, _ties):
+def _autograd(ctx, need, grad, _aux, _ties):
     if grad is None:
-        return (*ex.no_gradients(ctx), None, None)
+        return [None] * len(need)
     e, (out, aux, ties) = ex.load(ctx)
-    need = ex.needs(ctx, e, 0)
-    grads = torch.ops.ngkernels.aggregate_backward(grad, out, aux, ties, *e, ctx.compute, need)
-    return (*ex.unflatten(e, grads, need), None, None)
+    need = need[:-1]  # all but the topology
+    return [*ex.wanted(torch.ops.ngkernels.aggregate_backward(grad, out, aux, ties, *e, ctx.compute, need), need), None]
 
 
-torch.library.register_autograd("ngkernels::aggregate", _autograd, setup_context=_setup, lib=ex.library)
+register_autograd("aggregate", _autograd, _setup)
 
 
 def _setup_double(ctx, inputs, output):
@@ -83,14 +83,14 @@ def _setup_double(ctx, inputs, output):
     ctx.rows, ctx.compute, ctx.need = inputs[1].shape[0], inputs[11], inputs[12]
 
 
-def _autograd_double(ctx, second):
+def _autograd_double(ctx, need, *second):
     e, (grad,) = ex.load(ctx)
-    need = [ctx.needs_input_grad[0], *ex.needs(ctx, e, 4)]
-    found = second_derivatives("aggregate", e, [grad], second, [], ctx.rows, ctx.compute, ctx.need, need)
-    return (found[0] if need[0] else None, None, None, None, *ex.unflatten(e, found[1:], need[1:]), None, None)
+    need = [need[0], *need[4:-1]]  # of the gradient and of the expression's tensors
+    found = ex.wanted(second_derivatives("aggregate", e, [grad], second, [], ctx.rows, ctx.compute, ctx.need, need), need)
+    return [found[0], None, None, None, *found[1:], None]
 
 
-torch.library.register_autograd("ngkernels::aggregate_backward", _autograd_double, setup_context=_setup_double, lib=ex.library)
+register_autograd("aggregate_backward", _autograd_double, _setup_double)
 
 
 def aggregate(edges: EdgeState, message: Message, reduce: Sequence[str] = ("sum",)) -> torch.Tensor:

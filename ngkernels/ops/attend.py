@@ -11,6 +11,7 @@ from ..reference import attend as reference
 from ..topology import OVER
 from . import _cpp
 from . import expression as ex
+from .autograd import register_autograd
 
 _NODES = "Tensor q, Tensor k, Tensor v, int[] shape, float scale, float dropout, int seed"
 # shape: heads, values multiplied (0 or 1), edge states summed (0 or 1)
@@ -81,26 +82,27 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, grad, grad_sums, _lse):
+def _autograd(ctx, need, grad, grad_sums, _lse):
     if grad is None and grad_sums is None:
-        return (*ex.no_gradients(ctx), *[None] * 9)
+        return [None] * len(need)
     e, (q, k, v, out, sums, lse) = ex.load(ctx)
-    need = [*ex.needs(ctx, e, 0), *ctx.needs_input_grad[7:10]]
+    need = [*need[:-4], *need[-3:]]  # all but the topology
     grad = torch.zeros_like(out) if grad is None else grad
     grad_sums = torch.zeros_like(sums) if grad_sums is None else grad_sums
-    found = torch.ops.ngkernels.attend_backward(grad, grad_sums, out, sums, lse, *e, q, k, v, *ctx.constants, ctx.compute, need)
-    nodes = [g if n else None for g, n in zip(found[-3:], need[-3:], strict=True)]
-    return (*ex.unflatten(e, found[:-3], need[:-3]), *nodes, *[None] * 6)
+    found = ex.wanted(
+        torch.ops.ngkernels.attend_backward(grad, grad_sums, out, sums, lse, *e, q, k, v, *ctx.constants, ctx.compute, need), need
+    )
+    return [*found[:-3], None, *found[-3:]]
 
 
-torch.library.register_autograd("ngkernels::attend", _autograd, setup_context=_setup, lib=ex.library)
+register_autograd("attend", _autograd, _setup)
 
 
-def _no_second(ctx, _second):
+def _no_second(ctx, _need, *_second):
     raise NotImplementedError("attend: second derivatives are not available; differentiate it once")
 
 
-torch.library.register_autograd("ngkernels::attend_backward", _no_second, lib=ex.library)
+register_autograd("attend_backward", _no_second)
 
 
 def attend(

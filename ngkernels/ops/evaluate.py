@@ -9,6 +9,7 @@ from ..reference import evaluate as reference
 from ..topology import DIAGONAL
 from . import _cpp
 from . import expression as ex
+from .autograd import register_autograd
 from .double_backward import second_derivatives
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -78,23 +79,22 @@ def _backward(grads, weights, xs, params, table, carriers, topology, program, sh
 
 def _setup(ctx, inputs, output):
     ex.save(ctx, ex.E(*inputs[:7]))
-    ctx.shapes, ctx.compute, ctx.constants = inputs[7], inputs[-1], len(inputs) - 7
+    ctx.shapes, ctx.compute = inputs[7], inputs[-1]
     ctx.set_materialize_grads(False)  # no zeros for blocks that nothing reads
 
 
-def _autograd(ctx, grads):
+def _autograd(ctx, need, *grads):
     if all(g is None for g in grads):
-        return (*ex.no_gradients(ctx), *[None] * ctx.constants)
+        return [None] * len(need)
     e, _ = ex.load(ctx)
-    need = ex.needs(ctx, e, 0)
+    need = need[:-1]  # all but the topology
     # a block that nothing read has no gradient: an empty tensor, and the kernels skip it
     grads = [e.params.new_empty(0) if g is None else g for g in grads]
-    found = torch.ops.ngkernels.evaluate_backward(grads, *e, ctx.shapes, ctx.compute, need)
-    return (*ex.unflatten(e, found, need), *[None] * ctx.constants)
+    return [*ex.wanted(torch.ops.ngkernels.evaluate_backward(grads, *e, ctx.shapes, ctx.compute, need), need), None]
 
 
-torch.library.register_autograd("ngkernels::evaluate", _autograd, setup_context=_setup, lib=ex.library)
-torch.library.register_autograd("ngkernels::carry", _autograd, setup_context=_setup, lib=ex.library)
+register_autograd("evaluate", _autograd, _setup)
+register_autograd("carry", _autograd, _setup)
 
 
 def _setup_double(ctx, inputs, output):
@@ -103,14 +103,10 @@ def _setup_double(ctx, inputs, output):
     ctx.shapes, ctx.compute, ctx.need = inputs[8], inputs[9], inputs[10]
 
 
-def _autograd_double(ctx, second):
+def _autograd_double(ctx, need, *second):
     e, grads = ex.load(ctx)
-    first = ctx.needs_input_grad[0]
-    first = list(first) if isinstance(first, (list, tuple)) else [bool(first)] * len(grads)
-    need = [*first, *ex.needs(ctx, e, 1)]
-    found = second_derivatives("evaluate", e, grads, second, ctx.shapes, -1, ctx.compute, ctx.need, need)
-    n = len(grads)
-    return ([g if k else None for g, k in zip(found[:n], first, strict=True)], *ex.unflatten(e, found[n:], need[n:]), None, None, None)
+    need = need[:-1]  # all but the topology
+    return [*ex.wanted(second_derivatives("evaluate", e, grads, second, ctx.shapes, -1, ctx.compute, ctx.need, need), need), None]
 
 
-torch.library.register_autograd("ngkernels::evaluate_backward", _autograd_double, setup_context=_setup_double, lib=ex.library)
+register_autograd("evaluate_backward", _autograd_double, _setup_double)

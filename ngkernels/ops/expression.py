@@ -73,27 +73,9 @@ def reference_gradients(forward: Callable, e: E, grads: list[torch.Tensor], need
     return out
 
 
-def needs(ctx, e: E, first: int) -> list[bool]:
-    """needs_input_grad of the expression's tensors; its arguments begin at position `first`."""
-    w, x, p, t, c = ctx.needs_input_grad[first : first + 5]
-
-    def flags(need, tensors):
-        return list(need) if isinstance(need, (list, tuple)) else [bool(need)] * len(tensors)
-
-    return [*flags(w, e.weights), *flags(x, e.xs), bool(p), bool(t), *flags(c, e.carriers)]
-
-
-def unflatten(e: E, grads: list[torch.Tensor], need: list[bool]) -> tuple:
-    """Gradients for (weights, xs, params, table, carriers, topology, program)."""
-    grads = [g if n else None for g, n in zip(grads, need, strict=True)]
-    w, x = len(e.weights), len(e.xs)
-    return grads[:w], grads[w : w + x], grads[w + x], grads[w + x + 1], grads[w + x + 2 :], None, None
-
-
-def no_gradients(ctx) -> tuple:
-    """What a backward returns for (weights, xs, params, table, carriers, topology, program) when it got nothing."""
-    w, x, c = ctx.sizes
-    return [None] * w, [None] * x, None, None, [None] * c, None, None
+def wanted(grads: list[torch.Tensor], need: list[bool]) -> list[torch.Tensor | None]:
+    """None for those that are not needed."""
+    return [g if n else None for g, n in zip(grads, need, strict=True)]
 
 
 def save(ctx, e: E, *extra: torch.Tensor) -> None:
