@@ -13,13 +13,12 @@ from ..graph import NeuralGraph
 from ..ops.aggregate import aggregate
 from ..program import REDUCE
 from .node_map import node_map
+from .norm_act import ACTIVATIONS as _ACT
+from .norm_act import NormAct
+from .recompute import recompute
 
 SCALERS = ("identity", "amplification", "attenuation", "linear", "inverse_linear")
 MODULATIONS = ("film", "gate", "concat")
-_ACT = {
-    "silu": F.silu, "relu": torch.relu, "gelu": F.gelu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
-    "leaky_relu": F.leaky_relu, "identity": lambda x: x,
-}  # fmt: skip
 
 
 class DegreeScalers(nn.Module):
@@ -203,11 +202,12 @@ class PNALayer(nn.Module):
             weight, bias = torch.cat([torch.cat([x for x, _ in parts]), scaled], 1), torch.cat([m.bias for m in first])
         return (self.lin.weight @ weight, torch.addmv(self.lin.bias, self.lin.weight, bias)) if alone else (weight, bias)
 
-    def forward(self, x: torch.Tensor, edges: EdgeState) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, edges: EdgeState, after: NormAct | None = None) -> torch.Tensor:
         """Node states after this layer.
 
         Args:
             x: [N, in_channels]. edges: their width is edge_dim; a restricted state gives that node layer's rows only.
+            after: what follows on the result. Backward evaluates it again, and the result itself is not kept.
 
         Returns:
             Tensor [rows, out_channels].
@@ -215,10 +215,11 @@ class PNALayer(nn.Module):
         graph = edges.graph
         reduced = aggregate(edges, self.message(x), self.natural).flatten(1)  # [rows, K T F]
         factors = self.aggr_module(row_degrees(graph, x))
-        y = node_map(rows_of(graph, x), reduced, *self.node_maps(), *factors)
+        more = () if after is None else after.tensors
         if len(self.post_nns[0]) == 1:
-            return y
+            return node_map(rows_of(graph, x), reduced, *self.node_maps(), *factors, after=after, tensors=more)
+        y = node_map(rows_of(graph, x), reduced, *self.node_maps(), *factors)
         for k in range(2, len(self.post_nns[0]), 2):
             weight = _tower_diagonal([nn[k].weight for nn in self.post_nns])
             y = F.linear(_ACT[self.activation](y), weight, torch.cat([nn[k].bias for nn in self.post_nns]))
-        return self.lin(y)
+        return self.lin(y) if after is None else recompute(after, self.lin(y), *more)

@@ -9,14 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ngkernels import EdgeState
-from ngkernels.nn import EdgeUpdate, NodeNorm, PNALayer, recompute
+from ngkernels.nn import EdgeUpdate, NodeNorm, NormAct, PNALayer
 
 from .memory import EdgeMemory
-
-ACTIVATIONS = {
-    "silu": F.silu, "relu": torch.relu, "gelu": F.gelu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
-    "leaky_relu": F.leaky_relu, "identity": lambda x: x,
-}  # fmt: skip
 
 
 def in_degree_histogram(layout: Sequence[int]) -> torch.Tensor:
@@ -54,17 +49,6 @@ class Backbone(nn.Module):
         self.edge_update = nn.ModuleList(EdgeUpdate(width, width, act) for _ in range(num_layers - 1 if update_edges else 0))
         self.act, self.act_first, self.dropout, self.memory = act, act_first, dropout, memory
 
-    def between(self, k: int, x: torch.Tensor, edges: EdgeState) -> torch.Tensor:
-        """Norm and activation after layer k: evaluated again in backward from x alone."""
-        act = ACTIVATIONS[self.act]
-        if not self.norms:
-            x = recompute(act, x)
-        else:
-            norm = self.norms[k].function(edges.graph)
-            both = (lambda x, w, b: norm(act(x), w, b)) if self.act_first else (lambda x, w, b: act(norm(x, w, b)))
-            x = recompute(both, x, self.norms[k].weight, self.norms[k].bias)
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
-
     def forward(
         self, x: torch.Tensor, edges: EdgeState, rows: int | None = None, read_nodes: bool = True, read_edges: bool = False
     ) -> tuple[torch.Tensor | None, EdgeState]:
@@ -81,7 +65,8 @@ class Backbone(nn.Module):
                 if not read_nodes:
                     return None, edges
                 return conv(x, edges if rows is None else edges.restrict(rows)), edges
-            x = self.between(k, conv(x, edges), edges)
+            x = conv(x, edges, NormAct(self.norms[k] if self.norms else None, self.act, self.act_first, edges.graph))
+            x = F.dropout(x, self.dropout, self.training) if self.dropout else x
             if self.edge_update:
                 edges = self.edge_update[k](edges, x)
                 if k + 1 < last or (read_nodes and read_edges):  # else one consumer only

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from ngkernels import EdgeState
-from ngkernels.nn import NORMS
+from ngkernels.nn import ACTIVATIONS, NORMS
 
-from .backbone import ACTIVATIONS, Backbone, in_degree_histogram
+from .backbone import Backbone, in_degree_histogram
 from .base import NeuralGraphModel
 from .checks import check_known
 from .from_reference import load as load_reference
