@@ -36,6 +36,16 @@ class Case:
         return self.batch * sum(self.layout)
 
     @property
+    def pairs(self) -> int:
+        """Ordered pairs of neurons of the same network, each with itself included."""
+        return self.batch * sum(self.layout) ** 2
+
+    @property
+    def last_pairs(self) -> int:
+        """Ordered pairs whose first neuron is an output."""
+        return self.batch * self.layout[-1] * sum(self.layout)
+
+    @property
     def label(self) -> str:
         return "x".join(map(str, self.layout)) + f"@{self.batch}"
 

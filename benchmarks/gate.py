@@ -4,7 +4,7 @@ Logits, gradients of the input weights and gradients of the parameters are compa
 allowed is that of the published baseline itself in the precision under test (three times that in fp32), plus a floor: a provider must
 be about as right as plain PyTorch.
 
-min and max are not differentiable where two messages nearly tie: another rounding picks another edge and moves a whole gradient there.
+NG-GNN's min and max are not differentiable where two messages nearly tie: another rounding picks another edge and moves a whole gradient there.
 Seen in every provider, PyG included, and in a handful of entries at a time, so weight gradients are held to the tight bound on the 99 %
 of entries with the smallest errors, and to a loose one on all.
 """
@@ -15,18 +15,18 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.cases import Case
+from benchmarks.models import Model
 from benchmarks.providers import PROVIDERS, Runner
-from neural_graphs.baselines.pyg_nggnn import PyGNGGNN
 
 FACTOR = {"fp32": 3.0, "bf16": 1.0}
 FLOOR = {
     "fp32": {"logits": 1e-4, "weight_grads": 1e-4, "weight_grads_all": 1e-2, "parameter_grads": 1e-3},
     "bf16": {"logits": 2e-2, "weight_grads": 5e-2, "weight_grads_all": 2e-1, "parameter_grads": 5e-2},
 }
-LIMIT = 600_000  # edges: the float64 oracle keeps about 13 kB per edge
+LIMIT = 8e9  # bytes that the float64 oracle may keep
 
 
 @dataclass
@@ -70,12 +70,13 @@ def outcome(runner: Runner, dtype: str, floating: torch.dtype = torch.float32, s
 class Gate:
     """Compares providers with float64 for one case; the two PyTorch runs that set the budget are made once."""
 
-    def __init__(self, case: Case, oracle: PyGNGGNN):
-        self.case, self.skipped = case, case.edges > LIMIT
+    def __init__(self, model: Model, case: Case, oracle: nn.Module):
+        self.case, self.skipped = case, model.oracle_bytes(case) > LIMIT
         self.budgets: dict[str, dict[str, float]] = {}
         if not self.skipped:
-            self.single = Runner(PROVIDERS["pyg"], case, oracle)
-            double = Runner(PROVIDERS["pyg"], case, oracle)
+            published = PROVIDERS[model.rivals[0]]
+            self.single = Runner(model, published, case, oracle)
+            double = Runner(model, published, case, oracle)
             double.model = copy.deepcopy(double.model).double()
             double.call = double.model
             self.true = outcome(double, "fp32", torch.float64)

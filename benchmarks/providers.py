@@ -1,4 +1,4 @@
-"""Who computes the training step: this project's backends and the PyG baselines, all with the same parameters."""
+"""Who computes the training step: this project's backends and the baselines, all with the same parameters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import CLASSES, Case
-from neural_graphs.baselines.pyg_nggnn import PyGNGGNN
+from benchmarks.cases import Case
+from benchmarks.models import MODELS, Model
 
 DTYPES = ("fp32", "bf16")
 
@@ -51,25 +51,25 @@ PROVIDERS = {
         Provider(
             "pyg-tuned-compile", "PyG, linears hoisted, edges sorted by target, compiled", style="hoisted", order="target", compiled=True
         ),
+        Provider("dense", "dense pairs, operations as published"),
+        Provider("dense-compile", "dense pairs, operations as published, compiled", compiled=True),
     )
 }
-DEFAULT = ("ngk-cpp", "pyg-compile", "pyg-tuned-compile", "pyg")
 
 
 @cache
-def why_not(name: str) -> str | None:
-    """Why a provider cannot run here, or None."""
-    provider = PROVIDERS[name]
+def why_not(model: str, name: str) -> str | None:
+    """Why a provider cannot run a model here, or None."""
+    provider, subject = PROVIDERS[name], MODELS[model]
     if not provider.ours:
-        return None
+        return None if name in subject.rivals else f"it is no baseline of {subject.text}"
     try:
-        import neural_graphs.models
         import ngkernels as ngk
 
+        case = Case((2, 3, 2))
         with ngk.use_backend(provider.backend):
-            model = neural_graphs.models.NGGNN(layout=[2, 3, 2], d_hid=32, num_layers=4, out_features=CLASSES)
-            weights, biases, _ = Case((2, 3, 2)).inputs()
-            model(weights, biases)
+            weights, biases, _ = case.inputs()
+            subject.ours(subject.new_oracle(case))(weights, biases)
     except Exception as error:  # any failure is a reason, and it is shown
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     return None
@@ -78,17 +78,12 @@ def why_not(name: str) -> str | None:
 class Runner:
     """A provider's model for one case, with the parameters of `oracle`."""
 
-    def __init__(self, provider: Provider, case: Case, oracle: PyGNGGNN):
+    def __init__(self, model: Model, provider: Provider, case: Case, oracle: nn.Module):
         self.provider, self.case = provider, case
-        state, layout = oracle.reference_state_dict(), list(case.layout)
-        self.model: nn.Module
+        self.model: nn.Module = model.ours(oracle) if provider.ours else model.baseline(provider, oracle)
         if provider.ours:
-            from neural_graphs.models import NGGNN
-
-            self.model = NGGNN.from_reference(state, oracle.reference_config(), edge_memory="recompute")
             self.model.graph(case.batch)
-        else:
-            self.model = PyGNGGNN(layout, style=provider.style, order=provider.order).load_reference(state)
+        elif hasattr(self.model, "edge_index"):
             self.model.edge_index(case.batch)
         self.call: Callable[[list[Tensor], list[Tensor]], Tensor] = self.model
         if provider.compiled:
@@ -117,34 +112,27 @@ class Runner:
         return logits
 
 
-def new_oracle(case: Case, seed: int = 0) -> PyGNGGNN:
-    """The published baseline with random parameters: where every provider takes its own from."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return PyGNGGNN(list(case.layout), out_features=CLASSES, style="published", order="source")
-
-
-def select(names: str) -> tuple[list[Provider], dict[str, str]]:
+def select(model: Model, names: str) -> tuple[list[Provider], dict[str, str]]:
     """Providers of a comma-separated list and, by name, why some of them cannot run.
 
-    `default` stands for the usual ones: there, what cannot run is left out; a provider asked for by name must run.
+    `default` stands for the model's usual ones: there, what cannot run is left out; a provider asked for by name must run.
     """
-    wanted = [n for part in names.split(",") if part for n in (DEFAULT if part == "default" else (part,))]
+    wanted = [n for part in names.split(",") if part for n in (model.providers if part == "default" else (part,))]
     unknown = [n for n in wanted if n not in PROVIDERS]
     if unknown:
         raise ValueError(f"providers: expected names of {', '.join(PROVIDERS)} or default, got {unknown[0]!r}")
-    missing = {n: reason for n in wanted if (reason := why_not(n))}
+    missing = {n: reason for n in wanted if (reason := why_not(model.name, n))}
     asked = [n for n in missing if n in names.split(",")]
     if asked:
         raise RuntimeError(f"providers: {asked[0]} was asked for and cannot run: {missing[asked[0]]}")
     return [PROVIDERS[n] for n in dict.fromkeys(wanted) if n not in missing], missing
 
 
-def usable(names: str) -> tuple[list[Provider], dict[str, str]]:
+def usable(model: Model, names: str) -> tuple[list[Provider], dict[str, str]]:
     """`select` for a command line: what is wrong becomes one line of usage error."""
     import typer
 
     try:
-        return select(names)
+        return select(model, names)
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from None

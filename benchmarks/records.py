@@ -38,10 +38,10 @@ def append(name: str, run: str, measurement: dict, results: Path = RESULTS) -> d
 
 
 def load(name: str, results: Path = RESULTS) -> dict[str, list[dict]]:
-    """Records of every device, oldest first, by device slug."""
+    """Records of every device, oldest first, by device slug. Those that name no model are of NG-GNN: they were the first."""
     found = {}
     for path in sorted(results.glob(f"*/{name}.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        lines = [{"model": "ng-gnn", **json.loads(line)} for line in path.read_text().splitlines() if line.strip()]
         wrong = [r["schema"] for r in lines if r["schema"] != SCHEMA]
         if wrong:
             raise ValueError(f"records: expected schema {SCHEMA} in {path}, got {wrong[0]}")

@@ -7,13 +7,14 @@ import torch
 
 from benchmarks import gate, machine, memory, plots, records, report, tables, timing, work
 from benchmarks.cases import Case
-from benchmarks.providers import PROVIDERS, Runner, new_oracle, select
-from neural_graphs.baselines.pyg_nggnn import PyGNGGNN
+from benchmarks.models import MODELS
+from benchmarks.providers import PROVIDERS, Runner, select, why_not
 
 
 def test_case_counts():
     case = Case.parse("2x4x3@5", batch=9)
     assert (case.layout, case.batch, case.edges, case.last_edges, case.nodes, case.label) == ((2, 4, 3), 5, 100, 60, 45, "2x4x3@5")
+    assert (case.pairs, case.last_pairs) == (5 * 81, 5 * 27)
     weights, biases, labels = case.inputs()
     assert [tuple(w.shape) for w in weights] == [(5, 2, 4, 1), (5, 4, 3, 1)]
     assert [tuple(b.shape) for b in biases] == [(5, 4, 1), (5, 3, 1)] and labels.shape == (5,)
@@ -37,6 +38,20 @@ def test_flops_per_edge():
     assert todo.bound_seconds(1.0, 1e30) == todo.flops
 
 
+def test_flops_per_pair():
+    """NG-T by hand at the published widths, in products of 32 x 64: updates 3, 4, 4; the last alone 2 (3 + 4) + 5."""
+    product, small = 4096, 256 + 256 + 512  # logits, weighted values, weighted states of 8 heads
+    maps = 3 * 2 * 32 * 128
+    assert [work.pair_state_flops(k, both=True) for k in range(4)] == [0, 3 * product, 7 * product, 11 * product]
+    assert [work.pair_state_flops(k, both=False) for k in range(4)] == [0, 3 * product, 11 * product, 19 * product]
+    assert work.attention_flops(0, True) == (small, 3 * small)
+    case = Case((2, 64, 128, 3))
+    every = small + (3 * product + maps + small) + (7 * product + maps + small)
+    found = work.train_step_ngt(case, weight_grads=False)
+    assert found.flops == 4 * (197**2 * every + 3 * 197 * (19 * product + maps + small))
+    assert work.train_step_ngt(case, weight_grads=True).bytes > found.bytes
+
+
 def test_interleave_takes_turns_and_finds_the_slow_one():
     turns = []
     found = timing.interleave({"a": lambda: turns.append("a"), "b": lambda: (turns.append("b"), sum(range(20_000)))}, 2, 3, 0.001)
@@ -55,11 +70,11 @@ def test_slug():
     assert machine.slug("Intel(R) Xeon(R) Processor @ 2.1GHz") == "intel-xeon-processor"
 
 
-def fake_results(path, provider_medians: dict[str, float]):
+def fake_results(path, provider_medians: dict[str, float], model: str = "ng-gnn"):
     run = records.new_run()
     for provider, median in provider_medians.items():
         measurement = {
-            "provider": provider, "layout": [2, 4, 3], "batch": 1, "edges": 20, "nodes": 9, "threads": 1, "dtype": "fp32", "weight_grads": True,
+            "model": model, "provider": provider, "layout": [2, 4, 3], "batch": 1, "edges": 20, "nodes": 9, "pairs": 81, "threads": 1, "dtype": "fp32", "weight_grads": True,
             "seconds": [median], "foreign_cores": [0.0], "calls_per_sample": 1, "median": median, "noisy": False, "flops": 1, "bytes": 1,
             "rates": {"copy": 1e9, "gemm_fp32": 1e9}, "bound_seconds": 1e-9, "share": 0.5, "errors": None,
         }  # fmt: skip
@@ -95,13 +110,23 @@ def test_plots(tmp_path):
 def test_memory_summary():
     def point(series, edges, nodes):
         return {
-            "provider": "ngk-cpp", "threads": 1, "dtype": "fp32", "weight_grads": True, "series": series, "layout": [edges],
-            "edges": edges, "nodes": nodes, "peak_bytes": 10 * edges + 3000 * nodes + 77,
+            "model": "ng-gnn", "provider": "ngk-cpp", "threads": 1, "dtype": "fp32", "weight_grads": True, "series": series, "layout": [edges],
+            "edges": edges, "nodes": nodes, "pairs": nodes**2, "peak_bytes": 10 * edges + 3000 * nodes + 77, "seconds": 1e-6 * edges**1.5,
         }  # fmt: skip
 
     rows = [point("edges", 1000, 50), point("edges", 5000, 50), point("nodes", 10, 3), point("nodes", 99, 30), point("nodes", 400, 80)]
     (found,) = memory.summary(rows)
     assert found["bytes_per_edge"] == pytest.approx(10) and found["bytes_per_node"] == pytest.approx(3000)
+    assert found["bytes_per_pair"] is None and found["time_exponent"] == pytest.approx(1.5)
+    rows = [{**point("pairs", n * n // 2, n), "model": "ng-t", "peak_bytes": 50 * n * n} for n in (10, 20, 40)]
+    (found,) = memory.summary(rows)
+    assert found["bytes_per_pair"] == pytest.approx(50) and found["bytes_per_edge"] is None
+
+
+def test_memory_limit_of_ngt():
+    case = Case((2, 4, 3), 2)
+    assert memory.limit(MODELS["ng-t"], case) == 16 * 40 + 30_000 * 18 + 40 * 2**20
+    assert memory.limit(MODELS["ng-gnn"], case) is None
 
 
 def test_memory_child_counts_what_a_step_keeps():
@@ -112,31 +137,58 @@ def test_memory_child_counts_what_a_step_keeps():
     import subprocess
     import sys
 
-    body = {"provider": "pyg", "layout": list(case.layout), "batch": 1, "threads": 1, "dtype": "fp32", "weight_grads": False}
+    body = {
+        "model": "ng-gnn",
+        "provider": "pyg",
+        "layout": list(case.layout),
+        "batch": 1,
+        "threads": 1,
+        "dtype": "fp32",
+        "weight_grads": False,
+    }
     done = subprocess.run([sys.executable, *request, json.dumps(body)], cwd=machine.ROOT, capture_output=True, text=True, check=True)
     peak = json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
     assert 2_000 < peak / case.edges < 20_000
 
 
-def test_gate_lets_the_tuned_baseline_pass_and_stops_a_wrong_one():
-    case = Case((2, 6, 5, 3), 2)
-    oracle = new_oracle(case)
-    checker, runner = gate.Gate(case, oracle), Runner(PROVIDERS["pyg-tuned"], case, oracle)
+RIVALS = {"ng-gnn": "pyg-tuned", "ng-t": "dense"}
+WRONG = {"ng-gnn": "gnn.edge_update.0.lin_e.weight", "ng-t": "layers.0.edge_updates.edge_mlp0.lin0_e.weight"}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_gate_lets_a_baseline_pass_and_stops_a_wrong_one(name):
+    case, model = Case((2, 6, 5, 3), 2), MODELS[name]
+    oracle = model.new_oracle(case)
+    checker, runner = gate.Gate(model, case, oracle), Runner(model, PROVIDERS[RIVALS[name]], case, oracle)
     assert set(checker.check(runner, "fp32")) == set(gate.FLOOR["fp32"])
     with torch.no_grad():
-        runner.model.gnn.edge_update[0].lin_e.weight[0, 0] += 0.1
+        dict(runner.model.named_parameters())[WRONG[name]][0, 0] += 0.1
     with pytest.raises(RuntimeError, match="expected a relative error of .*; not timed"):
         checker.check(runner, "fp32")
 
 
-def test_unknown_provider():
+@pytest.mark.parametrize("name", RIVALS)
+def test_this_project_passes_the_gate(name):
+    case, model = Case((2, 6, 5, 3), 2), MODELS[name]
+    oracle = model.new_oracle(case)
+    checker = gate.Gate(model, case, oracle)
+    for provider in [p for p in ("ngk-cpp", "ngk-reference") if why_not(name, p) is None]:
+        for dtype in ("fp32", "bf16"):
+            assert set(checker.check(Runner(model, PROVIDERS[provider], case, oracle), dtype)) == set(gate.FLOOR[dtype])
+
+
+def test_select():
+    model = MODELS["ng-gnn"]
     with pytest.raises(ValueError, match="expected names of"):
-        select("nobody")
-    assert [p.name for p in select("pyg,pyg")[0]] == ["pyg"]
+        select(model, "nobody")
+    with pytest.raises(RuntimeError, match="dense was asked for and cannot run: it is no baseline of NG-GNN"):
+        select(model, "dense")
+    assert [p.name for p in select(model, "pyg,pyg")[0]] == ["pyg"]
+    assert [p.name for p in select(MODELS["ng-t"], "dense")[0]] == ["dense"]
 
 
-def test_oracle_is_the_same_every_time():
-    case = Case((2, 3, 1))
-    first, second = new_oracle(case), new_oracle(case)
-    assert isinstance(first, PyGNGGNN)
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+@pytest.mark.parametrize("name", RIVALS)
+def test_oracle_has_the_same_parameters_every_time(name):
+    case, model = Case((2, 4, 3)), MODELS[name]
+    first, second = model.new_oracle(case), model.new_oracle(case)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch_geometric.utils import to_dense_adj
 
+from .front_end import dense_values
 from .pyg_nggnn import PyGNGGNN
 
 
@@ -24,13 +25,7 @@ class DenseNGGNN(PyGNGGNN):
     def forward(self, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
         """Logits [B, out_features] from weights[l] [B, d_l, d_(l+1), 1] and biases[l] [B, d_(l+1), 1]."""
         batch, n = weights[0].shape[0], sum(self.layout)
-        edge_value = weights[0].new_zeros(batch, n, n, 1)
-        first = 0
-        for weight in weights:
-            middle = first + weight.shape[1]
-            edge_value[:, first:middle, middle : middle + weight.shape[2]] = weight
-            first = middle
-        node_value = torch.cat([biases[0].new_zeros(batch, self.layout[0], 1), *biases], dim=1)
+        edge_value, node_value = dense_values(self.layout, weights, biases)
         edges, nodes = self.construct_graph(edge_value, node_value, batch)  # [B, n, n, d_hid], [B n, d_hid]
         one = self.edge_index(1)
         edge_attr = torch.cat([edges[k, one[0], one[1]] for k in range(batch)])

@@ -11,29 +11,17 @@ Two styles, same function and same parameters:
 Both may list edges source-major (reference order) or target-major (better locality when aggregating per target).
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch_geometric.nn import LayerNorm, MessagePassing
 from torch_geometric.nn.aggr import DegreeScalerAggregation
 
+from .front_end import GraphConstructor
+
 AGGREGATORS = ["mean", "min", "max", "std"]
 SCALERS = ["identity", "amplification"]
 STYLES = ("published", "hoisted")
 ORDERS = ("source", "target")
-
-
-class GaussianEncoding(nn.Module):
-    """gamma(v) = [cos(2 pi v b^T), sin(2 pi v b^T)] with a frozen b ~ N(0, sigma^2)."""
-
-    def __init__(self, sigma: float, num_features: int):
-        super().__init__()
-        self.b = nn.Parameter(torch.randn(num_features, 1) * sigma, requires_grad=False)
-
-    def forward(self, value: Tensor) -> Tensor:
-        phase = (2 * math.pi * value) @ self.b.T  # [rows, num_features]
-        return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
 class FiLMPNAConv(MessagePassing):
@@ -91,29 +79,6 @@ class EdgeMLP(nn.Module):
         return self.lin1(self.act(hidden))
 
 
-class GraphConstructor(nn.Module):
-    """Encodes raw weights [E, 1] and biases [N, 1] to width d_hid and adds the positional embedding."""
-
-    def __init__(self, layout: list[int], d_hid: int, fourier_features: int, sigma: float):
-        super().__init__()
-        self.proj_weight = nn.Sequential(GaussianEncoding(sigma, fourier_features), nn.Linear(2 * fourier_features, d_hid))
-        self.proj_bias = nn.Sequential(GaussianEncoding(sigma, fourier_features), nn.Linear(2 * fourier_features, d_hid))
-        self.proj_node_in = nn.Linear(d_hid, d_hid)
-        self.proj_edge_in = nn.Linear(d_hid, d_hid)
-        rows = layout[0] + len(layout) - 2 + layout[-1]
-        self.pos_embed = nn.Parameter(torch.randn(rows, d_hid))
-        row_of_node = list(range(layout[0]))
-        for layer, width in enumerate(layout[1:-1]):
-            row_of_node += [layout[0] + layer] * width
-        row_of_node += range(rows - layout[-1], rows)
-        self.register_buffer("row_of_node", torch.tensor(row_of_node), persistent=False)
-
-    def forward(self, edge_value: Tensor, node_value: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        nodes = self.proj_node_in(self.proj_bias(node_value))
-        nodes = nodes.view(batch, -1, nodes.shape[-1]) + self.pos_embed[self.row_of_node]
-        return self.proj_edge_in(self.proj_weight(edge_value)), nodes.flatten(0, 1)
-
-
 class Backbone(nn.Module):
     """PNA layers with graph norm, SiLU and an edge update between them."""
 
@@ -168,7 +133,7 @@ class PyGNGGNN(nn.Module):
             raise ValueError(f"PyGNGGNN: expected order in {ORDERS}, got {order!r}")
         self.layout, self.d_hid, self.num_layers, self.out_features = list(layout), d_hid, num_layers, out_features
         self.fourier_features, self.sigma, self.order = fourier_features, sigma, order
-        self.construct_graph = GraphConstructor(layout, d_hid, fourier_features, sigma)
+        self.construct_graph = GraphConstructor(layout, d_hid, d_hid, fourier_features, sigma)
         self.gnn = Backbone(layout, d_hid, num_layers, style == "hoisted")
         self.proj_out = nn.Sequential(
             nn.Linear(layout[-1] * d_hid, d_hid), nn.ReLU(), nn.Linear(d_hid, d_hid), nn.ReLU(), nn.Linear(d_hid, out_features)
