@@ -94,7 +94,8 @@ def test_bf16_runs(sets, tmp_path, model):
 @MODELS
 @pytest.mark.parametrize("attention", ["all", "edges"])
 def test_prediction_does_not_depend_on_order_signs_or_batch(sets, model, attention):
-    model, inputs, networks = build_model(replace(TINY, model=model, attention=attention), (2, 8, 8, 1), 10), InrInputs(sets["train"], None), sets["test"]
+    config = replace(TINY, model=model, attention=attention)
+    model, inputs, networks = build_model(config, (2, 8, 8, 1), 10), InrInputs(sets["train"], None), sets["test"]
     expected = model(*inputs(networks))
     weights, biases = [w.clone() for w in networks.weights], [b.clone() for b in networks.biases]
     weights[0], biases[0], weights[1] = -weights[0], -biases[0], -weights[1]
@@ -163,13 +164,5 @@ def test_sorted_baseline_is_invariant(sets):
 
 
 def test_unknown_model():
-    for make in (ClassifierConfig.recipe, ClassifierConfig):
-        with pytest.raises(ValueError, match="expected model to be one of ng-gnn, ng-t, got 'ng-x'"):
-            make("ng-x")
-
-
-def test_recipes_are_defaults():
-    plain = ClassifierConfig.recipe("ng-t", train={"steps": None})
-    assert plain.model == "ng-t" and plain.train.steps == ClassifierConfig.recipe("ng-t", train={}).train.steps
-    changed = ClassifierConfig.recipe("ng-t", 16, {"steps": 7, "lr": 0.5}, attention="all")
-    assert (changed.d_hid, changed.train.steps, changed.train.lr, changed.attention) == (16, 7, 0.5, "all")
+    with pytest.raises(ValueError, match="expected model to be one of ng-gnn, ng-t, got 'ng-x'"):
+        ClassifierConfig(model="ng-x")

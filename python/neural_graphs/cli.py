@@ -68,7 +68,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything ran
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads of a training step. [default: torch's choice]", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Continue what the output folder holds, or start anew and overwrite it.")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Train under bfloat16 autocast.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Training steps. One long schedule is much better than a short one. [default: 8000]", show_default=False)]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Training steps. One long schedule is much better than a short one. [default: 8000; 5000 for ng-t]", show_default=False)]
 Reader = Annotated[Model, typer.Option("--model", help="The model that reads the networks.")]
 # fmt: on
 
@@ -167,16 +167,9 @@ def train_inr_classification(
     out: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint and metrics.json.")] = Path("ngk-inr-classification"),
     steps: Steps = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Networks per step.")] = 64,
-    lr: Annotated[
-        float | None, typer.Option("--lr", help="Peak learning rate of AdamW. [default: what suits the model]", show_default=False)
-    ] = None,
+    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of AdamW.")] = 2e-3,
     weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0, help="Weight decay of AdamW.")] = 1e-2,
-    d_hid: Annotated[
-        int | None,
-        typer.Option(
-            "--d-hid", min=1, help="Width of node states; of edge states too, or half of it (ng-t). [default: 32]", show_default=False
-        ),
-    ] = None,
+    d_hid: Annotated[int, typer.Option("--d-hid", min=1, help="Width of node states; of edge states too, or half of it (ng-t).")] = 32,
     num_layers: Annotated[int, typer.Option("--layers", min=1, help="Layers of message passing, or of attention.")] = 4,
     attention: Annotated[
         Attention, typer.Option("--attention", help="ng-t: along the edges of a network, or among all pairs of its neurons.")
@@ -198,12 +191,13 @@ def train_inr_classification(
     console = _prepare(device, threads)
     from .data.storage import default_cache, write_json
     from .report.progress import ProgressLine
-    from .tasks.inr_classification import ClassifierConfig, train_classifier
-    from .tasks.training import Interrupted, StopRequest
+    from .tasks.inr_classification import STEPS, ClassifierConfig, train_classifier
+    from .tasks.training import Interrupted, StopRequest, TrainConfig
 
-    train = {"steps": steps, "batch": batch, "lr": lr, "weight_decay": weight_decay, "seed": seed, "bf16": bf16, "eval_every": eval_every}
-    config = ClassifierConfig.recipe(model.value, d_hid, train, num_layers=num_layers, attention=attention.value, augment=augment)
-    steps = config.train.steps
+    steps = steps or STEPS[model.value]
+    train = TrainConfig(steps=steps, batch=batch, lr=lr, weight_decay=weight_decay, seed=seed, bf16=bf16, eval_every=eval_every)
+    options = {"d_hid": d_hid, "num_layers": num_layers, "attention": attention.value, "augment": augment}
+    config = ClassifierConfig(model=model.value, train=train, **options)
     sets, described = _read_sets(console, data, splits, cache or default_cache())
     with StopRequest() as stop, ProgressLine(console, f"train {config.model}", steps) as line:
         trainer, finished = train_classifier(

@@ -27,8 +27,8 @@ from ..data import (
 from ..data.digits import SPLIT_SEED
 from ..data.storage import read_json, write_json
 from ..tasks.baselines import MlpConfig, bounds, run_baseline, weight_baselines
-from ..tasks.inr_classification import MODELS, ClassifierConfig, train_classifier
-from ..tasks.training import Interrupted, StopRequest
+from ..tasks.inr_classification import MODELS, STEPS, ClassifierConfig, train_classifier
+from ..tasks.training import Interrupted, StopRequest, TrainConfig
 from . import large_step, process, publish
 from .progress import ProgressLine
 
@@ -233,9 +233,11 @@ def make_config(
     out: Path, cache: Path, *, steps: int | None, seed: int, device: str, model: str, fresh: bool, bf16: bool, small: bool
 ) -> DemoConfig:
     """Returns the demo's configuration from the options of the command line; another model than NG-GNN is compared with it."""
-    first = ClassifierConfig.recipe(model, train={"steps": steps, "seed": seed, "bf16": bf16})
-    others = [] if model == "ng-gnn" else [ClassifierConfig.recipe("ng-gnn", train={"steps": steps, "seed": seed, "bf16": bf16})]
-    classifiers = [replace(c, train=replace(c.train, eval_every=max(1, min(500, c.train.steps // 16)))) for c in (first, *others)]
+    classifiers = []
+    for name in dict.fromkeys((model, "ng-gnn")):
+        count = steps or STEPS[name]
+        train = TrainConfig(steps=count, seed=seed, bf16=bf16, eval_every=max(1, min(500, count // 16)))
+        classifiers.append(ClassifierConfig(model=name, train=train))
     config = DemoConfig(
         out=out,
         cache=cache,
