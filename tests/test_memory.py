@@ -54,7 +54,7 @@ print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if 
 
 def peak(layout: tuple[int, ...], trained: bool, policy: str) -> int:
     # a fixed threshold: large blocks that are freed go back to the system, whatever was allocated before
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "NGKERNELS_BACKEND": "cpp", "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "2"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "NGKERNELS_BACKEND": "cpp", "MALLOC_MMAP_THRESHOLD_": str(2**17), "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
         [sys.executable, "-c", STEP, repr(layout), repr(trained), policy], cwd=ROOT, env=env, capture_output=True, text=True
     )
