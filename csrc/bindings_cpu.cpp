@@ -141,11 +141,11 @@ struct Problem {
     }
     call.grad_params = data(grads[nw + nx], type, "grad params");
     call.grad_table = data(grads[nw + nx + 1], type, "grad table");
-    for (size_t k = nw + nx + 2; k < grads.size(); ++k) {
-      const bool flat = call.rows.empty() ? grads[k].dim() == 2 : packed;  // a restricted graph without blocks clears them all the same
-      call.grad_carriers.push_back(edge_tensor(grads[k], flat));
-    }
+    for (size_t k = nw + nx + 2; k < grads.size(); ++k) call.grad_carriers.push_back(edge_tensor(grads[k], flat(grads[k])));
   }
+
+  // Whether values by edge come as one tensor; a table without blocks does not say.
+  bool flat(const Tensor& t) const { return call.rows.empty() ? t.dim() == 2 : packed; }
 
   // Edges of a row that have raw features, as its weight tensor counts them.
   static int64_t raw_edges(const Row& row) {
@@ -265,7 +265,7 @@ void aggregate_backward(Tensor grad, Tensor out, Tensor aux, Tensor ties, Tensor
 }
 
 void bind_values(Problem& p, const Tensors& values) {
-  for (const Tensor& v : values) p.call.values.push_back(edge_tensor(v, p.packed));
+  for (const Tensor& v : values) p.call.values.push_back(edge_tensor(v, p.flat(v)));
   int64_t last = -1;
   for (const Row& r : p.call.rows) last = std::max(last, std::max(r.block, r.partner_block));
   STD_TORCH_CHECK(p.packed ? values.size() == 1 : static_cast<int64_t>(values.size()) > last,

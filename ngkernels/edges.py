@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .encoders import Fourier, Identity, Linear
-from .graph import NeuralGraph
+from .graph import CLOSE_FIRST, NeuralGraph
 
 MESSAGES = ("film", "gate", "product", "concat")
 ACTIVATIONS = ("silu", "relu", "gelu", "tanh", "sigmoid", "leaky_relu", "identity")
@@ -238,7 +238,7 @@ class EdgeState:
             _check_matrix(op, "weight_reverse", weight_reverse, self.width, device)
             if weight_reverse.shape[0] != hidden:
                 raise ValueError(f"{op}: expected weight_reverse with {hidden} rows (as weight_edge), got {weight_reverse.shape[0]}")
-            self.graph.closure(self.graph.closed or "edges", self.encoder.reciprocal)  # raises where a pair has no single state
+            self.graph.check_pairs(self.encoder.reciprocal)
         if residual and width != self.width:
             raise ValueError(f"{op}: expected weight_out with {self.width} rows (residual), got {width}")
         given = [t is not None for t in (x, weight_dst, weight_src)]
@@ -262,7 +262,13 @@ class EdgeState:
         return any(isinstance(s, Update) and s.weight_reverse is not None for s in self.steps)
 
     def closure(self, over: str = "edges") -> EdgeState:
-        """The same state on every pair that attention over `over` reads (NeuralGraph.closure)."""
+        """The same state on every pair that attention over `over` reads (NeuralGraph.closure).
+
+        Raises:
+            ValueError: as NeuralGraph.closure; a state that was checkpointed before.
+        """
+        if not self.graph.closed and any(isinstance(s, Mark) for s in self.steps):
+            raise ValueError(CLOSE_FIRST)
         return replace(self, graph=self.graph.closure(over, self.encoder.reciprocal))
 
     def checkpoint(self, store: torch.dtype | None = None) -> EdgeState:

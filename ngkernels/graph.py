@@ -11,6 +11,10 @@ import torch
 from .topology import DENSE, DIAGONAL, OVER, Topology, edge_topology, pair_topology
 
 BLOCK_KINDS = (DENSE, DIAGONAL)
+CLOSE_FIRST = (
+    "NeuralGraph.closure: expected a graph whose states were not checkpointed, got one whose other pairs have no state; "
+    "checkpoint the closed state: edges.closure().checkpoint()"
+)
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,7 @@ class NeuralGraph:
         self.num_graphs = sum(p.copies for p in self.parts)
         self.has_reverse = any(b.reverse for p in self.parts for b in p.blocks)
         self.closed: str | None = None  # "all" or "edges": every pair that such attention reads has a block
+        self.stored = False  # weights are the states of a checkpoint: pairs without a block have none
         self._weight_sizes = [size for p in self.parts for size in p.weight_sizes]
         self._cache: dict = {}
         self.max_in_degree = max(p.max_in_degree for p in self.parts)
@@ -240,10 +245,11 @@ class NeuralGraph:
         return cls(parts, packed=packed)
 
     # ---- derived graphs ----
-    def _derived(self, key: tuple, parts: Sequence[Part], rows: int | None, closed: str | None) -> NeuralGraph:
+    def _derived(self, key: tuple, parts: Sequence[Part], rows: int | None, closed: str | None, stored: bool | None = None) -> NeuralGraph:
         if key not in self._cache:
             self._cache[key] = NeuralGraph(parts, rows, self.packed)
             self._cache[key].closed = closed
+            self._cache[key].stored = self.stored if stored is None else stored
         return self._cache[key]
 
     def restrict(self, layer: int = -1) -> NeuralGraph:
@@ -253,9 +259,10 @@ class NeuralGraph:
     def without_sharing(self) -> NeuralGraph:
         """The same edges with a weight tensor for each block: the graph of a stored edge state."""
         parts = [
-            Part(p.layers, tuple(Block(b.kind, b.src, b.dst, k, False, b.edge) for k, b in enumerate(p.blocks)), p.copies) for p in self.parts
+            Part(p.layers, tuple(Block(b.kind, b.src, b.dst, k, False, b.edge) for k, b in enumerate(p.blocks)), p.copies, p.token)
+            for p in self.parts
         ]
-        return self._derived(("without_sharing",), parts, self.rows, self.closed)
+        return self._derived(("without_sharing",), parts, self.rows, self.closed, True)
 
     def with_token(self) -> NeuralGraph:
         """The same networks with one more node in front of each: a token, joined to every neuron by pairs that are no
@@ -279,7 +286,7 @@ class NeuralGraph:
         reads both directions) those of the edge they reverse. Weights stay as they are.
 
         Raises:
-            ValueError: two blocks from one node layer to another, or a graph that is closed over less.
+            ValueError: two blocks from one node layer to another, a graph that is closed over less, or that of a checkpoint.
         """
         if over not in ("all", "edges"):
             raise ValueError(f"NeuralGraph.closure: expected over to be all or edges, got {over!r}")
@@ -287,15 +294,25 @@ class NeuralGraph:
             if self.closed != over:
                 raise ValueError(f"NeuralGraph.closure: expected a graph that is not closed, or over {over!r}, got one closed over {self.closed!r}")
             return self
+        if self.stored:
+            raise ValueError(CLOSE_FIRST)
         key = ("closure", over, reciprocal)
         return self._cache[key] if key in self._cache else self._derived(key, [_closed(p, over, reciprocal) for p in self.parts], self.rows, over)
 
+    def check_pairs(self, reciprocal: bool = False) -> None:
+        """Raises ValueError where the reversal of an edge has no single state."""
+        if not self.stored:
+            self.closure(self.closed or "edges", reciprocal)
+        elif any(p.opposite(k) is None for p in self.parts for k in range(len(p.blocks))):
+            raise ValueError(CLOSE_FIRST)
+
     # ---- tables ----
-    def edges_as(self, paired: bool = False, reciprocal: bool = False) -> Topology:
-        """The table of every edge; `paired`: with the edges' partners (ngkernels/topology.py)."""
-        key = ("edges", paired, reciprocal and paired)
+    def edges_as(self, paired: bool = False, reciprocal: bool = False, messages: bool = False) -> Topology:
+        """The table of every block; `paired`: with the edges' partners (ngkernels/topology.py). `messages`: without the pairs that
+        are no edges."""
+        key = ("edges", paired, reciprocal and paired, messages and self.closed)
         if key not in self._cache:
-            self._cache[key] = edge_topology(self, paired, reciprocal)
+            self._cache[key] = edge_topology(self, paired, reciprocal, messages)
         return self._cache[key]
 
     def pairs_as(self, over: str, include_self: bool = True) -> Topology:

@@ -58,12 +58,12 @@ class Expression(NamedTuple):
 
 
 class _Builder:
-    def __init__(self, edges: EdgeState, dtype: torch.dtype, tabulate: bool, over: str | None = None, include_self: bool = True):
+    def __init__(self, edges: EdgeState, dtype: torch.dtype, tabulate: bool, over: str | None = None, include_self: bool = True, messages: bool = False):
         self.edges, self.dtype, self.tabulate, self.over = edges, dtype, tabulate, over
         self.paired = over is not None or edges.paired
         self.directions = 2 if edges.encoder.reciprocal and (edges.graph.has_reverse or self.paired) else 1
-        self.topology = edges.graph.pairs_as(over, include_self) if over else edges.graph.edges_as(self.paired, edges.encoder.reciprocal)
-        self.masked = not any(p.token for p in edges.graph.parts)  # nothing to mask
+        self.topology = edges.graph.pairs_as(over, include_self) if over else edges.graph.edges_as(self.paired, edges.encoder.reciprocal, messages)
+        self.masked = edges.graph.stored or not any(p.token for p in edges.graph.parts)  # nothing to mask
         self.params: list[torch.Tensor] = []
         self.size = 0
         self.xs: list[torch.Tensor] = []
@@ -297,7 +297,7 @@ def build_state(
 def build_message(edges: EdgeState, message: Message, reduce: Sequence[str], tabulate: bool) -> Expression:
     """The expression of a message and the set of its reductions."""
     with full_precision(edges.weights[0].device):
-        b = _Builder(edges, _dtype(edges), tabulate)
+        b = _Builder(edges, _dtype(edges), tabulate, messages=True)
         b.steps()
         mask = sum(1 << REDUCE.index(r) for r in reduce)
         if message.kind == "concat":

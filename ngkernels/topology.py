@@ -132,11 +132,11 @@ class _PartTable:
         mine = [p.copies, p.num_nodes, self.out(block.dst), at.out_per_copy, axis, int(shared), offset, at.edges_per_copy]
         return [*head, *mine, *self.writes(k), at.emitted_per_copy, at.number, *self.reads(partner), *self.writes(k_partner), self.out(block.src), flags]  # fmt: skip
 
-    def edge_rows(self, paired: bool, reciprocal: bool) -> list[list[int]]:
-        """One row for each block that has outputs; `paired`: with its partners."""
+    def edge_rows(self, paired: bool, reciprocal: bool, messages: bool) -> list[list[int]]:
+        """One row for each block that has outputs (`messages`: and is one of edges); `paired`: with its partners."""
         rows, blocks = [], self.part.blocks
         for k, b in enumerate(blocks):
-            if self.at.rows not in (None, b.dst):
+            if self.at.rows not in (None, b.dst) or (messages and not b.edge):
                 continue
             partner, same = (self.partner_of(k, reciprocal)) if paired else (None, False)
             shared = self.readers.count(b.weight) > 1 if b.weight >= 0 else False
@@ -212,10 +212,10 @@ def _renumber(table: list[list[int]], *columns: str) -> tuple[int, ...]:
     return tuple(used)
 
 
-def edge_topology(graph: NeuralGraph, paired: bool, reciprocal: bool) -> Topology:
-    """One row for each block; `paired`: partners too (an expression with a pair update)."""
+def edge_topology(graph: NeuralGraph, paired: bool, reciprocal: bool, messages: bool) -> Topology:
+    """One row for each block; `paired`: partners too (an expression with a pair update); `messages`: of edges only."""
     numbers = _numbers(graph)
-    table = [r for p, at in zip(graph.parts, numbers, strict=True) for r in _PartTable(graph, p, at).edge_rows(paired, reciprocal)]
+    table = [r for p, at in zip(graph.parts, numbers, strict=True) for r in _PartTable(graph, p, at).edge_rows(paired, reciprocal, messages)]
     return _finish(graph, table, numbers)
 
 

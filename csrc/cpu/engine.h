@@ -45,14 +45,13 @@ class Engine {
       const Instr& in = call.instrs[k];
       w.out[k] = a.take<T>(tile * s.ld + slack);
       if (in.op == TABLE && rest < 2 * static_cast<size_t>(in.n_in) + slack) rest = 2 * in.n_in + slack;
-      const int waiting = !backward                                                                 ? -1
-                          : in.op == ADD                                                            ? static_cast<int>(in.arg0)
-                          : call.combine == ATTEND && static_cast<int>(k) == call.message_start - 1 ? static_cast<int>(k)
-                                                                                                    : -1;
-      if (waiting >= 0) {
-        w.grad_add[waiting] = a.take<T>(tile * prepared.steps[waiting].ld + slack);
-        w.common_add[waiting] = a.take<T>(static_cast<size_t>(prepared.max_ld) + slack);
-      }
+      const auto waits = [&](size_t at) {  // the gradient of instruction `at` comes in two parts
+        if (!backward || w.grad_add[at]) return;
+        w.grad_add[at] = a.take<T>(tile * prepared.steps[at].ld + slack);
+        w.common_add[at] = a.take<T>(static_cast<size_t>(prepared.max_ld) + slack);
+      };
+      if (in.op == ADD) waits(static_cast<size_t>(in.arg0));
+      if (call.combine == ATTEND && static_cast<int>(k) == call.message_start - 1) waits(k);
       if (!s.node) continue;
       const size_t dx = call.x_width[in.x];
       if (rest < V::MR * dx + slack) rest = V::MR * dx + slack;

@@ -85,7 +85,7 @@ class Evaluator:
 
     def load(self, rec) -> torch.Tensor:
         raw = self.edges.raw.to(self.table.dtype)
-        if rec[8] >= 0:
+        if rec[8] >= 0 and self.edges.n_weights:  # else every pair is none of the edges
             scale, shift = self.matrix(rec[8], self.edges.n_weights, 2)[self.edges.weight].T
             raw = torch.where(self.edges.there[:, None], raw * scale[:, None] + shift[:, None], raw)  # pairs that are no edges stay 0
         return raw
