@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .encoders import Fourier, Identity, Linear
+from . import backends
+from .encoders import Fourier, Identity, Linear, Table, make_table
 from .graph import CLOSE_FIRST, NeuralGraph
 
 MESSAGES = ("film", "gate", "product", "concat")
@@ -173,6 +174,7 @@ class EdgeState:
     affine: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     steps: tuple[Update | Activate | Mark, ...] = ()
     width: int = field(default=-1)
+    table: Table | None = None
 
     def __post_init__(self):
         if self.width >= 0:
@@ -254,7 +256,36 @@ class EdgeState:
             _check_bias(op, "norm.weight", norm.weight, width)
             _check_bias(op, "norm.bias", norm.bias, width)
         step = Update(weight_edge, weight_reverse, None if node else bias, node, activation, weight_out, bias_out, residual, norm)
-        return replace(self, steps=(*self.steps, step), width=width)
+        table = self.table
+        if table is not None and not self.steps and not residual and weight_reverse is None:
+            table = self._table_through(table, weight_edge)
+        return replace(self, steps=(*self.steps, step), width=width, table=table)
+
+    @staticmethod
+    def _table_through(table: Table, weight: torch.Tensor) -> Table:
+        from .program import full_precision  # which imports this module
+
+        with full_precision(weight.device):
+            return Table(table.values @ weight.to(table.values.dtype).T, through=True)
+
+    def tabulate(self) -> EdgeState:
+        """The same state with the table of its Fourier encoder made now, once for all that consume it, instead of by each consumer.
+
+        Returns:
+            EdgeState: holds a tensor [directions, nodes, 3, D] computed from the encoder's matrix: like any computed tensor it serves one
+                backward pass (or several with retain_graph), and does not follow later changes of the matrix. Itself where nothing is
+                tabulated: other encoders, float64, several channels, the reference backend.
+
+        Raises:
+            NotImplementedError: a forced backend that cannot run.
+        """
+        from .program import _dtype, full_precision  # which imports this module
+
+        device = self.weights[0].device
+        if not isinstance(self.encoder, Fourier) or self.steps or backends.BACKENDS[backends.choose("tabulate", device)] == "reference":
+            return self
+        with full_precision(device):
+            return replace(self, table=make_table(self.encoder, self.weights, self.affine, _dtype(self), 2))
 
     @property
     def paired(self) -> bool:

@@ -66,6 +66,33 @@ def table_step(frequencies: torch.Tensor) -> int:
     return max(0, 5 + round(math.log2(max(rms, 1e-3))))
 
 
+@dataclass(frozen=True)
+class Table:
+    """A tabulated encoder, made once for all consumers of a state (EdgeState.tabulate).
+
+    values [directions, nodes, 3, n] of the map w -> e0 without its constant; `through`: times weight_edge of the state's first update.
+    """
+
+    values: torch.Tensor
+    through: bool = False
+
+
+def make_table(enc: Fourier, weights, affine, dtype: torch.dtype, directions: int) -> Table | None:
+    """The table of `enc` for these weights, in steps of 2^-grid_step(enc); None where edges are evaluated directly."""
+    step = grid_step(enc)
+    if weights[0].shape[-1] != 1 or enc.table == "never" or dtype == torch.float64 or step is None:
+        return None
+    half = table_half(weights, affine, step, enc.table_range)
+    weight = enc.weight.to(dtype).T
+    each = [table_basis(enc.frequencies, d, step, half, dtype) @ weight for d in (range(directions) if enc.reciprocal else [None])]
+    return Table(each[0][None] if len(each) == 1 else torch.stack(each))
+
+
+def grid_step(enc: Fourier) -> int | None:
+    """k of the grid of `enc`; None under torch.compile where it is not given."""
+    return enc.step if enc.step is not None or torch.compiler.is_compiling() else table_step(enc.frequencies)
+
+
 _basis_cache: dict = {}
 
 

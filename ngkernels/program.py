@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .edges import ACTIVATIONS, Activate, Affine, EdgeState, Mark, Message, NodeTerm, Update
-from .encoders import Fourier, Linear, expansion, table_basis, table_half, table_step
+from .encoders import Fourier, Linear, expansion, grid_step, make_table
 
 LOAD, FOURIER, TABLE, LIN, ACT, ADD, MARK, NORM, MASK = range(9)
 RECORD = 10  # ints an instruction: op, n_in, n_out, weight, bias, x, weight_dst, weight_src, arg0, arg1
@@ -123,45 +123,43 @@ class _Builder:
             self.variants = maps
             self.pending = (maps[0], None)
 
-    def fourier_linear(self, w: torch.Tensor, b: torch.Tensor | None, node: NodeTerm | None) -> None:
+    def fourier_linear(self, w: torch.Tensor, b: torch.Tensor | None, node: NodeTerm | None, first: torch.Tensor | None, through: bool) -> None:
+        """register = w features + b + node term, where w is `first` times the encoder's matrix."""
         offset, enc = self.features
         self.features = None
         m, channels = enc.frequencies.shape[0], self.instructions[0][2]
         n_out = w.shape[0]
         weight, bias = self.put(w), self.put(b)
-        table = self.tabulated(enc, channels, w)
+        table = self.tabulated(enc, first, through)
         if table is not None:
             self.table = table
-            self.emit(TABLE, m, n_out, weight, bias, node, arg0=self.step_of(enc), arg1=offset)
+            self.emit(TABLE, m, n_out, weight, bias, node, arg0=grid_step(enc), arg1=offset)
             return
         self.emit(FOURIER, channels, 2 * m, offset)
         self.emit(LIN, 2 * m, n_out, weight, bias, node)
 
-    def tabulated(self, enc: Fourier, channels: int, w: torch.Tensor) -> torch.Tensor | None:
-        """[directions, nodes, 3, n_out], or None for direct evaluation."""
-        if not self.tabulate or channels != 1 or enc.table == "never" or self.dtype == torch.float64:
+    def tabulated(self, enc: Fourier, first: torch.Tensor | None, through: bool) -> torch.Tensor | None:
+        """[directions, nodes, 3, n_out] of `first` times the encoder, or None for direct evaluation."""
+        table = self.edges.table if self.tabulate else None
+        if self.tabulate and (table is None or (table.through and not through)):
+            table = make_table(enc, self.edges.weights, self.edges.affine, self.dtype, self.directions)
+        if table is None:
             return None
-        k = self.step_of(enc)
-        if k is None:
-            return None
-        half = table_half(self.edges.weights, self.edges.affine, k, enc.table_range)
-        directions = range(self.directions) if enc.reciprocal else [None]
-        tables = [table_basis(enc.frequencies, d, k, half, self.dtype) @ w.T for d in directions]
-        return tables[0][None] if len(tables) == 1 else torch.stack(tables)
-
-    @staticmethod
-    def step_of(enc: Fourier) -> int | None:
-        if enc.step is not None or torch.compiler.is_compiling():
-            return enc.step
-        return table_step(enc.frequencies)
+        values = table.values[: self.directions]
+        return values if first is None or table.through else values @ first.to(self.dtype).T
 
     # ---- steps ----
-    def linear(self, w: torch.Tensor, b: torch.Tensor | None, node: NodeTerm | None = None) -> None:
-        """register = w e + b + node term, folded with what is pending."""
-        w = w.to(self.dtype)
+    def linear(self, w: torch.Tensor | None, b: torch.Tensor | None, node: NodeTerm | None = None, through: bool = False) -> None:
+        """register = w e + b + node term, folded with what is pending; w None: e itself. `through`: w is the first update's."""
+        first = w
         b = None if b is None else b.to(self.dtype)
-        variants = None
-        if self.pending is not None:
+        variants = self.variants
+        if w is None:
+            w, b = self.pending
+        elif self.pending is None:
+            w = w.to(self.dtype)
+        else:
+            w = w.to(self.dtype)
             m, c = self.pending
             if c is not None:
                 b = w @ c if b is None else b + w @ c
@@ -171,7 +169,7 @@ class _Builder:
             b = node.bias.to(self.dtype) if b is None else b + node.bias.to(self.dtype)
         self.pending, self.variants = None, None
         if self.features is not None:
-            self.fourier_linear(w, b, node)
+            self.fourier_linear(w, b, node, first, through)
         elif variants and len(variants) > 1:
             self.emit(LIN, variants[0].shape[1], w.shape[0], self.put(torch.stack(variants)), self.put(b), node, arg0=variants[0].numel())
         else:
@@ -209,8 +207,7 @@ class _Builder:
     def materialise(self) -> None:
         """Make the register e itself."""
         if self.pending is not None:
-            m = self.pending[0]
-            self.linear(torch.eye(m.shape[0], dtype=self.dtype, device=m.device), None)
+            self.linear(None, None)
 
     def act(self, name: str) -> None:
         self.emit(ACT, self.width, self.width, arg0=ACTIVATIONS.index(name))
@@ -233,7 +230,7 @@ class _Builder:
         if step.weight_reverse is not None:
             self.pair(step.weight_edge, step.weight_reverse, step.bias, step.node)
         else:
-            self.linear(step.weight_edge, step.bias, step.node)
+            self.linear(step.weight_edge, step.bias, step.node, step is self.edges.steps[0])
         self.act(step.activation)
         self.pending = (step.weight_out.to(self.dtype), None if step.bias_out is None else step.bias_out.to(self.dtype))
         if step.residual or step.norm is not None:

@@ -24,7 +24,7 @@ class Sample:
     encoder: str = "linear"
     reciprocal: bool = False
     frequencies: int = 3
-    table: str = "never"  # or "auto"
+    table: str = "never"  # or "auto", or "shared": made once for the readout and the reductions
     table_range: float | None = None
     step: int | None = None
     layers: int = 0  # of the encoder after its first

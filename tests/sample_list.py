@@ -52,6 +52,13 @@ TABLES = (
     PLAIN.but("table-then", encoder="fourier", table="auto", layers=1),
     PLAIN.but("table-large", encoder="fourier", table="auto", networks=(mlp(3, 70, 60, 2),), frequencies=20, width=16, features=16, hidden=32),
     PLAIN.but("table-packed", encoder="fourier", table="auto", networks=UNEQUAL_REVERSED, packed=True),
+    PLAIN.but("table-shared", encoder="fourier", table="shared"),
+    PLAIN.but("table-shared-residual-first", encoder="fourier", table="shared", residual=(True, False)),
+    PLAIN.but("table-shared-no-update", encoder="fourier", table="shared", residual=()),
+    PLAIN.but("table-shared-then", encoder="fourier", table="shared", layers=1),
+    PLAIN.but("table-shared-beyond", encoder="fourier", table="shared", table_range=0.25, networks=REVERSED, reciprocal=True),
+    PLAIN.but("table-shared-one-direction", encoder="fourier", table="shared", reciprocal=True),
+    PLAIN.but("table-shared-restricted", encoder="fourier", table="shared", restrict=-1),
 )  # fmt: skip
 ENCODERS = (
     PLAIN.but("identity", encoder="identity"),
@@ -116,6 +123,7 @@ MEMORY = tuple(PLAIN.but("-".join(["memory", *(p or "none" for p in policy), *mo
     (("same", "same"), ("reciprocal",), {"networks": REVERSED, "reciprocal": True}),
     (("virtual", "virtual"), ("reciprocal",), {"networks": REVERSED, "reciprocal": True}),
     (("virtual", "same"), ("fourier",), {"encoder": "fourier"}),
+    (("virtual", "same"), ("table", "shared"), {"encoder": "fourier", "table": "shared"}),
     (("virtual", None), ("affine",), {"affine": True}),
     (("same", None), ("affine",), {"affine": True, "channels": 3}),
     (("virtual", None), ("residual",), {"networks": (RESIDUAL,)}),

@@ -43,9 +43,16 @@ def edge_state(s: Sample, t: Tensors, graph: ngk.NeuralGraph | None = None) -> n
         encoder = encoders.Linear(t["encoder.weight"], t["encoder.bias"], s.reciprocal)
     else:
         encoder = encoders.Fourier(
-            frequencies(s, t["encoder.weight"].dtype), t["encoder.weight"], t["encoder.bias"], s.reciprocal, s.table_range, s.table, s.step
+            frequencies(s, t["encoder.weight"].dtype),
+            t["encoder.weight"],
+            t["encoder.bias"],
+            s.reciprocal,
+            s.table_range,
+            s.table.replace("shared", "auto"),
+            s.step,
         )
     e = ngk.EdgeState(graph, weights, encoder, s.scales)
+    e = e.tabulate() if s.table == "shared" else e
     for w, b in pairs(t, "then", s.layers):
         e = e.then(s.activation, w, b)
     for k, residual in enumerate(s.residual):

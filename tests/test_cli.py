@@ -164,7 +164,11 @@ def test_demo_in_miniature(tmp_path, capsys):
     assert here(*again, 20, "--model", "ng-t") == 0
     shown = capsys.readouterr().out
     assert "train ng-t" in shown and "train ng-gnn" not in shown
-    assert "NG-T names the digit" in shown and "NG-GNN names the digit" in shown and re.search(r"NG-T is \d+\.\d points (above|below) NG-GNN", shown)
+    assert (
+        "NG-T names the digit" in shown
+        and "NG-GNN names the digit" in shown
+        and re.search(r"NG-T is \d+\.\d points (above|below) NG-GNN", shown)
+    )
     assert "| NG-T, fused kernels | weights |" in (out / "report.md").read_text()
     assert here(*again, 21) == 1
     shown = capsys.readouterr().err

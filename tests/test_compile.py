@@ -27,6 +27,7 @@ COMPILED = (
     PLAIN.but("packed", packed=True, networks=UNEQUAL_REVERSED),
     PLAIN.but("fourier", encoder="fourier", channels=3),
     PLAIN.but("table", encoder="fourier", table="auto", table_range=2.0, step=8),
+    PLAIN.but("table-shared", encoder="fourier", table="shared", table_range=2.0, step=8),
 )
 
 

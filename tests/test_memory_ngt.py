@@ -42,7 +42,9 @@ def peak(layout: tuple[int, ...], attention: str) -> int:
     return int(done.stdout)
 
 
-linux = pytest.mark.skipif("cpp" not in DECLARED or not Path("/proc/self/clear_refs").exists(), reason="needs the cpp backend and Linux's /proc")
+linux = pytest.mark.skipif(
+    "cpp" not in DECLARED or not Path("/proc/self/clear_refs").exists(), reason="needs the cpp backend and Linux's /proc"
+)
 
 
 def check(layout: tuple[int, ...], attention: str) -> None:

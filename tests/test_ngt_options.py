@@ -82,7 +82,9 @@ def test_low_precision_weights_and_autocast(backend: str):
     assert relative(logits.float(), wanted) < 0.1
 
 
-@pytest.mark.parametrize("options", [{}, {"pooling": "cls_token", "attention": "edges"}, {"pooling": ("mean_edge", "last"), "norm": "graph"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"pooling": "cls_token", "attention": "edges"}, {"pooling": ("mean_edge", "last"), "norm": "graph"}]
+)
 def test_compiles_in_one_piece(options: dict):
     torch._dynamo.reset()
     model = NGT([2, 5, 3], **SMALL, **options)

@@ -129,7 +129,11 @@ def test_node_map_is_the_same_without_its_own_backward():
     torch.testing.assert_close(found, torch.autograd.grad(node_map(*arguments, after=after).sum(), arguments[0])[0])
 
 
-NETWORKS = {"one": [ngk.NeuralGraph.mlp([3, 5])], "equal": [ngk.NeuralGraph.mlp([1, 3], 2)], "unequal": [ngk.NeuralGraph.mlp([n, 2]) for n in (1, 3)]}
+NETWORKS = {
+    "one": [ngk.NeuralGraph.mlp([3, 5])],
+    "equal": [ngk.NeuralGraph.mlp([1, 3], 2)],
+    "unequal": [ngk.NeuralGraph.mlp([n, 2]) for n in (1, 3)],
+}
 
 
 @pytest.mark.parametrize("networks", NETWORKS)

@@ -13,6 +13,7 @@ from ..edges import EdgeState
 from ..graph import DIAGONAL, Block, NeuralGraph
 from ..ops.readout import readout
 
+FEW = 512  # values that are encoded one by one: below that, a table costs more than it saves
 _diagonal_graphs: dict[int, NeuralGraph] = {}
 
 
@@ -99,25 +100,33 @@ class Encoder(nn.Sequential):
         self.kind, self.channels, self.reciprocal = kind, channels, reciprocal
 
     def edges(self, graph: NeuralGraph, weights, out: nn.Linear | None = None, affine=None) -> EdgeState:
-        """The state out(encoder(scale w + shift)) of every edge of `graph`: an expression, nothing is computed.
+        """The state out(encoder(scale w + shift)) of every edge of `graph`: an expression; its table is all that is computed.
 
         Args:
             weights: as for EdgeState. out: a last linear map, folded in. affine: (scale, shift) as for EdgeState.
         """
-        linears = [m for m in self if isinstance(m, nn.Linear)]
-        maps = [(m.weight, m.bias) for m in linears]
+        maps = self._maps()
         if out is not None:
             w, b = maps[-1]
             maps[-1] = (out.weight @ w, torch.addmv(out.bias, out.weight, b))
-        if self.kind == "fourier":
-            first = encoders.Fourier(self[0].b, *maps[0], reciprocal=self.reciprocal, step=self[0].step)
-        else:
-            first = encoders.Linear(*maps[0], reciprocal=self.reciprocal)
-        state = EdgeState(graph, weights, first, affine)
+        return self._layers(EdgeState(graph, weights, self._first(*maps[0]), affine).tabulate(), maps)
+
+    def _maps(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(m.weight, m.bias) for m in self if isinstance(m, nn.Linear)]
+
+    def _first(self, weight: torch.Tensor, bias: torch.Tensor, table: str = "auto") -> encoders.Fourier | encoders.Linear:
+        if self.kind == "linear":
+            return encoders.Linear(weight, bias, reciprocal=self.reciprocal)
+        return encoders.Fourier(self[0].b, weight, bias, reciprocal=self.reciprocal, table=table, step=self[0].step)
+
+    @staticmethod
+    def _layers(state: EdgeState, maps) -> EdgeState:
         for weight, bias in maps[1:]:
             state = state.then("silu", weight, bias)
         return state
 
     def values(self, v: torch.Tensor, out: nn.Linear) -> torch.Tensor:
         """out(encoder(v)), [n, width], of values v [n, C]: biases, say. No Fourier feature is kept for backward."""
-        return readout(self.edges(diagonal_graph(v.shape[0]), (v[None],)), [(out.weight, out.bias)])[0][0]
+        maps, n = self._maps(), v.shape[0]
+        state = EdgeState(diagonal_graph(n), (v[None],), self._first(*maps[0], table="never" if n < FEW else "auto"))
+        return readout(self._layers(state, maps), [(out.weight, out.bias)])[0][0]

@@ -60,4 +60,4 @@ def _detach(value):
 
 def _detached(edges: EdgeState) -> EdgeState:
     steps = tuple(s for s in edges.steps if not isinstance(s, Mark))  # the new mark stops gradients before any earlier one
-    return replace(edges, weights=_detach(edges.weights), encoder=_detach(edges.encoder), steps=_detach(steps))
+    return replace(edges, weights=_detach(edges.weights), encoder=_detach(edges.encoder), steps=_detach(steps), table=_detach(edges.table))
