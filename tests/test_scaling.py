@@ -9,6 +9,7 @@ import pytest
 
 from neural_graphs import cli
 from neural_graphs.commands import parse_bytes
+from neural_graphs.models import NGT
 from neural_graphs.scaling import measure as measuring
 from neural_graphs.scaling import show, study
 from neural_graphs.scaling.methods import METHODS, parameters, select, width_for
@@ -163,7 +164,7 @@ REQUEST = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["dws", "ng-gnn", "ng-gnn-published"])
+@pytest.mark.parametrize("method", ["dws", "ng-gnn", "ng-gnn-published", "ng-t", "ng-t-edges", "ng-t-published"])
 def test_a_measurement(method: str):
     found = measuring.measure({**REQUEST, "method": method}, 300)
     assert found["outcome"] == "ok", found
@@ -206,7 +207,7 @@ def test_outcomes_by_exit_status():
 
 
 # ---- methods ----
-@pytest.mark.parametrize("name", ["ng-gnn", "nfn", "dws"])
+@pytest.mark.parametrize("name", ["ng-gnn", "ng-t", "nfn", "dws"])
 def test_widths_for_a_number_of_parameters(name: str):
     method = METHODS[name]
     width = width_for(method, 400_000)
@@ -222,6 +223,13 @@ def test_widths_for_a_number_of_parameters(name: str):
 def test_every_ng_gnn_has_the_same_parameters():
     counts = {parameters(method, (2, 16, 32, 3), 32) for name, method in METHODS.items() if name.startswith("ng-gnn")}
     assert counts == {94_122}
+
+
+def test_every_ng_t_has_the_same_parameters():
+    """The published widths are the models' defaults."""
+    layout = (2, 16, 32, 3)
+    default = sum(p.numel() for p in NGT(layout, out_features=10).parameters() if p.requires_grad)
+    assert {parameters(method, layout, 32) for name, method in METHODS.items() if name.startswith("ng-t")} == {default}
 
 
 def test_select(monkeypatch):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..models import DWS, NFN, NGGNN
+from ..models import DWS, NFN, NGGNN, NGT
 
 CLASSES = 10
 
@@ -61,8 +61,30 @@ def _dense(layout: Sequence[int], width: int) -> nn.Module:
     return DenseNGGNN(list(layout), d_hid=width, out_features=CLASSES)
 
 
+def _ngt_sizes(width: int) -> dict[str, int]:
+    """The published widths in the published proportions: 32 wide pair states."""
+    return {
+        "d_node": 2 * width,
+        "d_edge": width,
+        "d_attn_hid": 4 * width,
+        "d_node_hid": 4 * width,
+        "d_edge_hid": 2 * width,
+        "d_out_hid": 4 * width,
+    }
+
+
+def _ngt(attention: str) -> Callable[[Sequence[int], int], nn.Module]:
+    return lambda layout, width: NGT(layout, out_features=CLASSES, attention=attention, **_ngt_sizes(width))
+
+
+def _dense_ngt(layout: Sequence[int], width: int) -> nn.Module:
+    from ..baselines.dense_ngt import DenseNGT
+
+    return DenseNGT(list(layout), out_features=CLASSES, **_ngt_sizes(width))
+
+
 _PYG = ("torch_geometric",)
-_NG_GNN = (2, 1024, 2048, 3)
+_NG_GNN, _NG_T = (2, 1024, 2048, 3), (2, 512, 1024, 3)
 METHODS = {
     m.name: m
     for m in (
@@ -73,6 +95,9 @@ METHODS = {
         Method("ng-gnn-published", "NG-GNN as published: dense front end, PyG", _dense, needs=_PYG, published=_NG_GNN),
         Method("ng-gnn-pyg", "NG-GNN on PyG, edge list", _edge_list, needs=_PYG, published=_NG_GNN),
         Method("ng-gnn-pyg-compile", "NG-GNN on PyG, edge list, compiled", _edge_list, compiled=True, needs=_PYG, published=_NG_GNN),
+        Method("ng-t", "NG-T, ngkernels, all pairs of neurons", _ngt("all"), published=_NG_T),
+        Method("ng-t-edges", "NG-T along edges, ngkernels", _ngt("edges")),
+        Method("ng-t-published", "NG-T as published: dense pairs", _dense_ngt, published=_NG_T),
         Method("nfn", "NFN (NP)", lambda layout, width: NFN(layout, (width,) * 3, CLASSES), 512, published=(2, 1024, 2048, 3)),
         Method("dws", "DWS", lambda layout, width: DWS(layout, width, 4, CLASSES), 32, published=(2, 2048, 4096, 3)),
     )

@@ -105,7 +105,9 @@ def plot(settings: Settings, rows: Sequence[dict[str, Any]], value: str, path: P
                 continue
             exponent = slope(own)
             label = METHODS[name].text + ("" if exponent is None else f"   ~ edges^{exponent:.2f}")
-            axes.plot(*zip(*own), "o-", color=colours[k % len(colours)], markersize=4, linewidth=1.6, label=label)
+            axes.plot(
+                *zip(*own), "o-" if k < len(colours) else "s--", color=colours[k % len(colours)], markersize=4, linewidth=1.6, label=label
+            )
         axes.set(xscale="log", xlabel="edges (weights of the network read)", ylabel="peak memory" if value == "peak_bytes" else "seconds")
         axes.set_yscale("log", base=2 if value == "peak_bytes" else 10)
         if value == "peak_bytes":
