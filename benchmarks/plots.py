@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks import records
 from benchmarks.providers import PROVIDERS
 
-COLOURS = dict(zip(PROVIDERS, ("#0b6e4f", "#3aa17e", "#8bbf9f", "#c1666b", "#8c2f39", "#d4a373", "#9c6644")))
+COLOURS = dict(zip(PROVIDERS, ("#0b6e4f", "#3aa17e", "#8bbf9f", "#c1666b", "#8c2f39", "#d4a373", "#9c6644", "#5f4bb6", "#8e7dbe")))
 
 
 def _axes(plt, title: str, ylabel: str):
@@ -55,7 +55,7 @@ def memory(plt, lines: list[dict], path: Path) -> None:
 
 
 def draw(results: Path = records.RESULTS) -> list[Path]:
-    """Writes <device>/train_step.png and <device>/memory.png; returns what was written."""
+    """Writes <device>/train_step.png and <device>/memory.png, of NG-GNN; returns what was written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -65,6 +65,6 @@ def draw(results: Path = records.RESULTS) -> list[Path]:
     for name, plot in (("train_step", train_step), ("memory", memory)):
         for slug, lines in records.load(name, results).items():
             path = results / slug / f"{name}.png"
-            plot(plt, lines, path)
+            plot(plt, [r for r in lines if r["model"] == "ng-gnn"], path)
             written += [path] if path.exists() else []
     return written

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks import memory, records
+from benchmarks.models import MODELS, Model
 from benchmarks.providers import PROVIDERS
 
 OURS = [name for name, p in PROVIDERS.items() if p.ours]
-BASELINES = [name for name, p in PROVIDERS.items() if not p.ours]
 EMPTY = "Nothing measured yet."
 
 
@@ -41,7 +42,7 @@ def latest_runs(lines: list[dict], key: Callable[[dict], tuple]) -> dict[tuple, 
 
 
 def case_key(line: dict) -> tuple:
-    """What a row of the table of training steps is about; sorts by size."""
+    """What a row of a table of training steps is about; sorts by size."""
     return line["edges"], tuple(line["layout"]), line["batch"], line["weight_grads"]
 
 
@@ -62,24 +63,22 @@ def ratio(ours: dict | None, rival: dict | None) -> str:
     return f"{value:.1f}" if value >= 1 else f"**{value:.2f} (slower)**"
 
 
-def train_step_row(rows: list[dict], dtype: str) -> list[str]:
+def train_step_row(model: Model, rows: list[dict], dtype: str) -> list[str]:
     """One line of the table: one case, precision and setting of weight gradients."""
-    first = rows[0]
+    first, count = rows[0], model.unit[0]
     ours = fastest(rows, OURS, (dtype,))
     allowed = ("fp32",) if dtype == "fp32" else ("fp32", "bf16")
-    published, tuned = (fastest(rows, [n for n in BASELINES if n.startswith("pyg-tuned") == t], allowed) for t in (False, True))
+    rivals = [fastest(rows, names, allowed) for _, names in model.baselines]
     return [
         label(first["layout"], first["batch"]),
-        f"{first['edges']:,}",
+        f"{first[count]:,}",
         dtype,
         "on" if first["weight_grads"] else "off",
         cell(ours),
-        "-" if ours is None else f"{ours['median'] / first['edges'] * 1e6:.3g}",
+        "-" if ours is None else f"{ours['median'] / first[count] * 1e6:.3g}",
         "-" if ours is None else f"{ours['share']:.0%}",
-        cell(published),
-        cell(tuned),
-        ratio(ours, published),
-        ratio(ours, tuned),
+        *map(cell, rivals),
+        *(ratio(ours, rival) for rival in rivals),
     ]
 
 
@@ -95,17 +94,21 @@ def about(lines: list[dict]) -> str:
     )
 
 
-def train_step(results: Path = records.RESULTS) -> str:
+def train_step(results: Path = records.RESULTS, model: str = "ng-gnn") -> str:
     """Seconds per training step, by device and number of threads."""
-    header = ["networks", "edges", "precision", "weight grads", "ngkernels", "s / M edges", "of roofline"]
-    header += ["PyG as published", "PyG tuned", "x published", "x tuned"]
+    subject = MODELS[model]
+    count, unit = subject.unit
+    columns = [name for name, _ in subject.baselines]
+    header = ["networks", count, "precision", "weight grads", "ngkernels", unit, "of roofline", *columns]
+    header += ["x " + name.removeprefix("PyG ").removeprefix("as ") for name in columns]
     parts = []
     for lines in records.load("train_step", results).values():
+        lines = [r for r in lines if r["model"] == model]
         for threads in sorted({r["threads"] for r in lines}):
             groups = latest_runs([r for r in lines if r["threads"] == threads], case_key)
             used = [r for rows in groups.values() for r in rows]
             body = [
-                train_step_row(rows, dtype)
+                train_step_row(subject, rows, dtype)
                 for key, rows in sorted(groups.items(), key=lambda item: item[0])
                 for dtype in ("fp32", "bf16")
                 if any(r["dtype"] == dtype for r in rows)
@@ -113,41 +116,83 @@ def train_step(results: Path = records.RESULTS) -> str:
             rates = max(used, key=lambda r: r["time"])["rates"]
             measured = ", ".join(f"{k.replace('_', ' ')} {v / 1e9:.0f} G{'B' if k == 'copy' else 'FLOP'}/s" for k, v in rates.items())
             parts.append(f"{threads} thread{'s' * (threads > 1)}. {about(used)} Measured ceilings: {measured}.\n\n{markdown(header, body)}")
-    note = (
+    return "\n\n".join([*parts, NOTES[model]]) if parts else EMPTY
+
+
+MARK = "† other processes used the machine."
+NOTES = {
+    "ng-gnn": (
         "Forward, cross-entropy and backward; medians, interleaved in one run; columns of PyG: the fastest of eager and compiled, and in bf16 "
-        "rows of fp32 and autocast. † other processes used the machine."
-    )
-    return "\n\n".join([*parts, note]) if parts else EMPTY
+        f"rows of fp32 and autocast. {MARK}"
+    ),
+    "ng-t": (
+        "Forward, cross-entropy and backward; medians, interleaved in one run; pairs: ordered pairs of neurons of a network; as published: dense "
+        f"pairs in plain PyTorch, eager, and the same through torch.compile; in bf16 rows the faster of fp32 and autocast. {MARK}"
+    ),
+}
 
 
-def memory_table(results: Path = records.RESULTS) -> str:
-    """Bytes per edge and per neuron, by device."""
-    header = ["provider", "precision", "weight grads", "bytes / edge", "bytes / neuron", "largest network measured", "its peak"]
+def latest_memory(lines: list[dict], models: tuple[str, ...]) -> list[list[dict]]:
+    """Records of the last run of each model, provider and setting, in the order of models and providers."""
+    last: dict[tuple, list[dict]] = {}
+    for line in lines:  # later runs replace earlier ones
+        if line["model"] in models:
+            key = (
+                models.index(line["model"]),
+                list(PROVIDERS).index(line["provider"]),
+                line["threads"],
+                line["dtype"],
+                line["weight_grads"],
+            )
+            last[key] = [*(r for r in last.get(key, []) if r["run"] == line["run"]), line]
+    return [last[key] for key in sorted(last)]
+
+
+def setting(row: dict) -> list[str]:
+    """Cells of who was measured and how."""
+    name = PROVIDERS[row["provider"]].text + (f", {row['threads']} threads" if row["threads"] > 1 else "")
+    return [name, row["dtype"], "on" if row["weight_grads"] else "off"]
+
+
+def largest(row: dict) -> list[str]:
+    """Cells of the largest network of a summary and of its peak."""
+    return [label(row["largest"], 1) + f", {row['largest_edges']:,} edges", memory.mebibytes(row["largest_peak_bytes"])]
+
+
+def memory_gnn(row: dict) -> list[str]:
+    nodes = "-" if row["bytes_per_node"] is None else f"{row['bytes_per_node']:,.0f}"
+    return [*setting(row), memory.number(row["bytes_per_edge"]), nodes, *largest(row)]
+
+
+def memory_ngt(row: dict) -> list[str]:
+    looks = {"ng-t": "all pairs", "ng-t-edges": "along edges"}[row["model"]]
+    each = [memory.number(row[f"bytes_per_{what}"]) for what in ("edge", "node", "pair")]
+    return [looks, *setting(row), *each, *largest(row), f"{row['time_exponent']:.2f}"]
+
+
+def memory_table(
+    results: Path = records.RESULTS, models: tuple[str, ...] = ("ng-gnn",), row_of: Callable[[dict], list[str]] = memory_gnn
+) -> str:
+    """Bytes per edge and per neuron (and per pair), by device."""
+    header = ["provider", "precision", "weight grads", "bytes / edge", "bytes / neuron"]
+    tail = ["largest network measured", "its peak"]
+    if row_of is memory_ngt:
+        header, tail = ["attention", *header, "bytes / pair"], [*tail, "time ~ edges^"]
     parts = []
     for lines in records.load("memory", results).values():
-        last: dict[tuple, list[dict]] = {}
-        for line in lines:  # later runs replace earlier ones
-            key = (line["provider"], line["threads"], line["dtype"], line["weight_grads"])
-            same = [r for r in last.get(key, []) if r["run"] == line["run"]]
-            last[key] = [*same, line]
-        body = []
-        order = list(PROVIDERS)
-        for key in sorted(last, key=lambda k: (order.index(k[0]), k[1:])):
-            for row in memory.summary(last[key]):
-                body.append([
-                    PROVIDERS[row["provider"]].text + (f", {row['threads']} threads" if row["threads"] > 1 else ""),
-                    row["dtype"],
-                    "on" if row["weight_grads"] else "off",
-                    f"{row['bytes_per_edge']:,.3g}" if row["bytes_per_edge"] < 100 else f"{row['bytes_per_edge']:,.0f}",
-                    "-" if row["bytes_per_node"] is None else f"{row['bytes_per_node']:,.0f}",
-                    label(row["largest"], 1) + f", {row['largest_edges']:,} edges",
-                    f"{row['largest_peak_bytes'] / 2**20:,.0f} MiB",
-                ])  # fmt: skip
-        used = [r for rows in last.values() for r in rows]
+        groups = latest_memory(lines, models)
+        body = [row_of(row) for rows in groups for row in memory.summary(rows)]
         if body:
-            parts.append(f"{about(used)}\n\n{markdown(header, body)}")
+            parts.append(f"{about([r for rows in groups for r in rows])}\n\n{markdown([*header, *tail], body)}")
     note = "Peak of the process in a training step, above what it held before model and inputs were made; each point in a fresh process."
+    if row_of is memory_ngt:
+        note += " Bytes per pair: the slope over [2, h, 2h, 3], whose edges and neurons are included."
     return "\n\n".join([*parts, note]) if parts else EMPTY
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"train_step": train_step, "memory": memory_table}
+TABLES: dict[str, Callable[[Path], str]] = {
+    "train_step": train_step,
+    "train_step_ngt": partial(train_step, model="ng-t"),
+    "memory": memory_table,
+    "memory_ngt": partial(memory_table, models=("ng-t", "ng-t-edges"), row_of=memory_ngt),
+}

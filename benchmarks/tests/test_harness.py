@@ -88,6 +88,29 @@ def test_table_shows_gains_and_losses(tmp_path):
     assert "| 4.0 | **0.50 (slower)** |" in text and "500 ms" in text
 
 
+def test_table_of_ngt_is_about_pairs(tmp_path):
+    fake_results(tmp_path, {"ngk-cpp": 0.5, "dense": 4.0, "dense-compile": 0.25}, model="ng-t")
+    text = tables.TABLES["train_step_ngt"](tmp_path)
+    assert tables.train_step(tmp_path) == tables.EMPTY  # NG-GNN has none
+    assert "| 81 | fp32 | on | 500 ms | 6.17e+03 |" in text and "| 8.0 | **0.50 (slower)** |" in text
+
+
+def test_memory_tables_are_apart(tmp_path):
+    assert tables.TABLES["memory_ngt"](tmp_path) == tables.EMPTY
+    run = records.new_run()
+    for model, series in (("ng-t", "pairs"), ("ng-t-edges", "edges")):
+        for nodes in (100, 200, 400):
+            records.append("memory", run, {
+                "model": model, "provider": "ngk-cpp", "threads": 1, "dtype": "fp32", "weight_grads": True, "series": series,
+                "layout": [2, nodes], "edges": nodes**2 // 5, "nodes": nodes, "pairs": nodes**2, "peak_bytes": 7 * nodes**2, "seconds": 1e-6 * nodes**2,
+                "limit_bytes": None,
+            }, tmp_path)  # fmt: skip
+    text = tables.TABLES["memory_ngt"](tmp_path)
+    assert "| all pairs | ngkernels, C++ kernels | fp32 | on | - | - | 7 | [2, 400], 32,000 edges | 1 MiB | 1.00 |" in text
+    assert "| along edges | ngkernels, C++ kernels | fp32 | on | 35 | - | - | [2, 400], 32,000 edges | 1 MiB | 1.00 |" in text
+    assert tables.memory_table(tmp_path) == tables.EMPTY
+
+
 def test_report_fills_and_notices_staleness(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- results:train_step -->\nold\n<!-- /results -->\nafter\n")
