@@ -21,12 +21,12 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return largest(a.double() - b.double())
 
 
-def assert_close(found: Tensors, wanted: Tensors, tolerance: float = 1e-10) -> None:
-    """Every tensor to `tolerance` of its largest entry."""
+def assert_close(found: Tensors, wanted: Tensors, tolerance: float = 1e-10, least: float = 1e-4) -> None:
+    """Every tensor to `tolerance` of its largest entry plus `least`."""
     _matching(found, wanted)
     wrong = {}
     for name, w in wanted.items():
-        error, allowed = distance(found[name], w), tolerance * (largest(w) + 1e-4)
+        error, allowed = distance(found[name], w), tolerance * (largest(w) + least)
         if not error <= allowed:
             wrong[name] = f"{error:.2e} > {allowed:.2e}"
     assert not wrong, wrong
