@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import networks, relative
-from test_golden import TOLERANCE, Case
+from golden_cases import TOLERANCE, Case
 
 from neural_graphs.models import DWS, NFN
 
