@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from golden_cases import TOLERANCE, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import networks, relative
-from golden_cases import TOLERANCE, Case
 
 from neural_graphs.models import DWS, NFN
 
