@@ -90,10 +90,15 @@ struct Problem {
                              r[6], r[7], r[8], r[9]});
     }
     STD_TORCH_CHECK(
-        topology.dim() == 2 && topology.size(1) == ROW_COLUMNS && topology.is_contiguous() && topology.scalar_type() == ScalarType::Long,
+        topology.dim() == 1 && topology.numel() >= 1 && topology.is_contiguous() && topology.scalar_type() == ScalarType::Long,
         "ngkernels: malformed topology table");
-    call.rows.resize(static_cast<size_t>(topology.size(0)));
-    if (!call.rows.empty()) std::memcpy(static_cast<void*>(call.rows.data()), topology.const_data_ptr(), call.rows.size() * sizeof(Row));
+    call.topology = static_cast<const int64_t*>(topology.const_data_ptr());
+    const int64_t rows = call.topology[0];
+    STD_TORCH_CHECK(rows >= 0 && rows <= (topology.numel() - 1) / ROW_COLUMNS, "ngkernels: malformed topology table");
+    call.rows.resize(static_cast<size_t>(rows));
+    if (rows) std::memcpy(static_cast<void*>(call.rows.data()), call.topology + 1, call.rows.size() * sizeof(Row));
+    for (const Row& r : call.rows)
+      if (r.kind == SPARSE) check_lists(r, topology.numel());
     packed = !call.rows.empty() && call.rows[0].emit_offset >= 0;
     for (const Tensor& w : weights) call.weights.push_back(edge_tensor(w, packed));
     for (const Tensor& x : xs) {
@@ -106,6 +111,21 @@ struct Problem {
     call.table = data(table, type, "table");
     if (call.table) call.table_nodes = table.size(1);
     check();
+  }
+
+  // The outline of a sparse row's lists; what is in them was checked when the graph was built.
+  void check_lists(const Row& row, int64_t size) const {
+    const int64_t room = size - row.lists;
+    bool fits = row.lists >= 0 && room >= LISTS_HEAD && row.count >= 0;
+    const int64_t* lists = call.topology + row.lists;
+    const int64_t pieces = fits ? lists[0] : 0, entries = fits && lists[1] ? 2 * row.count : row.count;
+    fits = fits && pieces >= 0 && pieces <= (room - LISTS_HEAD) / LISTS_DIRECTORY;
+    for (int64_t p = 0; fits && p < pieces; ++p) {
+      const int64_t* at = lists + LISTS_HEAD + LISTS_DIRECTORY * p;
+      for (int k = 0; k < LISTS_DIRECTORY; k += 2) fits = fits && at[k] >= 0 && at[k + 1] > 0 && at[k] + at[k + 1] <= room;
+      fits = fits && at[4] + at[5] + entries - row.count <= room;
+    }
+    STD_TORCH_CHECK(fits, "ngkernels: malformed lists of a sparse block");
   }
 
   // What would let a kernel leave its memory.

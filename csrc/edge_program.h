@@ -12,7 +12,7 @@ enum Op : int { LOAD, FOURIER, TABLE, LIN, ACT, ADD, MARK, NORM, MASK };
 enum Combine : int { PLAIN, FILM, GATE, PRODUCT, EMIT, ATTEND };
 enum Activation : int { SILU, RELU, GELU, TANH, SIGMOID, LEAKY_RELU, IDENTITY };
 enum Reduce : int { SUM = 1, MEAN = 2, MIN = 4, MAX = 8, STD = 16, VAR = 32 };
-enum Kind : int { DENSE, DIAGONAL, TRIANGLE };
+enum Kind : int { DENSE, DIAGONAL, TRIANGLE, SPARSE };
 enum Flag : int { FORWARD = 1, PARTNER = 2, TOKEN = 4, SAME = 8, SPARSE_RAW = 16 };
 enum Dtype : int { F32, BF16, F16, F64 };
 
@@ -39,16 +39,30 @@ struct Instr {
 struct Row {
   int64_t kind, weight, variant, src, n_src, dst, n_dst, copies, node_stride, out, out_stride, src_axis, shared, offset, edge_stride, block,
       emit_offset, emit_stride, part, partner, partner_variant, partner_axis, partner_offset, partner_block, partner_emit_offset,
-      partner_out, flags;
-  int64_t edges() const { return kind == DIAGONAL ? n_src : kind == TRIANGLE ? n_src * (n_src + 1) / 2 : n_src * n_dst; }
+      partner_out, flags, lists, count;
+  int64_t edges() const {
+    return kind == DIAGONAL ? n_src : kind == TRIANGLE ? n_src * (n_src + 1) / 2 : kind == SPARSE ? count : n_src * n_dst;
+  }
 };
 constexpr int ROW_COLUMNS = sizeof(Row) / sizeof(int64_t);
+
+// The lists of a sparse row, ngkernels/edge_index.py make_lists: a head, a directory of the pieces, nodes and entries.
+constexpr int LISTS_HEAD = 2, LISTS_DIRECTORY = 6, LOCAL_BITS = 12, NUMBER_BITS = 39;
+struct Entry {
+  int i, j;        // positions of its nodes in the piece
+  int64_t number;  // of the edge
+};
+inline Entry entry_of(int64_t e) {
+  constexpr int64_t local = (int64_t(1) << LOCAL_BITS) - 1;
+  return {static_cast<int>(e >> (LOCAL_BITS + NUMBER_BITS) & local), static_cast<int>(e >> NUMBER_BITS & local),
+          e & ((int64_t(1) << NUMBER_BITS) - 1)};
+}
 
 // A tensor of edge values seen from one block: element (copy, d0, d1, channel) or (copy, n, channel).
 struct EdgeTensor {
   void* data = nullptr;  // null: not there, or no gradient wanted
   Dtype dtype = F32;
-  int64_t stride[4] = {0, 0, 0, 0};  // copy, d0, d1, channel (diagonal: d1 unused); packed: edge in d1
+  int64_t stride[4] = {0, 0, 0, 0};  // copy, d0, d1, channel (diagonal, sparse: d1 unused); packed: edge in d1
   int channels = 0;
 };
 
@@ -57,6 +71,7 @@ struct Call {
   bool paired = false;  // edges are evaluated together with their partners
   std::vector<Instr> instrs;
   std::vector<Row> rows;
+  const int64_t* topology = nullptr;  // where lists begin
   std::vector<EdgeTensor> weights, grad_weights;  // by weight tensor
   std::vector<EdgeTensor> values;                 // by block: what evaluate writes, or reads as gradient
   std::vector<EdgeTensor> grad_carriers;          // by block

@@ -123,8 +123,15 @@ def _encoder_width(encoder, channels: int, device: torch.device) -> int:
     return encoder.weight.shape[0]
 
 
+def _with_copies(w: torch.Tensor, sparse: bool) -> torch.Tensor:
+    if not sparse:
+        return w[None, :, :, None] if w.dim() == 2 else w
+    return w[None, :, None] if w.dim() == 1 else w[None] if w.dim() == 2 else w
+
+
 def _canonical(graph: NeuralGraph, weights) -> tuple[torch.Tensor, ...]:
-    """Weight tensors as (copies, n_src, n_dst, C) views; 2-D (n_src, n_dst) is taken as one copy, one channel."""
+    """Weight tensors as (copies, n_src, n_dst, C) views; 2-D (n_src, n_dst) is taken as one copy, one channel. Of sparse blocks
+    (copies, E, C), where [E, C] is one copy and [E] one channel too."""
     weights = (weights,) if isinstance(weights, torch.Tensor) else tuple(weights)
     for k, w in enumerate(weights):
         if not isinstance(w, torch.Tensor):
@@ -135,7 +142,8 @@ def _canonical(graph: NeuralGraph, weights) -> tuple[torch.Tensor, ...]:
         raise ValueError(f"EdgeState: expected {graph.num_weights} weight tensors (one for each forward block), got {len(weights)}")
     if not weights:
         raise ValueError("EdgeState: expected a graph with at least one block, got none")
-    weights = tuple(w[None, :, :, None] if w.dim() == 2 and not graph.packed else w for w in weights)
+    if not graph.packed:
+        weights = tuple(_with_copies(w, sparse) for w, sparse in zip(weights, graph.sparse_weights, strict=True))
     channels = weights[0].shape[-1] if weights[0].dim() else 0
     for k, (w, shape) in enumerate(zip(weights, graph.weight_shapes(channels), strict=True)):
         if tuple(w.shape) != shape:
@@ -156,9 +164,9 @@ class EdgeState:
 
     Args:
         graph: the neural graph.
-        weights: one tensor for each forward block, (copies, n_src, n_dst, C) dense, (copies, n, C) diagonal, any
-            strides (a transposed view of an (out, in) parameter is free), float32/bfloat16/float16/float64; or one
-            tensor [E, C] for a packed graph.
+        weights: one tensor for each forward block, (copies, n_src, n_dst, C) dense, (copies, n, C) diagonal,
+            (copies, E, C) or [E, C] or [E] sparse, any strides (a transposed view of an (out, in) parameter is free),
+            float32/bfloat16/float16/float64; or one tensor [E, C] for a packed graph.
         encoder: encoders.Linear, encoders.Fourier or encoders.Identity.
         affine: None, or (scale, shift), each one number per weight tensor: input statistics, no gradient.
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .topology import DENSE, DIAGONAL, OVER, Topology, edge_topology, pair_topology
+from .edge_index import EdgeIndex
+from .topology import DENSE, DIAGONAL, OVER, SPARSE, Topology, edge_topology, num_rows, pair_topology
 
-BLOCK_KINDS = (DENSE, DIAGONAL)
+BLOCK_KINDS = (DENSE, DIAGONAL, SPARSE)
 CLOSE_FIRST = (
     "NeuralGraph.closure: expected a graph whose states were not checkpointed, got one whose other pairs have no state; "
     "checkpoint the closed state: edges.closure().checkpoint()"
@@ -21,8 +22,8 @@ CLOSE_FIRST = (
 class Block:
     """Weights between node layer `src` and node layer `dst` of one network.
 
-    `kind` is "dense" (every pair; weights (n_src, n_dst, C)) or "diagonal" (neuron c to neuron c, c below
-    the smaller width; weights (n, C)). `weight` is the position in the graph's weight list and `reverse`
+    `kind` is "dense" (every pair; weights (n_src, n_dst, C)), "diagonal" (neuron c to neuron c, c below
+    the smaller width; weights (n, C)) or "sparse" (the pairs of `index`; weights (E, C); see `sparse`). `weight` is the position in the graph's weight list and `reverse`
     marks a block that reads another block's weights against their direction. A block of pairs that are no edges
     (`edge` False, see NeuralGraph.closure) may have no weights at all: weight -1, raw features 0.
     """
@@ -33,6 +34,17 @@ class Block:
     weight: int
     reverse: bool = False
     edge: bool = True
+    index: EdgeIndex | None = None
+
+    @classmethod
+    def sparse(cls, src: int, dst: int, weight: int, edge_index: torch.Tensor) -> Block:
+        """The edges of `edge_index`, int64 [2, E] on the CPU: row 0 neurons of layer `src`, row 1 of layer `dst`, both counted
+        within their layer. Weights, readouts and stored states keep its order. It is kept, not copied: do not change it.
+
+        Raises:
+            TypeError, ValueError: another dtype, device or shape; indices beyond a layer, when the graph is built.
+        """
+        return cls(SPARSE, src, dst, weight, index=EdgeIndex.of(edge_index, "Block.sparse"))
 
     @property
     def owns(self) -> bool:
@@ -41,7 +53,7 @@ class Block:
 
     def reversed(self) -> Block:
         """The block that reads the same weights against their direction."""
-        return Block(self.kind, self.dst, self.src, self.weight, not self.reverse)
+        return Block(self.kind, self.dst, self.src, self.weight, not self.reverse, index=None if self.index is None else self.index.flipped())
 
 
 @dataclass(frozen=True)
@@ -59,8 +71,14 @@ class Part:
         return sum(self.layers)
 
     def edges_of(self, block: Block) -> int:
+        if block.kind == SPARSE:
+            return len(block.index)
         n_src, n_dst = self.layers[block.src], self.layers[block.dst]
         return min(n_src, n_dst) if block.kind == DIAGONAL else n_src * n_dst
+
+    def features_of(self, block: Block) -> int:
+        """How many of a block's edges have raw features."""
+        return self.edges_of(block) if block.index is None else block.index.raw
 
     @property
     def num_weights(self) -> int:
@@ -68,12 +86,13 @@ class Part:
 
     @property
     def weight_sizes(self) -> tuple[tuple[int, ...], ...]:
-        """(copies, n_src, n_dst) or (copies, n) of each weight, without channels."""
+        """(copies, n_src, n_dst), (copies, n) or (copies, E) of each weight, without channels."""
         sizes = {}
         for b in self.blocks:
             if b.owns:
                 n_src, n_dst = self.layers[b.src], self.layers[b.dst]
-                sizes[b.weight] = (self.copies, min(n_src, n_dst)) if b.kind == DIAGONAL else (self.copies, n_src, n_dst)
+                shape = {DENSE: (n_src, n_dst), DIAGONAL: (min(n_src, n_dst),)}
+                sizes[b.weight] = (self.copies, *(shape[b.kind] if b.index is None else (b.index.raw,)))
         return tuple(sizes[k] for k in range(len(sizes)))
 
     def opposite(self, k: int) -> int | None:
@@ -81,10 +100,29 @@ class Part:
         b = self.blocks[k]
         return next((n for n, c in enumerate(self.blocks) if (c.src, c.dst, c.kind) == (b.dst, b.src, b.kind)), None)
 
+    def has_reversals(self, k: int) -> bool:
+        """Whether each edge of block k has its reversal."""
+        other, index = self.opposite(k), self.blocks[k].index
+        return other is not None and (index is None or bool((index.numbers_in(self.blocks[other].index) >= 0).all()))
+
+    @property
+    def in_degree(self) -> torch.Tensor:
+        """Of the nodes of one copy, int64."""
+        degree = [torch.zeros(d, dtype=torch.int64) for d in self.layers]
+        for b in self.blocks:
+            if b.kind == SPARSE:
+                degree[b.dst] += torch.bincount(b.index.dst, minlength=self.layers[b.dst])
+            elif b.kind == DIAGONAL:
+                degree[b.dst][: min(self.layers[b.src], self.layers[b.dst])] += 1
+            else:
+                degree[b.dst] += self.layers[b.src]
+        return torch.cat(degree)
+
     @property
     def max_in_degree(self) -> int:
-        """An upper bound that the first neurons of a layer reach."""
-        degree = [0] * len(self.layers)
+        if any(b.kind == SPARSE for b in self.blocks):
+            return int(self.in_degree.max())
+        degree = [0] * len(self.layers)  # reached by the first neurons of a layer
         for b in self.blocks:
             degree[b.dst] += 1 if b.kind == DIAGONAL else self.layers[b.src]
         return max(degree)
@@ -110,6 +148,10 @@ def _check_part(part: Part) -> None:
         for name, layer in (("src", b.src), ("dst", b.dst)):
             if not 0 <= layer < len(part.layers):
                 raise ValueError(f"NeuralGraph: expected block {name} below {len(part.layers)} (number of layers), got {layer}")
+        if (b.kind == SPARSE) != (b.index is not None):
+            raise ValueError(f"NeuralGraph: expected an edge index for sparse blocks and for no others, got a {b.kind} block; use Block.sparse")
+        if b.index is not None:
+            b.index.check("NeuralGraph", part.layers[b.src], part.layers[b.dst])
         if b.weight < 0 and b.edge:
             raise ValueError(f"NeuralGraph: expected the weight of a block of edges to be at least 0, got {b.weight}")
         if b.owns:
@@ -138,8 +180,14 @@ def _closed(part: Part, over: str, reciprocal: bool) -> Part:
             joined[block.src, block.dst] = block
             blocks.append(block)
 
+    if over == "all" and any(b.kind == SPARSE for b in part.blocks):
+        raise NotImplementedError("NeuralGraph.closure: expected over edges, in or out for a graph with sparse blocks, got all; give the block as a dense one")
     layers = range(len(part.layers))
+    blocks = [_closed_index(b, joined, part.layers, reciprocal) for b in blocks]
     for b in part.blocks:
+        if b.kind == SPARSE and (b.dst, b.src) not in joined:
+            index = b.index.flipped().but(edges=0, raw=len(b.index) if reciprocal else 0)
+            add(replace(b.reversed(), edge=False, index=index) if reciprocal else Block(SPARSE, b.dst, b.src, -1, False, False, index))
         add(replace(b.reversed(), edge=False) if reciprocal and b.weight >= 0 else Block(b.kind, b.dst, b.src, -1, False, False))
     for a in layers:
         add(Block(DENSE if over == "all" else DIAGONAL, a, a, -1, False, False))
@@ -148,6 +196,14 @@ def _closed(part: Part, over: str, reciprocal: bool) -> Part:
             add(Block(DENSE, a, b, -1, False, False))
             add(Block(DENSE, b, a, -1, False, False))
     return Part(part.layers, tuple(blocks), part.copies, part.token)
+
+
+def _closed_index(block: Block, joined: dict[tuple[int, int], Block], layers: tuple[int, ...], reciprocal: bool) -> Block:
+    """A sparse block with the reversals of the edges of its opposite; those that one of the two has not are no edges."""
+    opposite = joined.get((block.dst, block.src))
+    if block.kind != SPARSE or opposite is None or opposite.index is block.index.flipped():
+        return block
+    return replace(block, index=block.index.closed(opposite.index, layers[block.dst] if block.src == block.dst else None, reciprocal))
 
 
 class NeuralGraph:
@@ -187,7 +243,9 @@ class NeuralGraph:
         self._weight_sizes = [size for p in self.parts for size in p.weight_sizes]
         self._cache: dict = {}
         self.max_in_degree = max(p.max_in_degree for p in self.parts)
-        self.num_rows = self.edges_as().num_rows
+        self.num_rows = num_rows(self)
+        if not any(b.index and (not b.edge or b.index.edges < len(b.index)) for p in self.parts for b in p.blocks):
+            self.edges_as()  # now, so that torch.compile finds it; of a closed graph, the pairs may be all that is read
 
     # ---- constructors ----
     @classmethod
@@ -216,8 +274,15 @@ class NeuralGraph:
 
     @classmethod
     def from_edge_index(cls, edge_index: torch.Tensor, num_nodes: int) -> NeuralGraph:
-        """Not built yet: sparse blocks. Dense and diagonal blocks cover layered networks."""
-        raise NotImplementedError("NeuralGraph.from_edge_index: sparse blocks are not built yet; use NeuralGraph.mlp or from_blocks (dense, diagonal)")
+        """The graph of any edges: one node layer of `num_nodes` neurons, one sparse block (see Block.sparse).
+
+        `edge_index` is int64 [2, E] on the CPU: sources j in row 0, destinations i in row 1; duplicates and self-loops are edges like
+        any others. Weights are one tensor (1, E, C), [E, C] or [E], in the order of `edge_index`.
+
+        Raises:
+            TypeError, ValueError: another dtype, device or shape, indices that are no nodes.
+        """
+        return cls.from_blocks([num_nodes], [Block.sparse(0, 0, 0, edge_index)])
 
     @classmethod
     def batch(cls, graphs: Sequence[NeuralGraph], packed: bool = False) -> NeuralGraph:
@@ -259,7 +324,7 @@ class NeuralGraph:
     def without_sharing(self) -> NeuralGraph:
         """The same edges with a weight tensor for each block: the graph of a stored edge state."""
         parts = [
-            Part(p.layers, tuple(Block(b.kind, b.src, b.dst, k, False, b.edge) for k, b in enumerate(p.blocks)), p.copies, p.token)
+            Part(p.layers, tuple(Block(b.kind, b.src, b.dst, k, False, b.edge, b.index and b.index.owned()) for k, b in enumerate(p.blocks)), p.copies, p.token)
             for p in self.parts
         ]
         return self._derived(("without_sharing",), parts, self.rows, self.closed, True)
@@ -303,14 +368,14 @@ class NeuralGraph:
         """Raises ValueError where the reversal of an edge has no single state."""
         if not self.stored:
             self.closure(self.closed or "edges", reciprocal)
-        elif any(p.opposite(k) is None for p in self.parts for k in range(len(p.blocks))):
+        elif not all(p.has_reversals(k) for p in self.parts for k in range(len(p.blocks))):
             raise ValueError(CLOSE_FIRST)
 
     # ---- tables ----
     def edges_as(self, paired: bool = False, reciprocal: bool = False, messages: bool = False) -> Topology:
         """The table of every block; `paired`: with the edges' partners (ngkernels/topology.py). `messages`: without the pairs that
         are no edges."""
-        key = ("edges", paired, reciprocal and paired, messages and self.closed)
+        key = ("edges", paired, reciprocal and paired, bool(messages and self.closed))
         if key not in self._cache:
             self._cache[key] = edge_topology(self, paired, reciprocal, messages)
         return self._cache[key]
@@ -327,27 +392,21 @@ class NeuralGraph:
             self._cache[key] = pair_topology(self, over, include_self)
         return self._cache[key]
 
-    def _in_degrees(self) -> torch.Tensor:
-        pieces = [torch.zeros(0, dtype=torch.int64)]
-        for p in self.parts:
-            deg = [torch.zeros(d, dtype=torch.int64) for d in p.layers]
-            for b in p.blocks:
-                if b.kind == DIAGONAL:
-                    deg[b.dst][: min(p.layers[b.src], p.layers[b.dst])] += 1
-                else:
-                    deg[b.dst] += p.layers[b.src]
-            pieces.append(torch.cat(deg).repeat(p.copies))
-        return torch.cat(pieces)
-
     @property
     def in_degree(self) -> torch.Tensor:
         """In-degree of every node, int64 [num_nodes]."""
         if "in_degree" not in self._cache:
-            self._cache["in_degree"] = self._in_degrees()
+            self._cache["in_degree"] = torch.cat([p.in_degree.repeat(p.copies) for p in self.parts])
         return self._cache["in_degree"]
 
+    @property
+    def sparse_weights(self) -> list[bool]:
+        """Whether each weight tensor is of a sparse block."""
+        kinds = [{b.weight: b.kind for b in p.blocks if b.owns} for p in self.parts]
+        return [False] if self.packed else [owned[k] == SPARSE for owned in kinds for k in range(len(owned))]
+
     def weight_shapes(self, channels: int) -> list[tuple[int, ...]]:
-        """Expected shape of each weight tensor: (copies, d0, d1, C) dense, (copies, n, C) diagonal, [E, C] packed."""
+        """Expected shape of each weight tensor: (copies, d0, d1, C) dense, (copies, n, C) diagonal, (copies, E, C) sparse, [E, C] packed."""
         if self.packed:
             return [(sum(math.prod(size) for size in self._weight_sizes), channels)]
         return [(*size, channels) for size in self._weight_sizes]

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from .edge_index import Pairs, make_lists
+
 if TYPE_CHECKING:
     from .graph import Block, NeuralGraph, Part
 
-DENSE, DIAGONAL, TRIANGLE = "dense", "diagonal", "triangle"
-KINDS = (DENSE, DIAGONAL, TRIANGLE)  # triangle: the unordered pairs i <= j of one node layer; in tables only
+DENSE, DIAGONAL, TRIANGLE, SPARSE = "dense", "diagonal", "triangle", "sparse"
+KINDS = (DENSE, DIAGONAL, TRIANGLE, SPARSE)  # triangle: the unordered pairs i <= j of one node layer; in tables only
 OVER = ("all", "edges", "in", "out")
 
 # Columns of the table (csrc/edge_program.h holds the same list). A row stands for the edges (j -> i) of a block; its
@@ -27,7 +29,7 @@ COLUMNS = (
     "node_stride",  # nodes from one copy to the next
     "out",  # first output row of copy 0; equals dst unless the graph is restricted
     "out_stride",
-    "src_axis",  # axis of the weight tensor (copies, d0, d1, C) that runs over sources
+    "src_axis",  # axis of the weight tensor (copies, d0, d1, C) that runs over sources; sparse: 1 own number, 2 the partner's
     "shared",  # 1 when another row adds to the gradient of the same weights
     "offset",  # packed weights: first edge of copy 0, else -1
     "edge_stride",  # packed weights: edges from one copy to the next
@@ -43,6 +45,8 @@ COLUMNS = (
     "partner_emit_offset",
     "partner_out",
     "flags",
+    "lists",  # sparse: where its lists begin in the tensor (ngkernels/edge_index.py)
+    "count",  # sparse: entries of its lists
 )
 FORWARD, PARTNER, TOKEN, SAME, SPARSE_RAW = 1, 2, 4, 8, 16
 # FORWARD, PARTNER: the result of the edges, of their partners, is used. TOKEN: states are 0 before the first update.
@@ -50,12 +54,37 @@ FORWARD, PARTNER, TOKEN, SAME, SPARSE_RAW = 1, 2, 4, 8, 16
 
 
 class Topology(NamedTuple):
-    """A table [rows, len(COLUMNS)] int64, the weight tensors and blocks it names, and the number of output rows."""
+    """One int64 tensor (number of rows | rows [rows, len(COLUMNS)] | lists of the sparse ones), the weight tensors and blocks
+    that it names, and the number of output rows."""
 
     table: torch.Tensor
     used_weights: tuple[int, ...]
     used_blocks: tuple[int, ...]
     num_rows: int
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """[rows, len(COLUMNS)]."""
+        return self.table[1 : 1 + int(self.table[0]) * len(COLUMNS)].reshape(-1, len(COLUMNS))
+
+
+class Row(NamedTuple):
+    """The columns of a row, and its lists."""
+
+    columns: list[int]
+    lists: torch.Tensor | None = None
+
+    def alone(self) -> Row:
+        """Without partners."""
+        columns = list(self.columns)
+        columns[COLUMNS.index("partner")] = -1
+        columns[COLUMNS.index("flags")] &= ~SAME
+        return Row(columns, self.lists)
+
+
+def num_rows(graph: NeuralGraph) -> int:
+    """Output rows: all nodes, or those of the layer that outputs are restricted to."""
+    return sum(p.copies * (p.num_nodes if graph.rows is None else p.layers[graph.rows]) for p in graph.parts)
 
 
 class _Numbers(NamedTuple):
@@ -78,7 +107,7 @@ def _numbers(graph: NeuralGraph) -> list[_Numbers]:
     found, node, weight, edge, emit, block, out = [], 0, 0, 0, 0, 0, 0
     for number, p in enumerate(graph.parts):
         rows = None if graph.rows is None else graph.rows % len(p.layers)
-        edges, emitted = sum(p.edges_of(b) for b in p.blocks if b.owns), sum(p.edges_of(b) for b in p.blocks)
+        edges, emitted = sum(p.features_of(b) for b in p.blocks if b.owns), sum(p.edges_of(b) for b in p.blocks)
         width = p.num_nodes if rows is None else p.layers[rows]
         found.append(_Numbers(number, node, weight, edge, emit, block, out, edges, emitted, rows, width))
         node, weight, block = node + p.copies * p.num_nodes, weight + p.num_weights, block + len(p.blocks)
@@ -97,7 +126,7 @@ class _PartTable:
         for b in part.blocks:
             if b.owns:
                 self.offset[b.weight] = edge
-                edge += part.edges_of(b)
+                edge += part.features_of(b)
         self.readers = [b.weight for b in part.blocks if b.weight >= 0]
 
     def reads(self, block: Block | None) -> list[int]:
@@ -120,7 +149,7 @@ class _PartTable:
             return self.at.out + self.starts[layer]
         return self.at.out if self.at.rows == layer else -1
 
-    def row(self, kind: str, k: int, partner: Block | None, k_partner: int | None, shared: bool, flags: int) -> list[int]:
+    def row(self, kind: str, k: int, partner: Block | None, k_partner: int | None, shared: bool, flags: int) -> Row:
         p, at, block = self.part, self.at, self.part.blocks[k]
         n_src, n_dst = p.layers[block.src], p.layers[block.dst]
         if kind == DIAGONAL:
@@ -130,16 +159,21 @@ class _PartTable:
             flags |= TOKEN
         head = [KINDS.index(kind), weight, variant, at.node + self.starts[block.src], n_src, at.node + self.starts[block.dst], n_dst]
         mine = [p.copies, p.num_nodes, self.out(block.dst), at.out_per_copy, axis, int(shared), offset, at.edges_per_copy]
-        return [*head, *mine, *self.writes(k), at.emitted_per_copy, at.number, *self.reads(partner), *self.writes(k_partner), self.out(block.src), flags]  # fmt: skip
+        theirs = [*self.reads(partner), *self.writes(k_partner), self.out(block.src)]
+        return Row([*head, *mine, *self.writes(k), at.emitted_per_copy, at.number, *theirs, flags, -1, 0])
 
-    def edge_rows(self, paired: bool, reciprocal: bool, messages: bool) -> list[list[int]]:
-        """One row for each block that has outputs (`messages`: and is one of edges); `paired`: with its partners."""
+    def edge_rows(self, paired: bool, reciprocal: bool, messages: bool) -> list[Row]:
+        """One row for each block that has outputs (`messages`: and is one of edges; sparse: for each kind of features); `paired`: with its
+        partners."""
         rows, blocks = [], self.part.blocks
         for k, b in enumerate(blocks):
             if self.at.rows not in (None, b.dst) or (messages and not b.edge):
                 continue
-            partner, same = (self.partner_of(k, reciprocal)) if paired else (None, False)
             shared = self.readers.count(b.weight) > 1 if b.weight >= 0 else False
+            if b.kind == SPARSE:
+                rows += self.sparse_edge_rows(k, paired, reciprocal, messages, shared)
+                continue
+            partner, same = (self.partner_of(k, reciprocal)) if paired else (None, False)
             if partner is not None and partner.weight >= 0 and not same:
                 shared = True  # each of two opposite rows adds to the weights of the other
             rows.append(self.row(b.kind, k, partner, None, shared, FORWARD | (SAME if same else 0)))
@@ -156,7 +190,7 @@ class _PartTable:
             return b.reversed(), True
         return None, False
 
-    def pair_rows(self, over: str, include_self: bool) -> list[list[int]]:
+    def pair_rows(self, over: str, include_self: bool) -> list[Row]:
         """One row for each pair of opposite blocks whose result is used."""
         rows, blocks, seen = [], self.part.blocks, set()
         for k, b in enumerate(blocks):
@@ -164,6 +198,9 @@ class _PartTable:
                 continue
             seen.add((b.src, b.dst))
             other = self.part.opposite(k)
+            if b.kind == SPARSE:
+                rows += self.sparse_pair_rows(k, other, over, include_self)
+                continue
             flags = self.used(b, over, include_self) * FORWARD | self.used(blocks[other], over, include_self) * PARTNER
             if flags == PARTNER:
                 k, other, flags = other, k, FORWARD
@@ -193,12 +230,83 @@ class _PartTable:
             return block.edge
         return self.part.blocks[self.part.opposite(self.part.blocks.index(block))].edge
 
+    # ---- sparse blocks ----
+    def sparse_edge_rows(self, k: int, paired: bool, reciprocal: bool, messages: bool, shared: bool) -> list[Row]:
+        """The pairs of block k (`messages`: those that are edges); `paired`: with the numbers of their partners, -1 for none."""
+        block = self.part.blocks[k]
+        index = block.index
+        mirror = index.mirror or (paired and reciprocal)
+        count = index.edges if messages else len(index)
+        if not paired and (block.weight < 0 or count <= index.raw):
+            return [self.sparse_row(k, None, Pairs.of(index).first(count), (block.weight >= 0, False), False, shared, FORWARD)]
+        opposite = self.part.opposite(k)
+        other = None if opposite is None else self.part.blocks[opposite].index
+        pairs = Pairs.of(index, torch.full_like(index.src, -1) if other is None else index.numbers_in(other)).first(count)
+        rows = []
+        for found, chosen in pairs.split(self.features(block, pairs.number), self.features(None if other is None else self.part.blocks[opposite], pairs.partner)):
+            rows.append(self.sparse_row(k, opposite, chosen, found, mirror, shared or index.mirror, FORWARD))
+        return rows if paired else [r.alone() for r in rows]
 
-def _finish(graph: NeuralGraph, table: list[list[int]], numbers: list[_Numbers]) -> Topology:
+    @staticmethod
+    def features(block: Block | None, number: torch.Tensor) -> torch.Tensor:
+        """Whether each pair of a block has raw features."""
+        return (number >= 0) & (number < (block.index.raw if block is not None and block.weight >= 0 else 0))
+
+    def sparse_pair_rows(self, k: int, other: int, over: str, include_self: bool) -> list[Row]:
+        """The pairs of two opposite blocks of a closed graph, or, inside a layer, each unordered pair of the one block."""
+        block, back = self.part.blocks[k], self.part.blocks[other]
+        pairs = Pairs.of(block.index, block.index.numbers_in(back.index))
+        inside = block.src == block.dst
+        if inside:
+            pairs = pairs.where(pairs.src <= pairs.dst)
+        itself = (pairs.src == pairs.dst) & inside
+        forward, backward = ((n < b.index.edges) & b.edge for b, n in ((block, pairs.number), (back, pairs.partner)))
+        if over == "out":
+            forward, backward = backward, forward
+        forward, backward = (torch.where(itself, edge | include_self, edge | (over == "edges")) for edge in (forward, backward))
+        into_dst, into_src = (self.at.rows in (None, layer) for layer in (block.dst, block.src))
+        rows = []
+        for (own, theirs, there, here), chosen in pairs.split(self.features(block, pairs.number), self.features(back, pairs.partner), forward, backward):
+            flags, mirror = (there and into_dst) * FORWARD | (here and into_src) * PARTNER, block.index.mirror
+            if flags == PARTNER:
+                rows.append(self.sparse_row(other, k, chosen.flipped(), (theirs, own), mirror, False, FORWARD, True))
+            elif flags:
+                rows.append(self.sparse_row(k, other, chosen, (own, theirs), mirror, False, flags, True))
+        return rows
+
+    def sparse_row(self, k: int, other: int | None, pairs: Pairs, found: tuple[bool, bool], mirror: bool, shared: bool, flags: int, both: bool = False) -> Row:
+        """Pairs of block k which all have, or all have not, raw features of their own and of their partners (`found`). With `mirror`,
+        one that has none reads its partner's, reversed. `both`: partners have values of their own, in block `other`."""
+        block, partner = self.part.blocks[k], None if other is None else self.part.blocks[other]
+        own = (block, 1) if found[0] else (partner.reversed(), 2) if mirror and found[1] else (None, 1)
+        theirs = (partner, 2) if found[1] else (block.reversed(), 1) if mirror and found[0] else (None, 2)
+        if found[0] and found[1] and k != other and block.weight == partner.weight:
+            theirs = (partner, 1)  # a block and its reversal have the same numbers
+        reads, partner_reads = self.reads(own[0]), self.reads(theirs[0])
+        reads[2], partner_reads[2] = own[1], theirs[1]
+        same = own[0] is not None and theirs[0] is not None and (own[0].weight, own[1]) == (theirs[0].weight, theirs[1])
+        shared = shared or (not both and theirs[0] is not None and not same)
+        row = self.row(SPARSE, k, None, other if both else None, shared, flags | (SAME if same else 0)).columns
+        for name, value in zip(("weight", "variant", "src_axis", "offset"), reads, strict=True):
+            row[COLUMNS.index(name)] = value
+        for name, value in zip(("partner", "partner_variant", "partner_axis", "partner_offset"), partner_reads, strict=True):
+            row[COLUMNS.index(name)] = value
+        row[COLUMNS.index("count")] = len(pairs.src)
+        return Row(row, make_lists(pairs, self.part.layers[block.src]))
+
+
+def _finish(graph: NeuralGraph, rows: list[Row], numbers: list[_Numbers]) -> Topology:
     """A restricted graph names only the weight tensors and blocks it reads, so gradients of the others do not exist."""
+    table, lists = [r.columns for r in rows], []
     used = [_renumber(table, "weight", "partner"), _renumber(table, "block", "partner_block")]
-    rows = sum(p.copies * at.out_per_copy for p, at in zip(graph.parts, numbers, strict=True))
-    return Topology(torch.tensor(table, dtype=torch.int64).reshape(-1, len(COLUMNS)), *used, rows)
+    at = 1 + len(table) * len(COLUMNS)
+    for row in rows:
+        if row.lists is not None:
+            row.columns[COLUMNS.index("lists")] = at
+            lists.append(row.lists)
+            at += len(row.lists)
+    head = torch.tensor([len(table), *(v for row in table for v in row)], dtype=torch.int64)
+    return Topology(torch.cat([head, *lists]) if lists else head, *used, num_rows(graph))
 
 
 def _renumber(table: list[list[int]], *columns: str) -> tuple[int, ...]:

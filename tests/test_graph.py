@@ -46,7 +46,7 @@ def test_counts_and_degrees(networks):
     assert graph.num_weights == len(weights) and graph.weight_shapes(2) == [tuple(w.shape) for w in weights]
     assert graph.has_reverse == any(net.reverse for net in networks)
     assert graph.num_rows == graph.num_nodes
-    assert graph.edges_as().table.shape == (sum(len(net.blocks) * (2 if net.reverse else 1) for net in networks), len(COLUMNS))
+    assert graph.edges_as().rows.shape == (sum(len(net.blocks) * (2 if net.reverse else 1) for net in networks), len(COLUMNS))
     assert graph.edges_as().table.dtype == torch.int64
 
 
@@ -67,7 +67,7 @@ def test_restriction_keeps_the_blocks_into_its_layer(networks, layer: int):
     small = graph.restrict(layer)
     assert small.num_rows == len(rows) and small.num_nodes == graph.num_nodes
     kept = [into == layer % len(networks[n].layers) for into, n in zip(edges.into, edges.networks, strict=True)]
-    assert len(small.edges_as().table) == sum(kept) and list(small.edges_as().used_blocks) == [k for k, keep in enumerate(kept) if keep]
+    assert len(small.edges_as().rows) == sum(kept) and list(small.edges_as().used_blocks) == [k for k, keep in enumerate(kept) if keep]
     assert small is graph.restrict(layer) and small.rows == layer
 
 

@@ -44,7 +44,7 @@ class Aggregate : Engine<V> {
         const Registers<V> g = this->registers(w);
         with_kind(call.combine, [&](auto tag) {
           t.destinations([&](int i, int first, int last) {
-            stats.template join<decltype(tag)::kind>(slots, i, piece.row->kind == DIAGONAL || t.source(first) == 0, g, first, last);
+            stats.template join<decltype(tag)::kind>(slots, i, t.opens(first), g, first, last);
           });
         });
       });
@@ -61,9 +61,13 @@ class Aggregate : Engine<V> {
   // Chan's parallel update of the rows' statistics by those of one piece.
   void merge(const Piece& piece, const Stats<V>& s) {
     const int64_t F = call.width, K = slots.count;
+    int64_t entry = 0;
     for (int i = 0; i < piece.rows(); ++i) {
-      const int64_t row = piece.row->out + piece.copy * piece.row->out_stride + piece.i0 + i, at = static_cast<int64_t>(i) * s.ld;
-      const T na = static_cast<T>(seen[row]), nb = static_cast<T>(piece.row->kind == DIAGONAL ? 1 : piece.cols());
+      const int64_t row = piece.row->out + piece.copy * piece.row->out_stride + piece.destination(i), at = static_cast<int64_t>(i) * s.ld;
+      int messages = piece.row->kind == DIAGONAL ? 1 : piece.cols();
+      if (piece.at)
+        for (messages = 0; entry < piece.edges() && entry_of(piece.entries()[entry]).i == i; ++entry) ++messages;
+      const T na = static_cast<T>(seen[row]), nb = static_cast<T>(messages);
       T* out = static_cast<T*>(call.out) + row * K * F;
       T* mean = slots.mean >= 0 ? out + slots.mean * F : slots.mean_aux ? static_cast<T*>(call.aux) + row * F : nullptr;
       if (slots.spread()) {
@@ -80,7 +84,7 @@ class Aggregate : Engine<V> {
       }
       if (slots.min >= 0) merge_extreme<false>(na, out + slots.min * F, row, slots.min_tie, s.lo + at, s.lo_ties + at, s.s1 + at);
       if (slots.max >= 0) merge_extreme<true>(na, out + slots.max * F, row, slots.max_tie, s.hi + at, s.hi_ties + at, s.s1 + at);
-      seen[row] += static_cast<int32_t>(nb);
+      seen[row] += messages;
     }
   }
 

@@ -168,7 +168,7 @@ class Attention {
 
   int64_t node_of(const Piece& piece, int x) const {
     const Row& row = *piece.row;
-    return piece.copy * row.node_stride + (x < rows ? row.dst + piece.i0 + x : row.src + piece.j0 + (x - rows));
+    return piece.copy * row.node_stride + (x < rows ? row.dst + piece.destination(x) : row.src + piece.source(x - rows));
   }
 
   // f(local node, output row) for the nodes that read pairs of this piece.
@@ -176,9 +176,9 @@ class Attention {
   void destinations(const Piece& piece, F&& f) const {
     const Row& row = *piece.row;
     const int64_t at = piece.copy * row.out_stride;
-    for (int x = 0; x < rows; ++x) f(x, row.out + at + piece.i0 + x);
+    for (int x = 0; x < rows; ++x) f(x, row.out + at + piece.destination(x));
     if (row.flags & PARTNER)
-      for (int x = rows; x < nodes; ++x) f(x, row.partner_out + at + piece.j0 + (x - rows));
+      for (int x = rows; x < nodes; ++x) f(x, row.partner_out + at + piece.source(x - rows));
   }
 
   void load_nodes(const Piece& piece) {

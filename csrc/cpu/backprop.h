@@ -31,7 +31,7 @@ class Backprop {
     if (!common) return;
     const int live = p.live(*piece.row), half = live ? row_blocks<V>(1) : 0;
     for (int r = 0; r < p.tile_rows(); ++r) w.i[r] = w.j[r] = 0;
-    const Tile<V> t{1, half, live, 0, w.i, w.j, &piece};
+    const Tile<V> t{1, half, live, 0, w.i, w.j, w.i, w.j, &piece};
     T *g = w.g[0], *next = w.g[1];
     const Step<V>& s = p.steps[common < n ? common : n - 1];
     std::memset(g, 0, sizeof(T) * (half + 1) * s.ld);
@@ -444,11 +444,11 @@ class Backprop {
       for (int k = 0; k < t.n * ld; ++k) g[k] *= scale;
     }
     if (row.shared) {  // another row adds to the same weights: held until the commit
-      const int cols = row.kind == DIAGONAL ? 1 : t.piece->cols();
-      for (int r = 0; r < t.n; ++r)
-        for (int c = 0; c < channels; ++c)
-          w.raw_grad[side.partner][(static_cast<int64_t>(t.i[r]) * cols + (row.kind == DIAGONAL ? 0 : t.source(r))) * channels + c] =
-              g[static_cast<int64_t>(r) * ld + c];
+      const int64_t cols = row.kind == DIAGONAL ? 1 : t.piece->cols();
+      for (int r = 0; r < t.n; ++r) {
+        const int64_t at = t.piece->at ? t.begin + r : t.i[r] * cols + (row.kind == DIAGONAL ? 0 : t.source(r));
+        for (int c = 0; c < channels; ++c) w.raw_grad[side.partner][at * channels + c] = g[static_cast<int64_t>(r) * ld + c];
+      }
       return;
     }
     const View v = view(target, row, side, t.piece->copy, false);

@@ -11,6 +11,7 @@ template <class V>
 class Engine {
  public:
   using T = typename V::T;
+  static constexpr int NODES = 48 * V::MR;  // of all nodes, that a worker projects at a time: whole blocks of rows
 
   Engine(const Call& c, Parallel parallel, int threads, bool backward)
       : call(c), prepared(c), plan(make_plan(c)), slots(c.mask), parallel(parallel), threads(threads), backward(backward) {
@@ -19,6 +20,10 @@ class Engine {
     workers.resize(static_cast<size_t>(threads < n ? threads : n > 0 ? n : 1));
     ready.assign(workers.size(), 0);
     if (c.combine != EMIT && c.combine != ATTEND) count = degrees(c);
+    place_nodes();
+    if (sparse)
+      run_nodes(
+          this, [](void* e, int w, const Item& item) { static_cast<Engine*>(e)->project(w, item); }, nullptr);
   }
 
  protected:
@@ -32,13 +37,49 @@ class Engine {
   std::vector<Worker<V>> workers;
   std::vector<char> ready;
   std::vector<int32_t> count;
+  bool sparse = false;  // some blocks are
+  std::unique_ptr<void, void (*)(void*)> node_terms{nullptr, std::free};  // of all nodes that they join
   std::vector<T> total_params;
+
+  // Where the node terms of all nodes that sparse blocks join live; their gradients start at 0.
+  void place_nodes() {
+    int64_t &first = prepared.low_node, &last = prepared.high_node;
+    for (const Row& r : call.rows) {
+      if (r.kind != SPARSE || !r.count) continue;
+      const int64_t low = std::min(r.src, r.dst), high = (r.copies - 1) * r.node_stride + std::max(r.src + r.n_src, r.dst + r.n_dst);
+      first = sparse ? std::min(first, low) : low;
+      last = std::max(last, high);
+      sparse = true;
+    }
+    if (!sparse) return;
+    plan.max_rows = std::max(plan.max_rows, NODES);
+    Arena a;
+    const auto place = [&] {
+      for (Step<V>& s : prepared.steps) {
+        const size_t size = s.node ? (static_cast<size_t>(last - first) + V::MR) * s.ld : 0;
+        for (T** x : {&s.all_s, &s.all_t}) *x = a.take<T>(size);
+        for (T** x : {&s.all_grad_s, &s.all_grad_t})
+          if (backward) *x = a.take<T>(size);
+        for (T* x : {s.all_grad_s, s.all_grad_t})
+          if (x) std::memset(x, 0, sizeof(T) * size);
+      }
+    };
+    place();
+    if (!a.used) return;
+    node_terms.reset(std::aligned_alloc(64, a.used));
+    if (!node_terms) throw std::bad_alloc();
+    a = {static_cast<char*>(node_terms.get()), 0};
+    place();
+  }
+
+  void project(int k, const Item& item) { Evaluator<V>(prepared, worker(k)).all_nodes(item.first, item.last); }
 
   void layout(Arena& a, Worker<V>& w) {
     const size_t n = prepared.steps.size(), slack = 64;
     const size_t tile = static_cast<size_t>(prepared.tile_rows()), rows = row_blocks<V>(plan.max_rows), cols = row_blocks<V>(plan.max_cols),
                  s_rows = call.paired ? rows + cols : rows, t_rows = call.paired ? rows + cols : cols;
-    for (auto* v : {&w.out, &w.s, &w.t, &w.grad_s, &w.grad_t, &w.grad_add, &w.common_add}) v->assign(n, nullptr);
+    for (auto* v : {&w.out, &w.own_s, &w.own_t, &w.grad_s, &w.grad_t, &w.grad_add, &w.common_add}) v->assign(n, nullptr);
+    for (auto* v : {&w.s, &w.t}) v->assign(n, nullptr);
     size_t rest = 0;
     for (size_t k = 0; k < n; ++k) {
       const Step<V>& s = prepared.steps[k];
@@ -55,8 +96,8 @@ class Engine {
       if (!s.node) continue;
       const size_t dx = call.x_width[in.x];
       if (rest < V::MR * dx + slack) rest = V::MR * dx + slack;
-      w.s[k] = a.take<T>(s_rows * s.ld + slack);
-      w.t[k] = a.take<T>(t_rows * s.ld + slack);
+      w.own_s[k] = a.take<T>(s_rows * s.ld + slack);
+      w.own_t[k] = a.take<T>(t_rows * s.ld + slack);
       if (!backward) continue;
       w.grad_s[k] = a.take<T>(s_rows * s.ld + slack);
       w.grad_t[k] = a.take<T>(t_rows * s.ld + slack);
@@ -68,8 +109,8 @@ class Engine {
         for (int ld : {prepared.steps[k].ld, prepared.steps[k - 1].ld})
           if (pair < static_cast<size_t>(ld)) pair = static_cast<size_t>(ld);
     w.pair = a.take<T>(tile * pair + slack);
-    w.i = a.take<int>(tile);
-    w.j = a.take<int>(tile);
+    for (int** x : {&w.i, &w.j, &w.at_i, &w.at_j}) *x = a.take<int>(tile);
+    for (int64_t*& x : w.number) x = a.take<int64_t>(tile);
     if (prepared.table_step >= 0) {
       w.cell = a.take<T>(tile + slack);
       w.hermite = a.take<T>(2 * TABLE_LINES * tile + slack);
@@ -140,6 +181,16 @@ class Engine {
   size_t attention_memory() const {
     return Attention<V>(call, prepared.steps[static_cast<size_t>(call.message_start - 1)].ld)
         .memory(plan.max_rows + plan.max_cols, prepared.tile_rows(), backward);
+  }
+
+  // Runs process (and commit) over the nodes that sparse blocks join.
+  void run_nodes(void* op, void (*process)(void*, int, const Item&), void (*commit)(void*, int, const Item&)) {
+    Plan chunks;
+    for (int64_t n = prepared.low_node; n < prepared.high_node; n += NODES)
+      chunks.items.push_back({n, std::min(prepared.high_node, n + NODES), true});
+    ready.assign(ready.size(), 0);  // threads take workers, and their memory with them, in any order
+    run_items(chunks, parallel, static_cast<int>(workers.size()), op, process, commit);
+    ready.assign(ready.size(), 0);
   }
 
   // Runs process (and commit) of an op derived from this class over the plan.

@@ -10,11 +10,13 @@ template <class V>
 struct Worker {
   using T = typename V::T;
   std::vector<T*> out;             // result of each instruction, [tile, ld]
-  std::vector<T*> s, t;            // node terms of the current piece as destinations and sources, [rows, ld] and [cols, ld]; paired: of all
+  std::vector<T*> own_s, own_t;    // node terms of a piece as destinations and sources, [rows, ld] and [cols, ld]; paired: of all
+  std::vector<const T*> s, t;      // those that the current piece reads: its own, or (sparse) of all nodes
   std::vector<T*> grad_s, grad_t;  // its nodes, destinations first, [rows + cols, ld] both
   std::vector<T*> grad_add;        // gradient waiting at the instruction an ADD or attention reads
   std::vector<T*> grad_x_i, grad_x_j;  // node gradients of the piece held until its commit, [rows, d_x], [cols, d_x]
-  int *i = nullptr, *j = nullptr;
+  int *i = nullptr, *j = nullptr, *at_i = nullptr, *at_j = nullptr;
+  int64_t* number[2] = {nullptr, nullptr};
   T* cell = nullptr;                       // of each edge in the table, [tile]; -1: beyond it
   T *hermite = nullptr, *slope = nullptr;  // its interpolation weights and their derivatives, [2 TABLE_LINES][tile]
   T *g[3] = {nullptr, nullptr, nullptr}, *message = nullptr /* FiLM shifts on their way */, *coefficients = nullptr, *stats = nullptr,
@@ -41,16 +43,31 @@ class Evaluator {
     for (size_t k = 0; k < p.steps.size(); ++k) {
       const Step<V>& s = p.steps[k];
       if (!s.node) continue;
+      w.s[k] = piece.at ? s.all_s : w.own_s[k];
+      w.t[k] = piece.at ? s.all_t : w.own_t[k];
+      if (piece.at) continue;
       const Instr& in = p.call.instrs[k];
       const int dx = p.call.x_width[in.x], rows = piece.rows(), cols = piece.cols();
       const T* x = static_cast<const T*>(p.call.xs[in.x]) + piece.copy * piece.row->node_stride * dx;
       const T *dst = x + (piece.row->dst + piece.i0) * dx, *src = x + (piece.row->src + piece.j0) * dx;
       const bool both = p.call.paired && p.live(*piece.row) > 0;
       const int64_t behind = p.call.paired ? static_cast<int64_t>(rows) * s.ld : 0;
-      project(dst, dx, rows, s.wd, s.bias, w.s[k]);
-      if (both) project(src, dx, cols, s.wd, s.bias, w.s[k] + behind);
-      if (both) project(dst, dx, rows, s.ws, nullptr, w.t[k]);
-      project(src, dx, cols, s.ws, nullptr, w.t[k] + behind);
+      project(dst, dx, rows, s.wd, s.bias, w.own_s[k]);
+      if (both) project(src, dx, cols, s.wd, s.bias, w.own_s[k] + behind);
+      if (both) project(dst, dx, rows, s.ws, nullptr, w.own_t[k]);
+      project(src, dx, cols, s.ws, nullptr, w.own_t[k] + behind);
+    }
+  }
+
+  // Node terms of nodes first .. last - 1, for sparse pieces: their sources come from anywhere, so each is projected once.
+  void all_nodes(int64_t first, int64_t last) {
+    for (size_t k = 0; k < p.steps.size(); ++k) {
+      const Step<V>& s = p.steps[k];
+      if (!s.node) continue;
+      const int dx = p.call.x_width[p.call.instrs[k].x], n = static_cast<int>(last - first);
+      const T* x = static_cast<const T*>(p.call.xs[p.call.instrs[k].x]) + first * dx;
+      project(x, dx, n, s.wd, s.bias, s.all_s + (first - p.low_node) * s.ld);
+      project(x, dx, n, s.ws, nullptr, s.all_t + (first - p.low_node) * s.ld);
     }
   }
 
@@ -61,10 +78,12 @@ class Evaluator {
     const int live = p.call.paired ? p.live(*piece.row) : 0, most = p.call.paired ? p.tile / 2 : p.tile;
     const int cols = piece.cols(), shift = p.call.paired ? piece.rows() : 0;
     const int64_t edges = piece.edges();
+    const bool sparse = piece.at;
     int i = 0, j = 0;
     for (int64_t begin = 0; begin < edges; begin += most) {
       const int n = static_cast<int>(edges - begin < most ? edges - begin : most), half = live ? row_blocks<V>(n) : 0;
-      for (int r = 0; r < n;) {
+      if (sparse) read_entries(piece, begin, n, shift);
+      for (int r = 0; !sparse && r < n;) {
         const int run = diagonal ? 1 : cols - j < n - r ? cols - j : n - r;
         for (int q = 0; q < run; ++q) {
           w.i[r + q] = i;
@@ -77,12 +96,30 @@ class Evaluator {
           if (!diagonal) j = piece.triangle ? i : 0;
         }
       }
-      for (int r = n; r < row_blocks<V>(n); ++r) w.i[r] = w.j[r] = 0;
+      int *at_i = sparse ? w.at_i : w.i, *at_j = sparse ? w.at_j : w.j;
+      for (int r = n; r < row_blocks<V>(n); ++r) w.i[r] = w.j[r] = at_i[r] = at_j[r] = 0;
       for (int r = 0; r < half; ++r) {
         w.i[half + r] = w.j[r];
         w.j[half + r] = w.i[r];
+        at_i[half + r] = at_j[r];  // the same numbers again, or (sparse) those of the tables of all nodes
+        at_j[half + r] = at_i[r];
       }
-      f(Tile<V>{n, half, live, shift, w.i, w.j, &piece});
+      f(Tile<V>{n, half, live, shift, w.i, w.j, at_i, at_j, &piece, {sparse ? w.number[0] : nullptr, sparse ? w.number[1] : nullptr}, begin});
+    }
+  }
+
+  // Nodes and numbers of n entries of a sparse piece.
+  void read_entries(const Piece& piece, int64_t begin, int n, int shift) {
+    const Row& row = *piece.row;
+    const int64_t *entries = piece.entries() + begin, *partners = piece.partners(), base = piece.copy * row.node_stride - p.low_node;
+    for (int r = 0; r < n; ++r) {
+      const Entry e = entry_of(entries[r]);
+      w.i[r] = e.i;
+      w.j[r] = shift + e.j;
+      w.at_i[r] = static_cast<int>(base + row.dst + piece.destination(e.i));
+      w.at_j[r] = static_cast<int>(base + row.src + piece.source(e.j));
+      w.number[0][r] = e.number;
+      w.number[1][r] = partners ? partners[begin + r] : e.number;
     }
   }
 
@@ -93,7 +130,7 @@ class Evaluator {
     if (!until) return;
     const int most = p.tile / 2;
     for (int r = 0; r < p.tile_rows(); ++r) w.i[r] = w.j[r] = 0;
-    run<GRAD>(Tile<V>{most, p.live(*piece.row) ? row_blocks<V>(most) : 0, p.live(*piece.row), 0, w.i, w.j, &piece}, 0, until);
+    run<GRAD>(Tile<V>{most, p.live(*piece.row) ? row_blocks<V>(most) : 0, p.live(*piece.row), 0, w.i, w.j, w.i, w.j, &piece}, 0, until);
     if (until == static_cast<int>(p.steps.size())) return;
     const Step<V>& s = p.steps[until];
     const T* x = w.out[until - 1];
@@ -102,7 +139,7 @@ class Evaluator {
     if (p.call.instrs[until].arg1 >= 0) gemm<V>(x, p.steps[until - 1].ld, V::MR, s.partner, share, FromRows<V>{share, s.ld});
     const int rows = piece.rows() + (p.live(*piece.row) ? piece.cols() : 0);
     for (int i = 0; i < rows; ++i)
-      for (int c = 0; c < s.ld; ++c) w.s[until][static_cast<int64_t>(i) * s.ld + c] += share[c];
+      for (int c = 0; c < s.ld; ++c) w.own_s[until][static_cast<int64_t>(i) * s.ld + c] += share[c];
   }
 
   // Runs the instructions of a tile that are not done yet.
@@ -112,7 +149,7 @@ class Evaluator {
     if (done && done < n) {  // the node term holds the rest
       Matrix<V> none;
       none.ld = p.steps[done].ld;
-      gemm<V>(w.out[done], 0, t.rows(done), none, w.out[done], FromNodes<V>{w.s[done], w.t[done], none.ld, t.i, t.j});
+      gemm<V>(w.out[done], 0, t.rows(done), none, w.out[done], FromNodes<V>{w.s[done], w.t[done], none.ld, t.at_i, t.at_j});
     }
     run<GRAD>(t, done ? done + 1 : 0, n);
   }
@@ -259,10 +296,10 @@ class Evaluator {
     gemm<V>(w.pair, lda, t.n, s.plus, out, FromZero<V>{});
     gemm<V>(w.pair + static_cast<int64_t>(t.half) * lda, lda, t.n, s.minus, back, FromZero<V>{});
     for (int r = 0; r < t.n; ++r) {
-      const T *si = s.node ? w.s[k] + static_cast<int64_t>(t.i[r]) * s.ld : s.bias,
-              *tj = s.node ? w.t[k] + static_cast<int64_t>(t.j[r]) * s.ld : nullptr;
-      const T *sj = s.node ? w.s[k] + static_cast<int64_t>(t.j[r]) * s.ld : s.bias,
-              *ti = s.node ? w.t[k] + static_cast<int64_t>(t.i[r]) * s.ld : nullptr;
+      const T *si = s.node ? w.s[k] + static_cast<int64_t>(t.at_i[r]) * s.ld : s.bias,
+              *tj = s.node ? w.t[k] + static_cast<int64_t>(t.at_j[r]) * s.ld : nullptr;
+      const T *sj = s.node ? w.s[k] + static_cast<int64_t>(t.at_j[r]) * s.ld : s.bias,
+              *ti = s.node ? w.t[k] + static_cast<int64_t>(t.at_i[r]) * s.ld : nullptr;
       T *a = out + static_cast<int64_t>(r) * s.ld, *b = back + static_cast<int64_t>(r) * s.ld;
       for (int c = 0; c < s.ld; c += V::W) {
         const R x = V::load(a + c), y = V::load(b + c);
@@ -305,7 +342,7 @@ class Evaluator {
       const T* from = a + static_cast<int64_t>(first) * lda;
       T* to = w.out[k] + static_cast<int64_t>(first) * s.ld;
       if (s.node) {
-        gemm<V>(from, lda, rows, m, to, FromNodes<V>{w.s[k], w.t[k], s.ld, t.i + first, t.j + first});
+        gemm<V>(from, lda, rows, m, to, FromNodes<V>{w.s[k], w.t[k], s.ld, t.at_i + first, t.at_j + first});
       } else {
         gemm<V>(from, lda, rows, m, to, FromRow<V>{s.bias});
       }
@@ -342,8 +379,8 @@ class Evaluator {
       const T* base = p.table + static_cast<int64_t>(direction(t, from)) * p.call.table_nodes * TABLE_LINES * ld;
       for (int r = from; r < from + n; ++r) {
         T* out = w.out[k] + static_cast<int64_t>(r) * ld;
-        const T* si = s.node ? w.s[k] + static_cast<int64_t>(t.i[r]) * ld : s.bias;
-        const T* tj = s.node ? w.t[k] + static_cast<int64_t>(t.j[r]) * ld : nullptr;
+        const T* si = s.node ? w.s[k] + static_cast<int64_t>(t.at_i[r]) * ld : s.bias;
+        const T* tj = s.node ? w.t[k] + static_cast<int64_t>(t.at_j[r]) * ld : nullptr;
         if (w.cell[r] >= 0) {
           const T* q = base + static_cast<int64_t>(w.cell[r]) * TABLE_LINES * ld;
           int c = 0;

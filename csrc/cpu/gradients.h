@@ -29,6 +29,10 @@ class Gradients : Engine<V> {
     for (auto [grad, n] : {std::pair<void*, int>{call.grad_q, call.d}, {call.grad_k, call.d}, {call.grad_v, call.d_v}})
       if (grad) std::memset(grad, 0, sizeof(T) * call.nodes * n);
     this->template run<Gradients, &Gradients::differentiate, &Gradients::commit_gradients>(this);
+    if (this->sparse && (call.grad_params || call.need_nodes))
+      this->run_nodes(
+          this, [](void* e, int w, const Item& item) { static_cast<Gradients*>(e)->all_node_gradients(w, item); },
+          [](void* e, int w, const Item& item) { static_cast<Gradients*>(e)->commit_gradients(w, item); });
     if (!call.grad_params) return;
     prepared.join_pairs(total_params.data());
     prepared.write_grads(total_params.data());
@@ -42,7 +46,7 @@ class Gradients : Engine<V> {
     const int64_t F = call.width, K = slots.count;
     Coefficients<V> to(w.coefficients, piece.rows(), ldm);
     for (int i = 0; i < piece.rows(); ++i) {
-      const int64_t row = piece.row->out + piece.copy * piece.row->out_stride + piece.i0 + i;
+      const int64_t row = piece.row->out + piece.copy * piece.row->out_stride + piece.destination(i);
       const T *out = static_cast<const T*>(call.out) + row * K * F, *g = static_cast<const T*>(call.grad_out) + row * K * F;
       const T* mean = slots.mean >= 0 ? out + slots.mean * F : slots.mean_aux ? static_cast<const T*>(call.aux) + row * F : nullptr;
       const T inverse = T(1) / static_cast<T>(count[row] ? count[row] : 1);
@@ -162,7 +166,7 @@ class Gradients : Engine<V> {
       std::memset(w.grad_s[k], 0, sizeof(T) * (call.paired ? all : rows) * s.ld);
       std::memset(w.grad_t[k], 0, sizeof(T) * (call.paired ? all : cols) * s.ld);
     }
-    for (size_t x = 0; x < call.xs.size(); ++x) {
+    for (size_t x = 0; !piece.at && x < call.xs.size(); ++x) {
       const size_t ld = padded<V>(call.x_width[x]);
       std::memset(w.grad_x_i[x], 0, sizeof(T) * row_blocks<V>(piece.rows()) * ld);
       std::memset(w.grad_x_j[x], 0, sizeof(T) * row_blocks<V>(piece.cols()) * ld);
@@ -171,6 +175,7 @@ class Gradients : Engine<V> {
 
   // From the gradients of node terms to those of the projections and the node states.
   void node_gradients(Worker<V>& w, const Piece& piece) {
+    if (piece.at) return;  // all_node_gradients
     const bool both = call.paired && prepared.live(*piece.row) > 0;
     const int rows = piece.rows(), cols = piece.cols();
     for (size_t k = 0; k < prepared.steps.size(); ++k) {
@@ -208,7 +213,8 @@ class Gradients : Engine<V> {
   // Adds what a piece holds for nodes and shared raw weights.
   void commit_piece(Worker<V>& w, const Piece& piece) {
     const Row& row = *piece.row;
-    for (size_t x = 0; x < call.xs.size(); ++x) {
+    if (piece.at) commit_terms(w, piece);
+    for (size_t x = 0; !piece.at && x < call.xs.size(); ++x) {
       if (!call.grad_xs[x]) continue;
       const int dx = call.x_width[x], ld = padded<V>(dx);
       T* g = static_cast<T*>(call.grad_xs[x]) + piece.copy * row.node_stride * dx;
@@ -235,15 +241,77 @@ class Gradients : Engine<V> {
 
   void add_shared(const T* raw, const Piece& piece, const View& v) {
     const int C = call.instrs[0].n_out, cols = piece.row->kind == DIAGONAL ? 1 : piece.cols();
-    for (int i = 0; i < piece.rows(); ++i)
-      for (int j = 0; j < cols; ++j) {
-        const int64_t jj = piece.row->kind == DIAGONAL ? piece.i0 + i : piece.j0 + j;
-        char* p = v.base + ((piece.i0 + i) * v.dst + jj * v.src) * dtype_size(v.dtype);
-        for (int c = 0; c < C; ++c) {
-          char* at = p + c * v.channel * dtype_size(v.dtype);
-          write_value(at, v.dtype, read_value<T>(at, v.dtype) + raw[(static_cast<int64_t>(i) * cols + j) * C + c]);
-        }
+    const auto add = [&](int64_t at, const T* g) {
+      for (int c = 0; c < C; ++c) {
+        char* p = v.base + (at + c * v.channel) * dtype_size(v.dtype);
+        write_value(p, v.dtype, read_value<T>(p, v.dtype) + g[c]);
       }
+    };
+    if (piece.at) {
+      for (int64_t e = 0; e < piece.edges(); ++e)
+        add((v.number ? piece.partners()[e] : entry_of(piece.entries()[e]).number) * v.src, raw + e * C);
+      return;
+    }
+    for (int i = 0; i < piece.rows(); ++i)
+      for (int j = 0; j < cols; ++j)
+        add((piece.i0 + i) * v.dst + (piece.row->kind == DIAGONAL ? piece.i0 + i : piece.j0 + j) * v.src,
+            raw + (static_cast<int64_t>(i) * cols + j) * C);
+  }
+
+  // Adds the gradients of a sparse piece's node terms to those of all nodes.
+  void commit_terms(Worker<V>& w, const Piece& piece) {
+    const bool both = call.paired && prepared.live(*piece.row) > 0;
+    const int64_t base = piece.copy * piece.row->node_stride - prepared.low_node;
+    for (size_t k = 0; k < prepared.steps.size(); ++k) {
+      const Step<V>& s = prepared.steps[k];
+      if (!s.node) continue;
+      const auto add = [&](T* all, const T* g, int64_t node) {
+        T* to = all + node * s.ld;
+        for (int c = 0; c < s.ld; c += V::W) V::store(to + c, V::add(V::load(to + c), V::load(g + c)));
+      };
+      const int64_t shift = call.paired ? piece.rows() : 0, ld = s.ld;
+      for (int64_t i = 0; i < piece.rows(); ++i) {
+        const int64_t node = base + piece.row->dst + piece.destination(static_cast<int>(i));
+        add(s.all_grad_s, w.grad_s[k] + i * ld, node);
+        if (both) add(s.all_grad_t, w.grad_t[k] + i * ld, node);
+      }
+      for (int64_t j = 0; j < piece.cols(); ++j) {
+        const int64_t node = base + piece.row->src + piece.source(static_cast<int>(j));
+        add(s.all_grad_t, w.grad_t[k] + (shift + j) * ld, node);
+        if (both) add(s.all_grad_s, w.grad_s[k] + (shift + j) * ld, node);
+      }
+    }
+  }
+
+  // From the gradients of the node terms of nodes item.first .. item.last - 1 to those of the projections and the node states.
+  void all_node_gradients(int k, const Item& item) {
+    Worker<V>& w = this->worker(k);
+    std::memset(w.params, 0, sizeof(T) * prepared.grad_size);
+    const int n = static_cast<int>(item.last - item.first);
+    for (size_t x = 0; x < call.xs.size(); ++x)
+      std::memset(w.grad_x_i[x], 0, sizeof(T) * row_blocks<V>(n) * padded<V>(call.x_width[x]));
+    for (size_t step = 0; step < prepared.steps.size(); ++step) {
+      const Step<V>& s = prepared.steps[step];
+      if (!s.node) continue;
+      const int x = call.instrs[step].x, dx = call.x_width[x];
+      const T *nodes = static_cast<const T*>(call.xs[x]) + item.first * dx, *gs = s.all_grad_s + (item.first - prepared.low_node) * s.ld,
+              *gt = s.all_grad_t + (item.first - prepared.low_node) * s.ld;
+      if (call.grad_params) {
+        gemm_outer<V>(nodes, dx, dx, gs, s.ld, n, w.params + s.g_wd, s.ld);
+        gemm_outer<V>(nodes, dx, dx, gt, s.ld, n, w.params + s.g_ws, s.ld);
+        for (int r = 0; r < n; ++r)
+          for (int c = 0; c < s.ld; ++c) w.params[s.g_b + c] += gs[static_cast<int64_t>(r) * s.ld + c];
+      }
+      if (!call.grad_xs[x]) continue;
+      gemm<V>(gs, s.ld, n, s.wd_t, w.grad_x_i[x], FromRows<V>{w.grad_x_i[x], s.wd_t.ld});
+      gemm<V>(gt, s.ld, n, s.ws_t, w.grad_x_i[x], FromRows<V>{w.grad_x_i[x], s.ws_t.ld});
+    }
+    for (size_t x = 0; x < call.xs.size(); ++x) {
+      const int dx = call.x_width[x], ld = padded<V>(dx);
+      for (int r = 0; call.grad_xs[x] && r < n; ++r)
+        for (int c = 0; c < dx; ++c)
+          static_cast<T*>(call.grad_xs[x])[(item.first + r) * dx + c] += w.grad_x_i[x][static_cast<int64_t>(r) * ld + c];
+    }
   }
 
   void commit_gradients(int k, const Item& item) {

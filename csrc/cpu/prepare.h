@@ -28,6 +28,7 @@ struct Step {
   T* bias = nullptr;                    // [ld], zero where none
   T *gamma = nullptr, *ones = nullptr;  // NORM: [ld] scale, and 1 on the columns that count
   T eps = 0;
+  T *all_s = nullptr, *all_t = nullptr, *all_grad_s = nullptr, *all_grad_t = nullptr;  // sparse blocks: node terms of all nodes
   int ld = 0;  // of the result
   int64_t g_w[2] = {-1, -1}, g_b = -1, g_wd = -1, g_ws = -1, g_partner = -1, g_plus = -1,
           g_minus = -1;  // offsets into the padded parameter gradients
@@ -44,6 +45,7 @@ struct Prepared {
   int last_pair = 0;     // the last instruction that reads partners: below it, they are evaluated
   int first_node = 0;    // the first instruction with a node term (or a checkpoint): below it, pairs without edges are all alike
   size_t grad_size = 0;  // of the padded parameter gradients
+  int64_t low_node = 0, high_node = 0;  // sparse blocks join nodes low_node .. high_node - 1: the rows of all_s, all_t
 
   explicit Prepared(const Call& c) : call(c), steps(c.instrs.size()), params(static_cast<const T*>(c.params)) {
     Arena measure;
@@ -59,7 +61,7 @@ struct Prepared {
   // Instructions below this give the same result for all pairs of a row, because none has raw features; 0: not so.
   int constant(const Row& row) const {
     const int n = static_cast<int>(steps.size());
-    if (!call.paired || row.weight >= 0 || row.partner >= 0) return 0;
+    if (!call.paired || row.kind == SPARSE || row.weight >= 0 || row.partner >= 0) return 0;
     if (first_node == n) return call.combine == ATTEND ? n : 0;
     return first_node >= 2 && call.instrs[static_cast<size_t>(first_node)].op == LIN ? first_node : 0;
   }

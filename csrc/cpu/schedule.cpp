@@ -21,14 +21,21 @@ void cut_pairs(const Row& row, int64_t index, int64_t copy, std::vector<Piece>& 
   const int64_t wide = triangle ? PAIR_SIDE : std::min<int64_t>(4 * PAIR_SIDE, std::max(PAIR_SIDE, PAIR_SIDE * PAIR_SIDE / row.n_dst));
   for (int64_t i = 0; i < row.n_dst; i += tall)
     for (int64_t j = triangle ? i : 0; j < row.n_src; j += wide)
-      out.push_back({&row, index, copy, i, std::min(row.n_dst, i + tall), j, std::min(row.n_src, j + wide), triangle && i == j});
+      out.push_back({&row, index, copy, i, std::min(row.n_dst, i + tall), j, std::min(row.n_src, j + wide), triangle && i == j, nullptr, nullptr});
+}
+
+void cut_lists(const Row& row, int64_t index, int64_t copy, const int64_t* lists, std::vector<Piece>& out) {
+  for (int64_t p = 0; p < lists[0]; ++p) {
+    const int64_t* at = lists + LISTS_HEAD + LISTS_DIRECTORY * p;
+    out.push_back({&row, index, copy, 0, at[1], 0, at[3], false, lists, at});
+  }
 }
 
 void cut(const Row& row, int64_t index, int64_t copy, bool paired, std::vector<Piece>& out) {
   if (row.kind == DIAGONAL) {
     for (int64_t i = 0; i < row.n_dst; i += 4096) {
       const int64_t end = std::min(row.n_dst, i + 4096);
-      out.push_back({&row, index, copy, i, end, i, end, false});
+      out.push_back({&row, index, copy, i, end, i, end, false, nullptr, nullptr});
     }
     return;
   }
@@ -39,7 +46,7 @@ void cut(const Row& row, int64_t index, int64_t copy, bool paired, std::vector<P
   const int64_t ni = ceil_div(row.n_dst, tall), I = ceil_div(row.n_dst, ni);
   for (int64_t i = 0; i < row.n_dst; i += I)
     for (int64_t j = 0; j < row.n_src; j += J)
-      out.push_back({&row, index, copy, i, std::min(row.n_dst, i + I), j, std::min(row.n_src, j + J), false});
+      out.push_back({&row, index, copy, i, std::min(row.n_dst, i + I), j, std::min(row.n_src, j + J), false, nullptr, nullptr});
 }
 
 }  // namespace
@@ -55,7 +62,13 @@ Plan make_plan(const Call& call) {
     const bool small = edges <= SMALL_GRAPH;
     for (int64_t copy = 0; copy < rows[begin].copies; ++copy) {
       const int64_t first = static_cast<int64_t>(plan.pieces.size());
-      for (size_t r = begin; r < end; ++r) cut(rows[r], static_cast<int64_t>(r), copy, call.paired, plan.pieces);
+      for (size_t r = begin; r < end; ++r) {
+        if (rows[r].kind == SPARSE) {
+          cut_lists(rows[r], static_cast<int64_t>(r), copy, call.topology + rows[r].lists, plan.pieces);
+        } else {
+          cut(rows[r], static_cast<int64_t>(r), copy, call.paired, plan.pieces);
+        }
+      }
       const int64_t last = static_cast<int64_t>(plan.pieces.size());
       if (!small) {
         for (int64_t p = first; p < last; ++p) plan.items.push_back({p, p + 1, false});
@@ -82,6 +95,13 @@ std::vector<int32_t> degrees(const Call& call) {
   for (const Row& row : call.rows)
     for (int64_t copy = 0; copy < row.copies; ++copy) {
       int32_t* c = count.data() + row.out + copy * row.out_stride;
+      if (row.kind == SPARSE) {
+        std::vector<Piece> pieces;
+        cut_lists(row, 0, copy, call.topology + row.lists, pieces);
+        for (const Piece& p : pieces)
+          for (int64_t e = 0; e < p.edges(); ++e) ++c[p.destination(entry_of(p.entries()[e]).i)];
+        continue;
+      }
       const int32_t add = row.kind == DIAGONAL ? 1 : static_cast<int32_t>(row.n_src);
       for (int64_t i = 0; i < row.n_dst; ++i) c[i] += add;
     }

@@ -1,7 +1,12 @@
-// Work is cut into pieces (a rectangle of one block) and items (one large piece, or whole small networks). The cut
+// Work is cut into pieces (a rectangle of one block, a run of a sparse one's entries) and items (one large piece, or whole small networks). The cut
 // depends on the graph alone. Items are computed in any order on any number of threads and committed in their own
 // order, so every sum has one order: results are bitwise independent of the thread count.
 #pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
 
 #include "../edge_program.h"
 
@@ -12,11 +17,16 @@ struct Piece {
   int64_t index;                 // of the row
   int64_t copy, i0, i1, j0, j1;  // destinations, sources; diagonal: j0 = i0, j1 = i1
   bool triangle = false;         // the unordered pairs i <= j of i0 .. i1
+  const int64_t *lists = nullptr, *at = nullptr;  // sparse: its row's lists, and its own line of their directory; i0, j0 = 0
+  int64_t destination(int i) const { return at ? lists[at[0] + i] : i0 + i; }  // within its layer
+  int64_t source(int j) const { return at ? lists[at[2] + j] : j0 + j; }
+  const int64_t* entries() const { return lists + at[4]; }
+  const int64_t* partners() const { return lists[1] ? entries() + row->count : nullptr; }  // their numbers
   int rows() const { return static_cast<int>(i1 - i0); }
   int cols() const { return static_cast<int>(j1 - j0); }
   int64_t edges() const {
     const int64_t n = rows();
-    return row->kind == DIAGONAL ? n : triangle ? n * (n + 1) / 2 : n * cols();
+    return at ? at[5] : row->kind == DIAGONAL ? n : triangle ? n * (n + 1) / 2 : n * cols();
   }
 };
 

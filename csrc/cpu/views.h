@@ -19,8 +19,9 @@ NGK_INLINE Side side_of(const Row& r, bool partner) {
 // Strides of an edge tensor as one side of a row sees it, for (i, j) of the row.
 struct View {
   char* base;
-  int64_t src, dst, channel;  // in elements
+  int64_t src, dst, channel;  // in elements; sparse: src from one edge's number to the next
   Dtype dtype;
+  int number;  // sparse: 0 for an edge's own number, 1 for its partner's
 };
 
 NGK_INLINE int dtype_size(Dtype d) { return d == F64 ? 8 : d == F32 ? 4 : 2; }
@@ -67,9 +68,10 @@ NGK_INLINE void write_value(char* p, Dtype dtype, T x) {
 
 // `own`: values by block (n_src, n_dst) of the block's own direction; else raw weights.
 NGK_INLINE View view(const EdgeTensor& t, const Row& row, const Side& side, int64_t copy, bool own) {
-  const bool flip = (!own && side.axis == 2) != side.partner, diagonal = row.kind == DIAGONAL || (!own && (row.flags & SPARSE_RAW));
+  const bool flip = (!own && side.axis == 2) != side.partner,
+             diagonal = row.kind == DIAGONAL || row.kind == SPARSE || (!own && (row.flags & SPARSE_RAW));
   const int64_t offset = own ? side.emit_offset : side.offset;
-  View v{static_cast<char*>(t.data), 0, 0, t.stride[3], t.dtype};
+  View v{static_cast<char*>(t.data), 0, 0, t.stride[3], t.dtype, own ? side.partner : side.axis == 2};
   int64_t at;
   if (offset >= 0) {  // packed: rows of one tensor [E, C]
     const int64_t e = t.stride[2], d1 = flip ? row.n_src : row.n_dst;
@@ -92,8 +94,11 @@ struct Tile {
   int half;          // rows from an edge to its partner; 0: no partners
   int live;          // instructions below `live` are evaluated for partners too
   int shift;         // where sources begin in j: behind the destinations, when there may be partners
-  const int *i, *j;  // of each row: destination and source in the tables of node terms; entries up to row_blocks(rows) are valid
+  const int *i, *j;  // of each row: destination and source in the piece's tables; entries up to row_blocks(rows) are valid
+  const int *at_i, *at_j;  // the same in the tables of node terms (a sparse piece reads those of all nodes)
   const Piece* piece;
+  const int64_t* number[2] = {nullptr, nullptr};  // sparse: of each edge, of its partner
+  int64_t begin = 0;                              // edges of the piece before these
   int source(int r) const { return j[r] - shift; }  // of an edge, in the piece
   int rows(int k) const { return half && k < live ? half + n : n; }
   bool partners(int k) const { return half && k < live; }
@@ -106,14 +111,25 @@ struct Tile {
   // Calls f(i, first, last) for the runs of edges of one destination.
   template <class F>
   void destinations(F&& f) const {
-    for (int r = 0; r < n;) {
+    for (int r = 0; piece->at && r < n;) {
+      const int first = r;
+      while (++r < n && i[r] == i[first]) continue;
+      f(i[first], first, r);
+    }
+    for (int r = 0; !piece->at && r < n;) {
       const int first = r, left = piece->cols() - source(r);  // sources left in this destination's row
       r = piece->row->kind == DIAGONAL ? r + 1 : first + left < n ? first + left : n;
       f(i[first], first, r);
     }
   }
+  // Whether no edge of the destination of edge r, the first in a run, came before it in the piece.
+  bool opens(int r) const {
+    if (piece->at) return r > 0 || begin == 0 || entry_of(piece->entries()[begin - 1]).i != i[0];
+    return piece->row->kind == DIAGONAL || source(r) == 0;
+  }
   // Whether edge r joins a neuron with itself, or (diagonal features in a dense row) neurons of equal index.
   bool itself(int r) const {
+    if (piece->at) return piece->row->partner_block >= 0 && at_i[r] == at_j[r];
     return piece->row->kind == DIAGONAL ? piece->row->src == piece->row->dst : piece->triangle && i[r] == source(r);
   }
   bool equal_index(int r) const { return piece->i0 + i[r] == piece->j0 + source(r); }
@@ -122,6 +138,13 @@ struct Tile {
 // Copies the values of a tile's edges between their tensor and rows of a buffer, converting.
 template <class V, class S, class Convert>
 NGK_INLINE void gather(const Tile<V>& t, const View& v, int channels, typename V::T* buffer, int ld, Convert convert) {
+  if (const int64_t* number = t.number[v.number]) {
+    for (int r = 0; r < t.n; ++r) {
+      const S* p = reinterpret_cast<const S*>(v.base) + number[r] * v.src;
+      for (int c = 0; c < channels; ++c) buffer[static_cast<int64_t>(r) * ld + c] = static_cast<typename V::T>(convert(p[c * v.channel]));
+    }
+    return;
+  }
   const S* base = reinterpret_cast<const S*>(v.base) + t.piece->i0 * v.dst + t.piece->j0 * v.src;
   if (channels == 1) {
     t.destinations([&](int i, int first, int last) {
@@ -159,8 +182,9 @@ void gather_row(const View& v, int64_t index, int channels, typename V::T* out) 
 template <class V, class S, class Convert>
 NGK_INLINE void scatter(const Tile<V>& t, const View& v, int channels, const typename V::T* buffer, int ld, Convert convert) {
   S* base = reinterpret_cast<S*>(v.base) + t.piece->i0 * v.dst + t.piece->j0 * v.src;
+  const int64_t* number = t.number[v.number];
   for (int r = 0; r < t.n; ++r) {
-    S* p = base + t.i[r] * v.dst + t.source(r) * v.src;
+    S* p = number ? base + number[r] * v.src : base + t.i[r] * v.dst + t.source(r) * v.src;
     for (int c = 0; c < channels; ++c) p[c * v.channel] = convert(buffer[static_cast<int64_t>(r) * ld + c]);
   }
 }

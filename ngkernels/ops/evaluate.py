@@ -6,7 +6,7 @@ import torch
 
 from ..graph import NeuralGraph
 from ..reference import evaluate as reference
-from ..topology import DIAGONAL
+from ..topology import DENSE
 from . import _cpp
 from . import expression as ex
 from .autograd import register_autograd
@@ -21,7 +21,7 @@ ex.library.define(f"carry({ex.SCHEMA}, int[] shapes, int compute) -> Tensor[]")
 
 
 def output_shapes(graph: NeuralGraph, width: int) -> list[int]:
-    """The `shapes` argument: (copies, n_src, n_dst, width) or (copies, n, width) by block; (E, width) when packed."""
+    """The `shapes` argument: (copies, n_src, n_dst, width) or (copies, edges, width) by block; (E, width) when packed."""
     if graph.packed:
         return [2, graph.num_edges, width]
     shapes: list[int] = []
@@ -30,7 +30,7 @@ def output_shapes(graph: NeuralGraph, width: int) -> list[int]:
         for b in p.blocks:
             if rows is None or b.dst == rows:
                 n_src, n_dst = p.layers[b.src], p.layers[b.dst]
-                shapes += [3, p.copies, min(n_src, n_dst), width] if b.kind == DIAGONAL else [4, p.copies, n_src, n_dst, width]
+                shapes += [4, p.copies, n_src, n_dst, width] if b.kind == DENSE else [3, p.copies, p.edges_of(b), width]
     return shapes
 
 

@@ -4,44 +4,46 @@ from __future__ import annotations
 
 import torch
 
-from ..topology import COLUMNS, DIAGONAL, FORWARD, KINDS, PARTNER, SPARSE_RAW, TOKEN, TRIANGLE
+from ..edge_index import read_lists
+from ..topology import COLUMNS, DIAGONAL, FORWARD, KINDS, PARTNER, SPARSE, SPARSE_RAW, TOKEN, TRIANGLE
 
 
 def rows_of(topology: torch.Tensor) -> list[dict[str, int]]:
-    """The topology table as one dict for each block."""
-    return [dict(zip(COLUMNS, row, strict=True)) for row in topology.tolist()]
+    """The rows of the topology table, one dict each."""
+    n = int(topology[0])
+    return [dict(zip(COLUMNS, row, strict=True)) for row in topology[1 : 1 + n * len(COLUMNS)].reshape(n, -1).tolist()]
 
 
 _PARTNER = {"partner": "weight", "partner_variant": "variant", "partner_axis": "src_axis", "partner_offset": "offset"}
 
 
 class EdgeList:
-    """Indices and raw features of all edges of a table's rows, [E] and [E, C], row by row, copy by copy, source-major.
+    """Indices and raw features of all edges of a table's rows, [E] and [E, C], row by row, copy by copy; dense blocks source by source.
 
     `paired`: the edges' partners follow, in the same order: [2 E].
     """
 
     def __init__(self, weights: list[torch.Tensor], topology: torch.Tensor, like: torch.Tensor, channels: int, paired: bool = False):
-        self.rows, self.weights, self.channels, self.like = rows_of(topology), weights, channels, like
+        self.rows, self.topology, self.weights, self.channels, self.like = rows_of(topology), topology, weights, channels, like
         self.paired, self.n_weights = paired, len(weights)
         self.sizes: list[int] = []
         pieces: dict[str, list[torch.Tensor]] = {"src": [], "dst": [], "out": [], "partner_out": [], "used": [], "partner_used": []}
         reads: list[list[tuple]] = [[], []]  # raw features, variant, weight number, token, there: of the edges, of the partners
         for row in self.rows:
-            i, j = self._pairs(row)
+            i, j, *numbers = self._pairs(row)
             copy = torch.arange(row["copies"], device=like.device)[:, None]
             node = copy * row["node_stride"]
             pieces["src"].append((row["src"] + node + j).flatten())
             pieces["dst"].append((row["dst"] + node + i).flatten())
             pieces["out"].append((row["out"] + copy * row["out_stride"] + i).flatten())
             pieces["partner_out"].append((row["partner_out"] + copy * row["out_stride"] + j).flatten())
-            own = KINDS[row["kind"]] == TRIANGLE  # a neuron's pair with itself is its own partner, and counts once
+            own = KINDS[row["kind"]] in (TRIANGLE, SPARSE) and row["src"] == row["dst"]  # a neuron's pair with itself is its own partner, and counts once
             pieces["used"].append(torch.full((copy.shape[0], len(i)), bool(row["flags"] & FORWARD), device=like.device).flatten())
             pieces["partner_used"].append((copy.new_tensor(bool(row["flags"] & PARTNER)) & ((i != j) | (not own)) & (copy >= 0)).bool().flatten())
-            reads[0].append(self._read(row, i, j))
+            reads[0].append(self._read(row, i, j, numbers))
             if paired:
                 swapped = {"n_src": row["n_dst"], "n_dst": row["n_src"], **{to: row[name] for name, to in _PARTNER.items()}}
-                reads[1].append(self._read({**row, **swapped}, j, i))
+                reads[1].append(self._read({**row, **swapped}, j, i, numbers))
             self.sizes.append(len(i) * row["copies"])
         empty = torch.zeros(0, dtype=torch.int64, device=like.device)
         src, dst, self.out, self.partner_out = (torch.cat([empty, *pieces[k]]) for k in ("src", "dst", "out", "partner_out"))
@@ -52,17 +54,19 @@ class EdgeList:
         self.variant, self.weight, self.token = (torch.cat([empty, *[r[k] for r in flat]]) for k in (1, 2, 3))
         self.there = torch.cat([empty.bool(), *[r[4] for r in flat]])
 
-    def _pairs(self, row) -> tuple[torch.Tensor, torch.Tensor]:
-        """Local destination i and source j of one copy's edges."""
+    def _pairs(self, row) -> tuple[torch.Tensor, ...]:
+        """Local destination i and source j of one copy's edges; sparse: also their numbers and their partners'."""
         n_src, n_dst, kind = row["n_src"], row["n_dst"], KINDS[row["kind"]]
         device = self.like.device
+        if kind == SPARSE:
+            return read_lists(self.topology[row["lists"] :], row["count"])
         if kind == DIAGONAL:
             return torch.arange(n_src, device=device), torch.arange(n_src, device=device)
         if kind == TRIANGLE:
             return torch.triu_indices(n_dst, n_src, device=device).unbind()
         return torch.arange(n_dst, device=device).repeat(n_src), torch.arange(n_src, device=device).repeat_interleave(n_dst)
 
-    def _read(self, row, i: torch.Tensor, j: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _read(self, row, i: torch.Tensor, j: torch.Tensor, numbers: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Raw features [copies n, C], variant, weight number and token flag of the edges (j -> i) that `row` describes."""
         copies, n = row["copies"], len(i)
         constant = [torch.full((copies * n,), v, device=self.like.device) for v in (row["variant"], row["weight"], row["flags"] & TOKEN)]
@@ -73,6 +77,8 @@ class EdgeList:
         diagonal = KINDS[row["kind"]] == DIAGONAL or bool(row["flags"] & SPARSE_RAW)
         there = (i == j) if row["flags"] & SPARSE_RAW else torch.ones_like(i, dtype=torch.bool)
         d0, d1 = (j, i) if row["src_axis"] == 1 else (i, j)
+        if numbers:
+            d0, diagonal = numbers[row["src_axis"] - 1], True
         if row["offset"] >= 0:  # packed: one tensor [E, C]
             width = row["n_src"] if row["src_axis"] == 2 else row["n_dst"]
             at = row["offset"] + copy * row["edge_stride"] + (torch.where(there, d0, 0) if diagonal else d0 * width + d1)
@@ -88,10 +94,12 @@ class EdgeList:
         """Where row k's edges (side "block") or their partners ("partner_block") stand in their block's values:
         (copy, j, i), (copy, n), or packed one index."""
         row = self.rows[k]
-        i, j = self._pairs(row)
+        i, j, *numbers = self._pairs(row)
         copy = torch.arange(row["copies"], device=i.device)[:, None]
         d0, d1, width = (j, i, row["n_dst"]) if side == "block" else (i, j, row["n_src"])
-        diagonal = KINDS[row["kind"]] == DIAGONAL
+        if numbers:
+            d0 = numbers[0 if side == "block" else 1]
+        diagonal = KINDS[row["kind"]] in (DIAGONAL, SPARSE)
         offset = row["emit_offset" if side == "block" else "partner_emit_offset"]
         if offset >= 0:
             return (offset + copy * row["emit_stride"] + (d0 if diagonal else d0 * width + d1),)
