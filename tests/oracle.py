@@ -26,10 +26,11 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Network:
-    """Layer widths and blocks (kind, source layer, destination layer), one weight tensor each; `copies` of it."""
+    """Layer widths and blocks (kind, source layer, destination layer), one weight tensor each; `copies` of it. A sparse block
+    names its edges too: ("sparse", source layer, destination layer, pairs of a source and a destination)."""
 
     layers: tuple[int, ...]
-    blocks: tuple[tuple[str, int, int], ...]
+    blocks: tuple[tuple, ...]
     copies: int = 1
     reverse: bool = False
 
@@ -37,9 +38,11 @@ class Network:
     def num_nodes(self) -> int:
         return sum(self.layers)
 
-    def shape(self, block: tuple[str, int, int]) -> tuple[int, ...]:
-        """Sizes of a block without copies: (n_src, n_dst), or (n,) of a diagonal one."""
-        kind, src, dst = block
+    def shape(self, block: tuple) -> tuple[int, ...]:
+        """Sizes of a block without copies: (n_src, n_dst), (n,) of a diagonal one, (edges,) of a sparse one."""
+        kind, src, dst, *edges = block
+        if kind == "sparse":
+            return (len(edges[0]),)
         n_src, n_dst = self.layers[src], self.layers[dst]
         return (min(n_src, n_dst),) if kind == "diagonal" else (n_src, n_dst)
 
@@ -56,7 +59,7 @@ class Edges:
     dst: torch.Tensor  # [E]
     raw: torch.Tensor  # [E, C]
     backward: torch.Tensor  # [E] bool: an edge of a reversed block
-    shapes: list[tuple[int, ...]]  # of each block: (copies, n_src, n_dst) or (copies, n)
+    shapes: list[tuple[int, ...]]  # of each block: (copies, n_src, n_dst), (copies, n) or (copies, edges)
     into: list[int]  # destination layer of each block
     networks: list[int]  # network of each block
     num_nodes: int
@@ -76,13 +79,15 @@ def list_edges(networks: Sequence[Network], weights: Sequence[torch.Tensor], aff
                 for copy in range(net.copies):
                     base = first_node + copy * net.num_nodes
                     low, high = base + starts[block[1]], base + starts[block[2]]
-                    if block[0] == "diagonal":
+                    if block[0] == "sparse":
+                        i, j = torch.tensor(block[3], dtype=torch.int64).reshape(-1, 2).T
+                    elif block[0] == "diagonal":
                         i = j = torch.arange(size[0])
                     elif flipped:  # source-major of the reversed block: its sources are the block's destinations
                         j, i = torch.cartesian_prod(torch.arange(size[1]), torch.arange(size[0])).T
                     else:
                         i, j = torch.cartesian_prod(torch.arange(size[0]), torch.arange(size[1])).T
-                    raw.append(w[copy, i] if block[0] == "diagonal" else w[copy, i, j])
+                    raw.append(w[copy] if block[0] == "sparse" else w[copy, i] if block[0] == "diagonal" else w[copy, i, j])
                     src.append(high + j if flipped else low + i)
                     dst.append(low + i if flipped else high + j)
                     backward.append(torch.full((len(i),), flipped))

@@ -12,6 +12,14 @@ RESIDUAL = Network(
     (3, 5, 4, 5), (("dense", 0, 1), ("dense", 1, 2), ("dense", 2, 3), ("diagonal", 1, 3), ("diagonal", 2, 3), ("dense", 0, 3)), copies=2
 )
 LOOPS = Network((4, 3), (("dense", 0, 1), ("diagonal", 0, 0), ("dense", 1, 1)))
+# edges one by one: duplicates, self-loops, neurons without any; two layers in both directions; beside dense and diagonal blocks; none at all
+WEB = Network((9,), (("sparse", 0, 0, ((3, 1), (0, 1), (5, 5), (8, 1), (1, 0), (3, 1), (2, 7), (5, 4), (4, 5), (0, 8), (6, 6))),), copies=2)
+PRUNED = Network(
+    (3, 5, 4), (("sparse", 0, 1, ((2, 0), (0, 0), (1, 4), (2, 3), (0, 3))), ("dense", 1, 2), ("sparse", 1, 2, ((4, 3), (0, 0), (4, 1))), ("sparse", 2, 0, ((3, 2), (0, 2))), ("diagonal", 0, 2)),
+    copies=2,
+)  # fmt: skip
+EDGELESS = Network((3, 4), (("sparse", 0, 1, ()), ("sparse", 1, 1, ((0, 3),))))
+SPARSE_UNEQUAL = (mlp(2, 5, 3, copies=2), WEB, PRUNED, EDGELESS)
 UNEQUAL = (mlp(2, 5, 3, copies=2), mlp(3, 4), RESIDUAL, mlp(1, 1, 6, copies=3))
 UNEQUAL_REVERSED = (mlp(2, 5, 3, copies=2, reverse=True), mlp(4, 3, reverse=True))
 
@@ -110,6 +118,21 @@ GRAPHS = (
     PLAIN.but("restricted-fourier", restrict=-1, encoder="fourier", affine=True),
     PLAIN.but("restricted-packed", restrict=-1, networks=UNEQUAL, packed=True, head=0),
 )
+SPARSE = (
+    PLAIN.but("sparse", networks=(WEB,)),
+    PLAIN.but("sparse-3-channels", networks=(WEB,), channels=3, encoder="fourier"),
+    PLAIN.but("sparse-reversed", networks=(Network(WEB.layers, WEB.blocks, 2, True),), reciprocal=True),
+    PLAIN.but("sparse-and-dense", networks=(PRUNED,)),
+    PLAIN.but("sparse-and-dense-reversed", networks=(Network(PRUNED.layers, PRUNED.blocks, 2, True),), reciprocal=True, encoder="fourier"),
+    PLAIN.but("sparse-edgeless", networks=(EDGELESS,)),
+    PLAIN.but("sparse-unequal", networks=SPARSE_UNEQUAL, affine=True),
+    PLAIN.but("sparse-packed", networks=SPARSE_UNEQUAL, packed=True),
+    PLAIN.but("sparse-table", networks=(WEB,), encoder="fourier", table="auto"),
+    PLAIN.but("sparse-restricted", networks=(PRUNED,), restrict=-1),
+    PLAIN.but("sparse-restricted-packed", networks=(PRUNED, EDGELESS), restrict=1, packed=True, head=0),
+    *(PLAIN.but(f"sparse-memory-{a}-{b}", networks=(PRUNED, WEB), memory=(a, b)) for a, b in (("same", None), ("virtual", "same"), ("virtual", "virtual"))),
+    PLAIN.but("sparse-memory-packed", networks=SPARSE_UNEQUAL, packed=True, memory=("same", "virtual")),
+)
 SIZES = tuple(
     PLAIN.but(f"sizes-D{d}-H{h}-F{f}-dx{x}", networks=(mlp(3, 14, 2),), width=d, hidden=h, features=f, node_width=x, scale=scale, mlp=1)
     for d, h, f, x, scale in ((1, 1, 1, 1, 0.5), (3, 17, 3, 1, 0.4), (17, 3, 17, 3, 0.4), (16, 32, 16, 8, 0.3), (64, 17, 64, 130, 0.15), (130, 64, 130, 17, 0.1), (1, 130, 3, 64, 0.2))
@@ -141,7 +164,7 @@ MEMORY = tuple(PLAIN.but("-".join(["memory", *(p or "none" for p in policy), *mo
     (("same+virtual",), ("widest",), {"width": 33, "hidden": 3, "features": 1, "node_width": 2, "residual": (False,), "networks": (mlp(20, 21, 5),)}),
 ))  # fmt: skip
 
-SAMPLES = (PLAIN, *REDUCTIONS, *ACTIVATIONS, *MESSAGES, *FOURIER, *TABLES, *ENCODERS, *GRAPHS, *SIZES, *MEMORY)
+SAMPLES = (PLAIN, *REDUCTIONS, *ACTIVATIONS, *MESSAGES, *FOURIER, *TABLES, *ENCODERS, *GRAPHS, *SPARSE, *SIZES, *MEMORY)
 
 # with autocast to bfloat16: sums, because one rounding more or less moves a minimum's gradient to another edge
 _SUMS = ("sum", "mean", "std")

@@ -17,10 +17,16 @@ from ngkernels import encoders
 
 
 # ---- the engine ----
+def block_of(weight: int, kind: str, src: int, dst: int, edges: tuple[tuple[int, int], ...] | None = None) -> ngk.Block:
+    if kind != "sparse":
+        return ngk.Block(kind, src, dst, weight)
+    return ngk.Block.sparse(src, dst, weight, torch.tensor(edges, dtype=torch.int64).reshape(-1, 2).T)
+
+
 def graph_of(s: Sample) -> ngk.NeuralGraph:
     graphs = []
     for net in s.networks:
-        blocks = [ngk.Block(kind, src, dst, k) for k, (kind, src, dst) in enumerate(net.blocks)]
+        blocks = [block_of(k, *block) for k, block in enumerate(net.blocks)]
         graphs.append(ngk.NeuralGraph.from_blocks(net.layers, blocks, net.copies, net.reverse))
     return graphs[0] if len(graphs) == 1 and not s.packed else ngk.NeuralGraph.batch(graphs, packed=s.packed)
 

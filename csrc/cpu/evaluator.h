@@ -83,6 +83,7 @@ class Evaluator {
     for (int64_t begin = 0; begin < edges; begin += most) {
       const int n = static_cast<int>(edges - begin < most ? edges - begin : most), half = live ? row_blocks<V>(n) : 0;
       if (sparse) read_entries(piece, begin, n, shift);
+      if (sparse) expect_entries(piece, begin + n, begin + n + most < edges ? begin + n + most : edges);
       for (int r = 0; !sparse && r < n;) {
         const int run = diagonal ? 1 : cols - j < n - r ? cols - j : n - r;
         for (int q = 0; q < run; ++q) {
@@ -105,6 +106,26 @@ class Evaluator {
         at_j[half + r] = at_i[r];
       }
       f(Tile<V>{n, half, live, shift, w.i, w.j, at_i, at_j, &piece, {sparse ? w.number[0] : nullptr, sparse ? w.number[1] : nullptr}, begin});
+    }
+  }
+
+  // Asks for what the next tile reads from anywhere in memory: the node terms of its sources and its raw features.
+  void expect_entries(const Piece& piece, int64_t first, int64_t last) const {
+    const Row& row = *piece.row;
+    const int64_t* entries = piece.entries();
+    const int64_t base = piece.copy * row.node_stride + row.src - p.first_node;
+    const bool reads = row.weight >= 0 && row.src_axis == 1;
+    const View v = reads ? view(p.call.weights[row.weight], row, side_of(row, false), piece.copy, false) : View{};
+    const int64_t width = v.src * dtype_size(v.dtype);
+    for (int64_t x = first; x < last; ++x) {
+      const Entry e = entry_of(entries[x]);
+      const int64_t node = base + piece.source(e.j);
+      if (reads) __builtin_prefetch(v.base + e.number * width);
+      for (const Step<V>& s : p.steps) {
+        if (!s.node) continue;
+        const char* from = reinterpret_cast<const char*>(s.all_t + node * s.ld);
+        for (size_t c = 0; c < s.ld * sizeof(T); c += 64) __builtin_prefetch(from + c, 0, 2);
+      }
     }
   }
 
