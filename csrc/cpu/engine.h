@@ -38,7 +38,7 @@ class Engine {
   std::vector<char> ready;
   std::vector<int32_t> count;
   bool sparse = false;  // some blocks are
-  std::unique_ptr<void, void (*)(void*)> node_terms{nullptr, std::free};  // of all nodes that they join
+  Pages node_terms[4];  // of all nodes that they join
   std::vector<T> total_params;
 
   // Where the node terms of all nodes that sparse blocks join live; their gradients start at 0.
@@ -53,23 +53,25 @@ class Engine {
     }
     if (!sparse) return;
     plan.max_rows = std::max(plan.max_rows, NODES);
-    Arena a;
-    const auto place = [&] {
-      for (Step<V>& s : prepared.steps) {
-        const size_t size = s.node ? (static_cast<size_t>(last - first) + V::MR) * s.ld : 0;
-        for (T** x : {&s.all_s, &s.all_t}) *x = a.take<T>(size);
-        for (T** x : {&s.all_grad_s, &s.all_grad_t})
-          if (backward) *x = a.take<T>(size);
-        for (T* x : {s.all_grad_s, s.all_grad_t})
-          if (x) std::memset(x, 0, sizeof(T) * size);
-      }
-    };
-    place();
-    if (!a.used) return;
-    node_terms.reset(std::aligned_alloc(64, a.used));
-    if (!node_terms) throw std::bad_alloc();
-    a = {static_cast<char*>(node_terms.get()), 0};
-    place();
+    plan.max_cols = std::max(plan.max_cols, NODES);
+    for (const Step<V>& s : prepared.steps) prepared.all_ld += s.node ? s.ld : 0;
+    const size_t size = (static_cast<size_t>(last - first) + V::MR) * prepared.all_ld;
+    if (!size) return;
+    T* tables[4] = {};  // as destinations, as sources, their gradients
+    for (int k = 0; k < (backward ? 4 : 2); ++k) {
+      node_terms[k] = Pages(size * sizeof(T));
+      tables[k] = static_cast<T*>(node_terms[k].data());
+      if (k >= 2) std::memset(tables[k], 0, size * sizeof(T));
+    }
+    prepared.all_s = tables[0];
+    prepared.all_t = tables[1];
+    int at = 0;
+    for (Step<V>& s : prepared.steps) {
+      if (!s.node) continue;
+      T** parts[4] = {&s.all_s, &s.all_t, &s.all_grad_s, &s.all_grad_t};
+      for (int k = 0; k < (backward ? 4 : 2); ++k) *parts[k] = tables[k] + at;
+      at += s.ld;
+    }
   }
 
   void project(int k, const Item& item) { Evaluator<V>(prepared, worker(k)).all_nodes(item.first, item.last); }
@@ -80,6 +82,7 @@ class Engine {
                  s_rows = call.paired ? rows + cols : rows, t_rows = call.paired ? rows + cols : cols;
     for (auto* v : {&w.out, &w.own_s, &w.own_t, &w.grad_s, &w.grad_t, &w.grad_add, &w.common_add}) v->assign(n, nullptr);
     for (auto* v : {&w.s, &w.t}) v->assign(n, nullptr);
+    w.node_ld.assign(n, 0);
     size_t rest = 0;
     for (size_t k = 0; k < n; ++k) {
       const Step<V>& s = prepared.steps[k];

@@ -12,6 +12,7 @@ struct Worker {
   std::vector<T*> out;             // result of each instruction, [tile, ld]
   std::vector<T*> own_s, own_t;    // node terms of a piece as destinations and sources, [rows, ld] and [cols, ld]; paired: of all
   std::vector<const T*> s, t;      // those that the current piece reads: its own, or (sparse) of all nodes
+  std::vector<int> node_ld;        // from one of their rows to the next
   std::vector<T*> grad_s, grad_t;  // its nodes, destinations first, [rows + cols, ld] both
   std::vector<T*> grad_add;        // gradient waiting at the instruction an ADD or attention reads
   std::vector<T*> grad_x_i, grad_x_j;  // node gradients of the piece held until its commit, [rows, d_x], [cols, d_x]
@@ -45,6 +46,7 @@ class Evaluator {
       if (!s.node) continue;
       w.s[k] = piece.at ? s.all_s : w.own_s[k];
       w.t[k] = piece.at ? s.all_t : w.own_t[k];
+      w.node_ld[k] = piece.at ? p.all_ld : s.ld;
       if (piece.at) continue;
       const Instr& in = p.call.instrs[k];
       const int dx = p.call.x_width[in.x], rows = piece.rows(), cols = piece.cols();
@@ -66,8 +68,13 @@ class Evaluator {
       if (!s.node) continue;
       const int dx = p.call.x_width[p.call.instrs[k].x], n = static_cast<int>(last - first);
       const T* x = static_cast<const T*>(p.call.xs[p.call.instrs[k].x]) + first * dx;
-      project(x, dx, n, s.wd, s.bias, s.all_s + (first - p.low_node) * s.ld);
-      project(x, dx, n, s.ws, nullptr, s.all_t + (first - p.low_node) * s.ld);
+      project(x, dx, n, s.wd, s.bias, w.own_s[k]);
+      project(x, dx, n, s.ws, nullptr, w.own_t[k]);
+      for (int r = 0; r < n; ++r) {
+        const int64_t to = (first - p.low_node + r) * p.all_ld, from = static_cast<int64_t>(r) * s.ld;
+        std::memcpy(s.all_s + to, w.own_s[k] + from, sizeof(T) * s.ld);
+        std::memcpy(s.all_t + to, w.own_t[k] + from, sizeof(T) * s.ld);
+      }
     }
   }
 
@@ -109,23 +116,24 @@ class Evaluator {
     }
   }
 
-  // Asks for what the next tile reads from anywhere in memory: the node terms of its sources and its raw features.
+  // Asks for what the next tile reads from anywhere in memory: node terms and raw features.
   void expect_entries(const Piece& piece, int64_t first, int64_t last) const {
     const Row& row = *piece.row;
     const int64_t* entries = piece.entries();
-    const int64_t base = piece.copy * row.node_stride + row.src - p.first_node;
+    const int64_t base = piece.copy * row.node_stride - p.low_node;
+    const auto expect = [](const T* from, int n) {
+      for (int c = 0; c < n; c += 64 / sizeof(T)) __builtin_prefetch(from + c, 0, 3);
+    };
+    int last_i = -1;
     const bool reads = row.weight >= 0 && row.src_axis == 1;
     const View v = reads ? view(p.call.weights[row.weight], row, side_of(row, false), piece.copy, false) : View{};
     const int64_t width = v.src * dtype_size(v.dtype);
     for (int64_t x = first; x < last; ++x) {
       const Entry e = entry_of(entries[x]);
-      const int64_t node = base + piece.source(e.j);
+      if (e.i != last_i) expect(p.all_s + (base + row.dst + piece.destination(e.i)) * p.all_ld, p.all_ld);
+      last_i = e.i;
+      expect(p.all_t + (base + row.src + piece.source(e.j)) * p.all_ld, p.all_ld);
       if (reads) __builtin_prefetch(v.base + e.number * width);
-      for (const Step<V>& s : p.steps) {
-        if (!s.node) continue;
-        const char* from = reinterpret_cast<const char*>(s.all_t + node * s.ld);
-        for (size_t c = 0; c < s.ld * sizeof(T); c += 64) __builtin_prefetch(from + c, 0, 2);
-      }
     }
   }
 
@@ -170,7 +178,7 @@ class Evaluator {
     if (done && done < n) {  // the node term holds the rest
       Matrix<V> none;
       none.ld = p.steps[done].ld;
-      gemm<V>(w.out[done], 0, t.rows(done), none, w.out[done], FromNodes<V>{w.s[done], w.t[done], none.ld, t.at_i, t.at_j});
+      gemm<V>(w.out[done], 0, t.rows(done), none, w.out[done], FromNodes<V>{w.s[done], w.t[done], w.node_ld[done], t.at_i, t.at_j});
     }
     run<GRAD>(t, done ? done + 1 : 0, n);
   }
@@ -317,10 +325,10 @@ class Evaluator {
     gemm<V>(w.pair, lda, t.n, s.plus, out, FromZero<V>{});
     gemm<V>(w.pair + static_cast<int64_t>(t.half) * lda, lda, t.n, s.minus, back, FromZero<V>{});
     for (int r = 0; r < t.n; ++r) {
-      const T *si = s.node ? w.s[k] + static_cast<int64_t>(t.at_i[r]) * s.ld : s.bias,
-              *tj = s.node ? w.t[k] + static_cast<int64_t>(t.at_j[r]) * s.ld : nullptr;
-      const T *sj = s.node ? w.s[k] + static_cast<int64_t>(t.at_j[r]) * s.ld : s.bias,
-              *ti = s.node ? w.t[k] + static_cast<int64_t>(t.at_i[r]) * s.ld : nullptr;
+      const T *si = s.node ? w.s[k] + static_cast<int64_t>(t.at_i[r]) * w.node_ld[k] : s.bias,
+              *tj = s.node ? w.t[k] + static_cast<int64_t>(t.at_j[r]) * w.node_ld[k] : nullptr;
+      const T *sj = s.node ? w.s[k] + static_cast<int64_t>(t.at_j[r]) * w.node_ld[k] : s.bias,
+              *ti = s.node ? w.t[k] + static_cast<int64_t>(t.at_i[r]) * w.node_ld[k] : nullptr;
       T *a = out + static_cast<int64_t>(r) * s.ld, *b = back + static_cast<int64_t>(r) * s.ld;
       for (int c = 0; c < s.ld; c += V::W) {
         const R x = V::load(a + c), y = V::load(b + c);
@@ -363,7 +371,7 @@ class Evaluator {
       const T* from = a + static_cast<int64_t>(first) * lda;
       T* to = w.out[k] + static_cast<int64_t>(first) * s.ld;
       if (s.node) {
-        gemm<V>(from, lda, rows, m, to, FromNodes<V>{w.s[k], w.t[k], s.ld, t.at_i + first, t.at_j + first});
+        gemm<V>(from, lda, rows, m, to, FromNodes<V>{w.s[k], w.t[k], w.node_ld[k], t.at_i + first, t.at_j + first});
       } else {
         gemm<V>(from, lda, rows, m, to, FromRow<V>{s.bias});
       }
@@ -400,8 +408,8 @@ class Evaluator {
       const T* base = p.table + static_cast<int64_t>(direction(t, from)) * p.call.table_nodes * TABLE_LINES * ld;
       for (int r = from; r < from + n; ++r) {
         T* out = w.out[k] + static_cast<int64_t>(r) * ld;
-        const T* si = s.node ? w.s[k] + static_cast<int64_t>(t.at_i[r]) * ld : s.bias;
-        const T* tj = s.node ? w.t[k] + static_cast<int64_t>(t.at_j[r]) * ld : nullptr;
+        const T* si = s.node ? w.s[k] + static_cast<int64_t>(t.at_i[r]) * w.node_ld[k] : s.bias;
+        const T* tj = s.node ? w.t[k] + static_cast<int64_t>(t.at_j[r]) * w.node_ld[k] : nullptr;
         if (w.cell[r] >= 0) {
           const T* q = base + static_cast<int64_t>(w.cell[r]) * TABLE_LINES * ld;
           int c = 0;

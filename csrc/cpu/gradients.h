@@ -261,25 +261,25 @@ class Gradients : Engine<V> {
   // Adds the gradients of a sparse piece's node terms to those of all nodes.
   void commit_terms(Worker<V>& w, const Piece& piece) {
     const bool both = call.paired && prepared.live(*piece.row) > 0;
-    const int64_t base = piece.copy * piece.row->node_stride - prepared.low_node;
-    for (size_t k = 0; k < prepared.steps.size(); ++k) {
-      const Step<V>& s = prepared.steps[k];
-      if (!s.node) continue;
-      const auto add = [&](T* all, const T* g, int64_t node) {
-        T* to = all + node * s.ld;
+    const int64_t base = piece.copy * piece.row->node_stride - prepared.low_node, rows = piece.rows(), shift = call.paired ? rows : 0;
+    const auto add = [&](const std::vector<T*>& terms, T* Step<V>::*all, int64_t row, int64_t node) {
+      for (size_t k = 0; k < prepared.steps.size(); ++k) {
+        const Step<V>& s = prepared.steps[k];
+        if (!s.node) continue;
+        T* to = s.*all + node * prepared.all_ld;
+        const T* g = terms[k] + row * s.ld;
         for (int c = 0; c < s.ld; c += V::W) V::store(to + c, V::add(V::load(to + c), V::load(g + c)));
-      };
-      const int64_t shift = call.paired ? piece.rows() : 0, ld = s.ld;
-      for (int64_t i = 0; i < piece.rows(); ++i) {
-        const int64_t node = base + piece.row->dst + piece.destination(static_cast<int>(i));
-        add(s.all_grad_s, w.grad_s[k] + i * ld, node);
-        if (both) add(s.all_grad_t, w.grad_t[k] + i * ld, node);
       }
-      for (int64_t j = 0; j < piece.cols(); ++j) {
-        const int64_t node = base + piece.row->src + piece.source(static_cast<int>(j));
-        add(s.all_grad_t, w.grad_t[k] + (shift + j) * ld, node);
-        if (both) add(s.all_grad_s, w.grad_s[k] + (shift + j) * ld, node);
-      }
+    };
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t node = base + piece.row->dst + piece.destination(static_cast<int>(i));
+      add(w.grad_s, &Step<V>::all_grad_s, i, node);
+      if (both) add(w.grad_t, &Step<V>::all_grad_t, i, node);
+    }
+    for (int64_t j = 0; j < piece.cols(); ++j) {
+      const int64_t node = base + piece.row->src + piece.source(static_cast<int>(j));
+      add(w.grad_t, &Step<V>::all_grad_t, shift + j, node);
+      if (both) add(w.grad_s, &Step<V>::all_grad_s, shift + j, node);
     }
   }
 
@@ -294,17 +294,17 @@ class Gradients : Engine<V> {
       const Step<V>& s = prepared.steps[step];
       if (!s.node) continue;
       const int x = call.instrs[step].x, dx = call.x_width[x];
-      const T *nodes = static_cast<const T*>(call.xs[x]) + item.first * dx, *gs = s.all_grad_s + (item.first - prepared.low_node) * s.ld,
-              *gt = s.all_grad_t + (item.first - prepared.low_node) * s.ld;
+      const T *nodes = static_cast<const T*>(call.xs[x]) + item.first * dx, *gs = s.all_grad_s + (item.first - prepared.low_node) * prepared.all_ld,
+              *gt = s.all_grad_t + (item.first - prepared.low_node) * prepared.all_ld;
       if (call.grad_params) {
-        gemm_outer<V>(nodes, dx, dx, gs, s.ld, n, w.params + s.g_wd, s.ld);
-        gemm_outer<V>(nodes, dx, dx, gt, s.ld, n, w.params + s.g_ws, s.ld);
+        gemm_outer<V>(nodes, dx, dx, gs, prepared.all_ld, n, w.params + s.g_wd, s.ld);
+        gemm_outer<V>(nodes, dx, dx, gt, prepared.all_ld, n, w.params + s.g_ws, s.ld);
         for (int r = 0; r < n; ++r)
-          for (int c = 0; c < s.ld; ++c) w.params[s.g_b + c] += gs[static_cast<int64_t>(r) * s.ld + c];
+          for (int c = 0; c < s.ld; ++c) w.params[s.g_b + c] += gs[static_cast<int64_t>(r) * prepared.all_ld + c];
       }
       if (!call.grad_xs[x]) continue;
-      gemm<V>(gs, s.ld, n, s.wd_t, w.grad_x_i[x], FromRows<V>{w.grad_x_i[x], s.wd_t.ld});
-      gemm<V>(gt, s.ld, n, s.ws_t, w.grad_x_i[x], FromRows<V>{w.grad_x_i[x], s.ws_t.ld});
+      gemm<V>(gs, prepared.all_ld, n, s.wd_t, w.grad_x_i[x], FromRows<V>{w.grad_x_i[x], s.wd_t.ld});
+      gemm<V>(gt, prepared.all_ld, n, s.ws_t, w.grad_x_i[x], FromRows<V>{w.grad_x_i[x], s.ws_t.ld});
     }
     for (size_t x = 0; x < call.xs.size(); ++x) {
       const int dx = call.x_width[x], ld = padded<V>(dx);

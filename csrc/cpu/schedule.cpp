@@ -7,6 +7,10 @@
 #include <new>
 #include <thread>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace ngk {
 namespace {
 
@@ -141,6 +145,16 @@ void run_items(const Plan& plan, Parallel parallel, int threads, void* ctx, void
   } else {
     parallel(workers, &state, work);
   }
+}
+
+Pages::Pages(size_t bytes) {
+  constexpr size_t large = size_t(1) << 21;
+  const size_t page = bytes < 2 * large ? 4096 : large, whole = (bytes + page - 1) / page * page;
+  memory.reset(std::aligned_alloc(page, whole));
+  if (!memory) throw std::bad_alloc();
+#if defined(__linux__)
+  if (page == large) madvise(memory.get(), whole, MADV_HUGEPAGE);  // a wish: nothing depends on it
+#endif
 }
 
 void* scratch(int slot, size_t bytes) {

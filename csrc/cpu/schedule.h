@@ -50,6 +50,17 @@ std::vector<int32_t> degrees(const Call& call);
 void run_items(const Plan& plan, Parallel parallel, int threads, void* ctx, void (*process)(void*, int, const Item&),
                void (*commit)(void*, int, const Item&));
 
+// Memory for tables that are read here and there: large pages, where there are any. Content unspecified; freed in the end.
+class Pages {
+ public:
+  Pages() = default;
+  explicit Pages(size_t bytes);
+  void* data() const { return memory.get(); }
+
+ private:
+  std::unique_ptr<void, void (*)(void*)> memory{nullptr, std::free};
+};
+
 // Memory of one worker, kept between calls; 64-byte aligned, content unspecified. slot 0: shared by a call, 1: worker.
 void* scratch(int slot, size_t bytes);
 
