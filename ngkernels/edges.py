@@ -72,6 +72,16 @@ class Norm:
     eps: float = 1e-5
 
 
+def _check_norm(op: str, norm: Norm, width: int, device: torch.device) -> None:
+    if not isinstance(norm, Norm):
+        raise TypeError(f"{op}: expected norm to be a Norm or None, got {type(norm).__name__}")
+    for name, t in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
+        _check_tensor(op, name, t, device)
+        _check_bias(op, name, t, width)
+    if not norm.eps >= 0:
+        raise ValueError(f"{op}: expected norm.eps of at least 0, got {norm.eps}")
+
+
 @dataclass(frozen=True)
 class Update:
     """z = weight_edge e [+ weight_reverse e_ji] + node term; e' = [norm]([e +] weight_out act(z) + bias_out)."""
@@ -261,8 +271,7 @@ class EdgeState:
             _check_bias(op, "bias", bias, hidden)
         _check_bias(op, "bias_out", bias_out, width)
         if norm is not None:
-            _check_bias(op, "norm.weight", norm.weight, width)
-            _check_bias(op, "norm.bias", norm.bias, width)
+            _check_norm(op, norm, width, device)
         step = Update(weight_edge, weight_reverse, None if node else bias, node, activation, weight_out, bias_out, residual, norm)
         table = self.table
         if table is not None and not self.steps and not residual and weight_reverse is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .. import backends
@@ -150,7 +152,8 @@ def attend(
 
     Reference: Diao and Loynd, ICLR 2023 (relational attention); Kofinas et al., ICLR 2024 (NG-T).
     """
-    _check(edges, q, k, v, weight_q, weight_k, weight_add, weight_mul, heads, over, dropout)
+    _check_numbers(heads, scale, dropout, seed)
+    _check(edges, q, k, v, weight_q, weight_k, weight_add, weight_mul, heads, over)
     if over == "all" and not include_self:
         raise ValueError("attend: expected include_self=True with over='all', got False; use over='edges', 'in' or 'out'")
     closed = edges.closure("all" if over == "all" else "edges")
@@ -167,12 +170,26 @@ def attend(
         return out + torch.einsum("rhd,hcd->rhc", sums, weight_add.to(sums.dtype).unflatten(0, (heads, -1))).flatten(1)
 
 
-def _check(edges, q, k, v, weight_q, weight_k, weight_add, weight_mul, heads, over, dropout) -> None:
+def _check_numbers(heads, scale, dropout, seed) -> None:
+    op, scale = "attend", 1.0 if scale is None else scale
+    for name, value in (("heads", heads), ("seed", seed)):
+        if not isinstance(value, int):
+            raise TypeError(f"{op}: expected {name} to be an integer, got {value!r}")
+    for name, value in (("scale", scale), ("dropout", dropout)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{op}: expected {name} to be a number, got {value!r}")
+    if not abs(scale) < math.inf:
+        raise ValueError(f"{op}: expected a finite scale, got {scale}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{op}: expected dropout of at least 0 and below 1, got {dropout}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{op}: expected a seed of 64 bits, got {seed}")
+
+
+def _check(edges, q, k, v, weight_q, weight_k, weight_add, weight_mul, heads, over) -> None:
     op, device, n = "attend", edges.weights[0].device, edges.graph.num_nodes
     if over not in OVER:
         raise ValueError(f"{op}: expected over to be one of {', '.join(OVER)}, got {over!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"{op}: expected dropout of at least 0 and below 1, got {dropout}")
     for name, t in (("q", q), ("k", k), ("v", v)):
         _check_tensor(op, name, t, device)
         if t.dim() != 2 or t.shape[0] != n:
@@ -182,7 +199,7 @@ def _check(edges, q, k, v, weight_q, weight_k, weight_add, weight_mul, heads, ov
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"{op}: expected q and k with the same number of columns, got {q.shape[1]} and {k.shape[1]}")
     for name, w, columns in (("weight_q", weight_q, q), ("weight_k", weight_k, q), ("weight_add", weight_add, v), ("weight_mul", weight_mul, v)):
-        if w is None:
+        if w is None and name in ("weight_add", "weight_mul"):
             continue
         _check_matrix(op, name, w, edges.width, device)
         if w.shape[0] != columns.shape[1]:
