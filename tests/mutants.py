@@ -135,4 +135,23 @@ CHECKPOINT = (
     )),
 )  # fmt: skip
 
-PYTHON = (*AGGREGATE, *READOUT, *CHECKPOINT)
+ATTEND, TOPOLOGY = "ngkernels.reference.attend", "ngkernels.topology:_PartTable"
+ATTENTION = tuple(one(name, "attend", *rest) for name, *rest in (
+    ("keys-of-the-reader", f"{ATTEND}:attend", "k[j] + shares", "k[i] + shares"),
+    ("values-of-the-reader", f"{ATTEND}:attend", "v[j] * shares", "v[i] * shares"),
+    ("one-softmax-for-all-heads", f"{ATTEND}:attend", "torch.where(empty, 1.0, total)[out]", "torch.where(empty, 1.0, total).mean(1, keepdim=True)[out]"),
+    ("rows-that-read-nothing", f"{ATTEND}:attend", "p / torch.where(empty, 1.0, total)[out]", "p / total.mean(0)"),
+    ("mask-of-unordered-pairs", f"{ATTEND}:kept", "j[:, None] * 0x85EBCA77", "j[:, None] * 0x9E3779B1"),
+    ("dropped-weights-not-scaled", f"{ATTEND}:kept", ".double() / (1 - dropout)", ".double()"),
+    ("in-is-out", f"{TOPOLOGY}.used", "return block.edge", "return self.part.blocks[self.part.opposite(self.part.blocks.index(block))].edge"),
+    ("itself-always", f"{TOPOLOGY}.used", "return include_self", "return True"),
+    ("tokens-start-from-the-encoder", f"{TOPOLOGY}.row", "flags |= TOKEN", "pass"),
+    ("checkpointed-tokens-start-again", f"{BUILDER}.__init__", "edges.graph.stored or not any", "not any"),
+    ("checkpointed-tokens-forgotten", f"{GRAPH}.without_sharing", "p.copies, p.token)", "p.copies)"),
+    ("messages-along-no-edges", f"{TOPOLOGY}.edge_rows", "(messages and not b.edge)", "False"),
+    ("reversed-pairs-read-nothing", "ngkernels.graph:_closed", "if reciprocal and b.weight >= 0 else", "if False else"),
+    ("bias-of-the-reverse-not-folded", f"{BUILDER}.pair", "b = (w + reverse) @ c if b is None else b + (w + reverse) @ c", "b = w @ c if b is None else b + w @ c"),
+    ("norm-after-the-next-update", f"{BUILDER}.step", "if step.norm is not None:", "if step.norm is not None and step.residual:"),
+))  # fmt: skip
+
+PYTHON = (*AGGREGATE, *READOUT, *CHECKPOINT, *ATTENTION)

@@ -25,6 +25,8 @@ const Isa& isa_avx512_bf16() { return isa_avx2(); }
 """
 SOURCES = ("bindings_cpu.cpp", "cpu/schedule.cpp", "cpu/isa_scalar.cpp", "cpu/isa_avx2.cpp", "cpu/stubs.cpp")
 TESTS = (
+    "test_attend.py",
+    "test_attend_torch.py",
     "test_aggregate.py",
     "test_readout.py",
     "test_checkpoint.py",
@@ -79,6 +81,25 @@ PATCHES = tuple(Patch(*row) for row in (
     ("last-columns-without-gradient", "cpu/gemm.h", "for (; k < K; ++k) outer_block<V, 1, NV>", "for (; k + 1 < K; ++k) outer_block<V, 1, NV>"),
     ("uncovered-gradients-not-cleared", "bindings_cpu.cpp", "edges * e.channels < g.numel()", "false"),
     ("gradient-tiles-too-narrow", "cpu/prepare.h", "if (padded<V>(in.n_in) > max_ld) max_ld = padded<V>(in.n_in);", ""),
+    # attention, pair updates
+    ("sums-not-scaled-with-the-largest-logit", "cpu/attention.h", "        n *= by;\n", ""),
+    ("last-piece-of-a-row-only", "cpu/attention.h", "totals[row * H + h] = theirs * a + mine * b;", "totals[row * H + h] = mine * b;"),
+    ("itself-read-twice", "cpu/attention.h", "if (!t.itself(r)) f(t.half + r);", "f(t.half + r);"),
+    ("partners-rows-of-the-first-piece", "cpu/attention.h", "row.partner_out + at + piece.j0 + (x - rows)", "row.partner_out + at + (x - rows)"),
+    ("mask-in-the-normalisation", "cpu/attention.h", "weight[h] * slope[h] - x[h] * d[h]", "weight[h] * (slope[h] - d[h])"),
+    ("mask-of-the-piece", "cpu/attention.h", "i = node_of(*t.piece, t.i[r]),", "i = t.i[r],"),
+    ("gradient-of-the-states-sums-lost", "cpu/attention.h", "    if (!lds) return;\n", "    return;\n"),
+    ("smallest-exponent-too-large", "cpu/attention.h", "T(-87) : T(-700)", "T(-3) : T(-3)"),
+    ("reverse-not-in-the-common-share", "cpu/evaluator.h", "if (p.call.instrs[until].arg1 >= 0) gemm<V>(x,", "if (false) gemm<V>(x,"),
+    ("partners-take-the-sum", "cpu/evaluator.h", "V::store(b + c, V::add(V::sub(x, y),", "V::store(b + c, V::add(V::add(x, y),"),
+    ("variance-of-the-padding", "cpu/evaluator.h", "V::sum(square) / static_cast<T>(n) + eps", "V::sum(square) / static_cast<T>(ld) + eps"),
+    ("tokens-start-from-the-encoder", "cpu/evaluator.h", "if (t.piece->row->flags & TOKEN) {", "if (false) {"),
+    ("triangles-whole", "cpu/schedule.cpp", "for (int64_t j = triangle ? i : 0; j < row.n_src;", "for (int64_t j = 0; j < row.n_src;"),
+    ("norm-without-the-variances-gradient", "cpu/backprop.h", "V::sub(V::sub(gy, a), V::mul(y, b))", "V::sub(gy, a)"),
+    ("residual-of-what-is-common-lost", "cpu/backprop.h", "            sum_rows(t, k, g, w.common_add[in.arg0]);\n", ""),
+    ("number-read-twice-counted-once", "cpu/backprop.h", "if ((row.flags & SAME) || t.itself(r))", "if (t.itself(r))"),
+    ("sum-for-difference-of-the-matrices", "cpu/prepare.h", "g[s.g_partner + k] += plus - minus;", "g[s.g_partner + k] += plus + minus;"),
+    ("second-gradient-without-memory", "cpu/engine.h", "static_cast<int>(k) == call.message_start - 1) waits(k);", "static_cast<int>(k) == call.message_start - 1 && in.op != ADD) waits(k);"),
     # determinism
     ("working-memory-not-cleared", "cpu/engine.h", "std::memset(w.coefficients, 0,", "if (false) std::memset(w.coefficients, 0,"),
     ("other-bits-in-backward", "cpu/edge_math.h", "V::store(h + k, y);", "V::store(h + k, GRAD ? V::mul(y, V::set1(T(1) + T(sizeof(T) == 4 ? 1.2e-7 : 2.3e-16))) : y);"),

@@ -10,8 +10,11 @@ from functools import partial
 
 import mutants
 import mutants_cpp
+import pair_list
 import pytest
 import test_aggregate
+import test_attend
+import test_attend_torch
 import test_checkpoint
 import test_readout
 import torch
@@ -48,7 +51,14 @@ def checkpoint(backend: str) -> Iterator[Callable]:
     yield partial(test_checkpoint.test_stored_values_are_rounded_to_their_dtype, {}, torch.float32, backend)
 
 
-TESTS = {"aggregate": aggregate, "readout": readout, "checkpoint": checkpoint}
+def attend(backend: str) -> Iterator[Callable]:
+    for sample in (*test_attend.OPTIONS[::3], *pair_list.UPDATES, *test_attend.ALONE, *test_attend.QUICK_GRID[::5], *(s for s in test_attend.OPTIONS if s.token and any(s.memory))):
+        yield partial(test_attend.test_float64_outputs_and_every_gradient, sample, backend)
+    yield partial(test_attend.test_equal_logits_give_the_mean, "out", backend)
+    yield partial(test_attend_torch.test_dropout_keeps_the_mean, 0.5, backend)
+
+
+TESTS = {"aggregate": aggregate, "readout": readout, "checkpoint": checkpoint, "attend": attend}
 
 
 def failures(op: str, backend: str) -> Iterator[BaseException]:
