@@ -69,7 +69,8 @@ def applied(mutant: Mutant) -> Iterator[None]:
         encoders._basis_cache.clear()
 
 
-EVALUATE, BUILDER, GRAPH = "ngkernels.reference.evaluate", "ngkernels.program:_Builder", "ngkernels.graph:NeuralGraph"
+EVALUATE, EDGES = "ngkernels.reference.evaluate", "ngkernels.reference.edge_list:EdgeList"
+BUILDER, GRAPH, TOPOLOGY = "ngkernels.program:_Builder", "ngkernels.graph:NeuralGraph", "ngkernels.topology:_PartTable"
 
 
 def one(name: str, op: str, function: str, old: str, new: str, backend: str = "reference") -> Mutant:
@@ -89,18 +90,18 @@ AGGREGATE = tuple(one(name, "aggregate", *rest) for name, *rest in (
     ("max-is-min", f"{EVALUATE}:_extreme", '"a" + name', '"amin"'),
     ("bias-not-folded", f"{BUILDER}.linear", "b = w @ c if b is None else b + w @ c", "b = b"),
     ("residual-forgotten", f"{BUILDER}.step", "self.emit(ADD, self.width, self.width, arg0=kept)", "pass"),
-    ("copies-share-nodes", f"{EVALUATE}:EdgeList.__init__", 'row["dst"] + copy * row["node_stride"]', 'row["dst"] + 0 * copy'),
-    ("reverse-not-transposed", f"{EVALUATE}:EdgeList._block", "w = w.transpose(1, 2)", "w = w.reshape(w.shape[0], w.shape[2], w.shape[1], -1)"),
-    ("reverse-axis-lost", f"{GRAPH}._table", "2 if b.reverse else 1", "1"),
+    ("copies-share-nodes", f"{EDGES}.__init__", 'row["dst"] + node + i', 'row["dst"] + 0 * node + i'),
+    ("reverse-not-transposed", f"{EDGES}._read", '(j, i) if row["src_axis"] == 1 else (i, j)', "(j, i)"),
+    ("reverse-axis-lost", f"{TOPOLOGY}.reads", "2 if block.reverse else 1", "1"),
     ("reciprocal-exchanged", "ngkernels.program:expansion", "if direction == 0", "if direction == 1"),
     ("sine-before-cosine", f"{EVALUATE}:Evaluator.fourier", "[arg.cos(), arg.sin()]", "[arg.sin(), arg.cos()]"),
     ("shift-forgotten", f"{EVALUATE}:Evaluator.load", "raw * scale[:, None] + shift[:, None]", "raw * scale[:, None]"),
-    ("restricted-by-source", f"{GRAPH}._table", "b.dst != layer", "b.src != layer - 1"),
+    ("restricted-by-source", f"{TOPOLOGY}.edge_rows", "not in (None, b.dst)", "not in (None, b.src)"),
     ("order-of-reductions-ignored", "ngkernels:aggregate", "return out if natural == reduce else", "return out if True else"),
-    ("packed-from-the-start", f"{EVALUATE}:EdgeList._block", 'row["offset"] + torch', "torch"),
+    ("packed-from-the-start", f"{EDGES}._read", 'row["offset"] + copy', "copy"),
     ("table-one-cell-off", "ngkernels.encoders:grid_basis", "torch.arange(-half, half + 1,", "torch.arange(-half + 1, half + 2,", "cpp"),
-    ("table-too-coarse", "ngkernels.program:table_step", "max(0, ", "max(0, -2 + ", "cpp"),
-    ("table-clamps", "ngkernels.program:table_half", "return min(MAX_TABLE_NODES,", "weights[0].data.clamp_(-1, 1); return min(MAX_TABLE_NODES,", "cpp"),
+    ("table-too-coarse", "ngkernels.encoders:table_step", "max(0, ", "max(0, -2 + ", "cpp"),
+    ("table-clamps", "ngkernels.encoders:table_half", "return min(MAX_TABLE_NODES,", "weights[0].data.clamp_(-1, 1); return min(MAX_TABLE_NODES,", "cpp"),
     ("autocast-reaches-the-folding", "ngkernels.program:full_precision", "torch.autocast(device.type, enabled=False)", "nullcontext()", "cpp"),
 ))  # fmt: skip
 
@@ -108,10 +109,10 @@ READOUT = tuple(one(name, "readout", *rest) for name, *rest in (
     ("source-for-destination", f"{EVALUATE}:Evaluator.node_term", "dst[self.edges.dst] + src[self.edges.src]", "dst[self.edges.src] + src[self.edges.dst]"),
     ("no-first-activation", "ngkernels.ops.readout:build_state", "if k:", "if k > 1:"),
     ("no-biases", "ngkernels.ops.readout:build_state", "b.linear(w, bias,", "b.linear(w, None,"),
-    ("edges-in-another-order", f"{EVALUATE}:emit", "[p.reshape(*s,", "[p.flip(0).reshape(*s,"),
-    ("packed-in-the-weights-places", f"{EVALUATE}:emit", 'index = row["emit_offset"] +', 'index = row["offset"] +'),
+    ("edges-in-another-order", f"{EVALUATE}:emit", "piece.reshape(row", "piece.flip(0).reshape(row"),
+    ("packed-in-the-weights-places", f"{EDGES}.block_index", 'row["emit_offset" if', 'row["offset" if'),
     ("dtype-ignored", "ngkernels.ops.readout:run", "dtype = e.params.dtype if dtype is None else dtype", "dtype = e.params.dtype"),
-    ("reverse-axis-lost", f"{GRAPH}._table", "2 if b.reverse else 1", "1"),
+    ("reverse-axis-lost", f"{TOPOLOGY}.reads", "2 if block.reverse else 1", "1"),
     ("unread-blocks-not-skipped", "ngkernels.ops.expression:reference_gradients", "(g.numel() or not o.numel())", "True"),
     ("only-the-first-output-counts", "ngkernels.ops.expression:reference_gradients", "for o, g in zip(outputs, grads, strict=True)", "for o, g in list(zip(outputs, grads, strict=True))[:1]"),
     ("shift-forgotten", f"{EVALUATE}:Evaluator.load", "raw * scale[:, None] + shift[:, None]", "raw * scale[:, None]"),
@@ -123,19 +124,19 @@ CHECKPOINT = (
         Edit("ngkernels.ops.checkpoint:_detached", "weights=_detach(edges.weights)", "weights=edges.weights"),
     )),
     *(one(name, "checkpoint", *rest) for name, *rest in (
-        ("hands-nothing-on", f"{EVALUATE}:Evaluator.carried", 'self.carriers[r["block"]]', 'self.carriers[r["block"]].detach()'),
-        ("restricted-carriers-misnumbered", f"{BUILDER}.finish", "self.carriers[k] for k in graph.used_blocks", "self.carriers[k] for k in range(len(graph.used_blocks))"),
-        ("reversed-blocks-stored-forward", f"{GRAPH}.without_sharing", "Block(b.kind, b.src, b.dst, k)", "Block(b.kind, b.dst, b.src, k)"),
+        ("hands-nothing-on", f"{EDGES}.block_values", "[index].flatten(0, 1)", "[index].flatten(0, 1).detach()"),
+        ("restricted-carriers-misnumbered", f"{BUILDER}.finish", "self.carriers[k] for k in self.topology.used_blocks", "self.carriers[k] for k in range(len(self.topology.used_blocks))"),
+        ("reversed-blocks-stored-forward", f"{GRAPH}.without_sharing", "Block(b.kind, b.src, b.dst, k,", "Block(b.kind, b.dst, b.src, k,"),
         ("another-dtype", "ngkernels.ops.checkpoint:checkpoint", '"identity", store, "checkpoint"', '"identity", torch.bfloat16, "checkpoint"'),
         ("one-update-too-early", "ngkernels.ops.checkpoint:checkpoint", "values = run(edges,", "values = run(replace(edges, steps=edges.steps[:-1]),"),
         ("statistics-applied-again", "ngkernels.ops.checkpoint:checkpoint", "tuple(values), Identity())", "tuple(values), Identity(), edges.affine)"),
         ("stored-without-gradient", "ngkernels.ops.checkpoint:checkpoint", "tuple(values), Identity())", "tuple(v.detach() for v in values), Identity())"),
         ("pending-map-lost", f"{BUILDER}.step", "if isinstance(step, Mark):\n        self.materialise()", "if isinstance(step, Mark):\n        pass"),
-        ("packed-carriers-from-the-start", f"{EVALUATE}:Evaluator.carried", 'index = [r["emit_offset"] +', "index = [0 +"),
+        ("packed-carriers-from-the-start", f"{EDGES}.block_index", "return (offset + copy", "return (copy"),
     )),
 )  # fmt: skip
 
-ATTEND, TOPOLOGY = "ngkernels.reference.attend", "ngkernels.topology:_PartTable"
+ATTEND = "ngkernels.reference.attend"
 ATTENTION = tuple(one(name, "attend", *rest) for name, *rest in (
     ("keys-of-the-reader", f"{ATTEND}:attend", "k[j] + shares", "k[i] + shares"),
     ("values-of-the-reader", f"{ATTEND}:attend", "v[j] * shares", "v[i] * shares"),

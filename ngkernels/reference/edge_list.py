@@ -11,7 +11,7 @@ from ..topology import COLUMNS, DIAGONAL, FORWARD, KINDS, PARTNER, SPARSE, SPARS
 def rows_of(topology: torch.Tensor) -> list[dict[str, int]]:
     """The rows of the topology table, one dict each."""
     n = int(topology[0])
-    return [dict(zip(COLUMNS, row, strict=True)) for row in topology[1 : 1 + n * len(COLUMNS)].reshape(n, -1).tolist()]
+    return [dict(zip(COLUMNS, row, strict=True)) for row in topology[1 : 1 + n * len(COLUMNS)].reshape(n, len(COLUMNS)).tolist()]
 
 
 _PARTNER = {"partner": "weight", "partner_variant": "variant", "partner_axis": "src_axis", "partner_offset": "offset"}
