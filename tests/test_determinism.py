@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from compare import assert_bitwise
 from oracle import Network, mlp
-from sample_list import LOOPS, PLAIN, RESIDUAL, UNEQUAL, UNEQUAL_REVERSED
+from sample_list import LOOPS, PLAIN, RESIDUAL, SPARSE_UNEQUAL, UNEQUAL, UNEQUAL_REVERSED
 from samples import Sample, Tensors, cast, coefficients, edge_state, engine, leaves, message_of, named, run_engine
 
 import ngkernels as ngk
 
 LARGE = (mlp(3, 71, 530, 90, 2),)  # several pieces and items of work
+_RANDOM = random.Random(0)
+WEB = Network((700, 90), (("sparse", 0, 0, tuple((_RANDOM.randrange(700), _RANDOM.choice((5, _RANDOM.randrange(700)))) for _ in range(21000))), ("dense", 0, 1)), reverse=True)
 PARALLEL = (
     PLAIN.but("large", networks=LARGE),
     PLAIN.but("large-virtual", networks=LARGE, memory=("virtual", None), residual=(False,), head=0),
@@ -21,6 +24,8 @@ PARALLEL = (
     PLAIN.but("many-small", networks=(mlp(2, 9, 4, copies=400),)),
     PLAIN.but("packed", networks=(*UNEQUAL, mlp(2, 9, 4, copies=300)), packed=True),
     PLAIN.but("skinny", networks=(mlp(4097, 3),)),
+    PLAIN.but("sparse", networks=(WEB,), reciprocal=True),
+    PLAIN.but("sparse-virtual", networks=(WEB,), memory=("virtual", "same"), reduce=()),
     PLAIN.but("wide-features", networks=(mlp(40, 200, 3),), features=33, width=17, scale=0.3),
 )
 
@@ -129,6 +134,7 @@ POISONED = (
     PLAIN.but("packed", networks=UNEQUAL_REVERSED, packed=True, memory=("same", None)),
     PLAIN.but("packed-restricted", networks=UNEQUAL, packed=True, restrict=-1, head=0, memory=("virtual", None)),
     PLAIN.but("restricted", networks=UNEQUAL_REVERSED, restrict=0, reciprocal=True),
+    PLAIN.but("sparse", networks=SPARSE_UNEQUAL, memory=("virtual", None)),
     PLAIN.but("no-edges", networks=(Network((3, 4, 2, 5), (("dense", 0, 3),), 2),)),
     PLAIN.but("table", encoder="fourier", table="auto", table_range=0.5),
     PLAIN.but("unread-half", memory=("virtual", None), reduce=()),
@@ -189,6 +195,7 @@ AGAIN = (
     PLAIN.but("fourier", networks=(mlp(7, 150, 3),), reduce=("max",), encoder="fourier", head=0),
     PLAIN.but("table", networks=(mlp(7, 150, 3),), reduce=("max",), encoder="fourier", table="auto", table_range=0.5, head=0),
     PLAIN.but("virtual", networks=(mlp(7, 150, 3),), reduce=("max",), memory=("virtual", "virtual"), head=0),
+    PLAIN.but("sparse", networks=(WEB,), reduce=("max",), encoder="fourier", table="auto", head=0),
     PLAIN.but("stored", networks=(mlp(7, 150, 3),), reduce=("max",), memory=("bfloat16", None), head=0),
     PLAIN.but("packed", networks=(*UNEQUAL, mlp(7, 90, 3)), packed=True, reduce=("max",), head=0),
     PLAIN.but("low", networks=(mlp(7, 150, 3),), reduce=("max",), width=16, hidden=32, features=32, scale=0.3, head=0),

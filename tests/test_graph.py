@@ -163,7 +163,7 @@ ERRORS = {
     "kind": (
         lambda: ngk.NeuralGraph.from_blocks([3, 2], [ngk.Block("lowrank", 0, 1, 0)]),
         NotImplementedError,
-        "NeuralGraph: block kind 'lowrank' is not built; available: dense, diagonal",
+        "NeuralGraph: block kind 'lowrank' is not built; available: dense, diagonal, sparse",
     ),
     "block-dst": (lambda: ngk.NeuralGraph.from_blocks([3, 2], [ngk.Block("dense", 0, 2, 0)]), ValueError, r"NeuralGraph: expected block dst below 2 \(number of layers\), got 2"),
     "block-src": (lambda: ngk.NeuralGraph.from_blocks([3, 2], [ngk.Block("dense", -1, 1, 0)]), ValueError, r"NeuralGraph: expected block src .*2.*, got -1"),
@@ -201,11 +201,6 @@ ERRORS = {
         lambda: ngk.NeuralGraph.batch([ngk.NeuralGraph.mlp([3, 2])], packed=True).pack([torch.zeros(1, 2, 3, 1)]),
         ValueError,
         r"NeuralGraph.pack: expected .*\(1, 3, 2, .*got \[\(1, 2, 3, 1\)\]",
-    ),
-    "sparse": (
-        lambda: ngk.NeuralGraph.from_edge_index(torch.zeros(2, 3, dtype=torch.int64), 4),
-        NotImplementedError,
-        "NeuralGraph.from_edge_index: sparse blocks are not built yet; use NeuralGraph.mlp or from_blocks",
     ),
 }  # fmt: skip
 

@@ -14,11 +14,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def draw_network(r: random.Random, reverse: bool) -> Network:
-    """Two to four layers, most of them joined to the next, and some more blocks anywhere."""
+    """Two to four layers, most of them joined to the next, and some more blocks and edges anywhere."""
     layers = tuple(r.choice((1, 2, 3, 5, 7, 13, 20, 49)) for _ in range(r.randint(2, 4)))
     n = len(layers)
     blocks = [("dense", k, k + 1) for k in range(n - 1) if r.random() < 0.9]
     blocks += [(r.choice(("dense", "diagonal")), r.randrange(n), r.randrange(n)) for _ in range(r.randint(0, 2))]
+    for src, dst in [(r.randrange(n), r.randrange(n)) for _ in range(r.choice((0, 0, 1, 2)))]:
+        edges = tuple((r.randrange(layers[src]), r.randrange(layers[dst])) for _ in range(r.choice((0, 1, 9, 60))))
+        blocks.append(("sparse", src, dst, edges))
     return Network(layers, tuple(blocks or [("dense", 0, n - 1)]), r.randint(1, 3), reverse)
 
 
