@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case
 
-WIDTH = 32
+WIDTH, ATTENTION, HEADS = 32, 128, 8
 REDUCE = ("mean", "min", "max", "std")
 
 
@@ -37,6 +37,8 @@ class Sample:
         self.film = leaf(2 * WIDTH, WIDTH, scale=0.2), leaf(2 * WIDTH)
         self.message = [leaf(WIDTH, WIDTH, scale=0.2) for _ in range(2)]
         self.head = leaf(1, WIDTH, scale=0.2), leaf(1)
+        self.qkv = [leaf(self.case.nodes, ATTENTION) for _ in range(3)]
+        self.pair_maps = [leaf(ATTENTION, WIDTH, scale=0.1) for _ in range(4)]
 
     def edges(self):
         """The edge state as an expression."""
@@ -50,13 +52,23 @@ class Sample:
 
     @property
     def leaves(self) -> list[Tensor]:
-        return [*self.weights, *self.encoder, *self.states, *(m for u in self.updates for m in u), *self.film, *self.message, *self.head]
+        return [
+            *self.weights, *self.encoder, *self.states, *(m for u in self.updates for m in u), *self.film, *self.message, *self.head,
+            *self.qkv, *self.pair_maps,
+        ]  # fmt: skip
 
 
 def aggregate(sample: Sample) -> list[Tensor]:
     import ngkernels as ngk
 
     return [ngk.aggregate(sample.edges(), ngk.Message.film(sample.states[-1], *sample.film, *sample.message), REDUCE)]
+
+
+def attend(sample: Sample) -> list[Tensor]:
+    """Over the edges into a neuron, and itself."""
+    import ngkernels as ngk
+
+    return [ngk.attend(sample.edges(), *sample.qkv, *sample.pair_maps, heads=HEADS, over="in")]
 
 
 def readout(sample: Sample) -> list[Tensor]:
@@ -71,7 +83,7 @@ def checkpoint(sample: Sample) -> list[Tensor]:
     return list(ngk.checkpoint(sample.edges(), sample.dtype).weights)
 
 
-OPS: dict[str, Callable[[Sample], list[Tensor]]] = {"aggregate": aggregate, "readout": readout, "checkpoint": checkpoint}
+OPS: dict[str, Callable[[Sample], list[Tensor]]] = {"aggregate": aggregate, "attend": attend, "readout": readout, "checkpoint": checkpoint}
 
 
 def forward(op: str, sample: Sample) -> list[Tensor]:
@@ -89,6 +101,6 @@ def flops(op: str, depth: int, backward: bool) -> int:
     """Matrix-product FLOPs per edge, folded: depth - 1 products of width x width, then the consumer's own; see work.py."""
     if depth == 0:
         return 0
-    last = {"aggregate": 2 * WIDTH, "readout": 1, "checkpoint": WIDTH}[op]
+    last = {"aggregate": 2 * WIDTH, "attend": 3 * ATTENTION, "readout": 1, "checkpoint": WIDTH}[op]
     chain = 2 * WIDTH * WIDTH * (depth - 1) + 2 * WIDTH * last
     return chain * (4 if backward else 1)

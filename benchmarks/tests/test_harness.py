@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import gate, machine, memory, plots, records, report, tables, timing, work
+import ngkernels as ngk
+from benchmarks import attention, attention_problems, gate, machine, memory, plots, records, report, tables, timing, work
 from benchmarks.cases import Case
 from benchmarks.models import MODELS
 from benchmarks.providers import PROVIDERS, Runner, select, why_not
@@ -198,6 +199,21 @@ def test_this_project_passes_the_gate(name):
     for provider in [p for p in ("ngk-cpp", "ngk-reference") if why_not(name, p) is None]:
         for dtype in ("fp32", "bf16"):
             assert set(checker.check(Runner(model, PROVIDERS[provider], case, oracle), dtype)) == set(gate.FLOOR[dtype])
+
+
+@pytest.mark.parametrize("problem", attention.FLOPS)
+def test_attention_problems_are_the_same_function(problem):
+    """This project against the plain formula in float64: the result and every gradient."""
+    case = Case((2, 5, 4, 3), 2)
+    ours, plain, *_ = attention_problems.contenders(problem, case, torch.float64).values()
+    data = attention_problems.Inputs(case, attention_problems.WIDTH if problem == "sparse" else 1, torch.float64)
+    with ngk.use_backend("reference"):
+        found, true = (attention.run(call, data, "forward_backward") for call in (ours, plain))
+    assert sum(t is not None for t in true) >= 6
+    assert attention.check(problem, found, true) < 1e-10
+    found[1] = found[1] * 1.1
+    with pytest.raises(RuntimeError, match="gate: .* expected a relative error of at most"):
+        attention.check(problem, found, true)
 
 
 def test_select():
