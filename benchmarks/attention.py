@@ -95,7 +95,7 @@ def measure(problem: str, case: Case, threads: int, rates: dict, run_name: str, 
 def record(problem, case: Case, threads: int, rates: dict, run_name: str, quick: bool, key: tuple, samples: Samples, error: float) -> dict:
     """One measurement as it is stored."""
     name, direction = key
-    count = case.edges + case.nodes if problem == "sparse" else case.pairs
+    count = case.edges if problem == "sparse" else case.pairs
     flops = count * FLOPS[problem] * (1 if direction == "forward" else 4)
     measurement = {
         "problem": problem, "provider": name, "direction": direction, "layout": list(case.layout), "batch": case.batch, "edges": case.edges,

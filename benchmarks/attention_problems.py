@@ -9,7 +9,7 @@ Three problems; i reads, j is read, h is the head, e_ij a pair state 32 wide:
 * relational: what NG-T's first layer does, <q_i + Q e_ij, k_j + K e_ij> and v_j * (M e_ij) + A e_ij over all pairs. No bias can say it:
   the logit mixes q_i with e_ij, so a precomputed one would depend on the queries, and values differ from pair to pair. Beside it
   stands the published dense formula.
-* sparse: keys k_j + K e_ij and values v_j + K e_ij over the edges j -> i and i itself, edge features [E, 32] given: PyG's TransformerConv
+* sparse: keys k_j + K e_ij and values v_j + K e_ij over the edges j -> i, edge features [E, 32] given: PyG's TransformerConv
   with `edge_dim`, which has no share of the edge in the query, no multiplied value, and one matrix for keys and values.
 """
 
@@ -121,12 +121,12 @@ def relational_dense(data: Inputs) -> Tensor:
 
 # ---- sparse ----
 def sparse_ngk(data: Inputs) -> Tensor:
-    edges = ngk.EdgeState(data.graph, data.weights, ngk.encoders.Identity())
-    return ngk.attend(edges, data.q, data.k, data.v, torch.zeros_like(data.maps[1]), data.maps[1], data.maps[1], heads=HEADS, over="in")
+    edges, key = ngk.EdgeState(data.graph, data.weights, ngk.encoders.Identity()), data.maps[1]
+    return ngk.attend(edges, data.q, data.k, data.v, torch.zeros_like(key), key, key, heads=HEADS, over="in", include_self=False)
 
 
 def transformer_conv(case: Case, dtype: torch.dtype) -> Callable[[Inputs], Tensor]:
-    """PyG's layer on edges sorted by target and a loop at every neuron; its node linears are the identity, so it is given q, k, v."""
+    """PyG's layer on edges sorted by target, without its skip connection; its node linears pass on the q, k, v that it is given."""
     from torch_geometric.nn import TransformerConv
 
     sources, targets, first = [], [], 0
@@ -135,10 +135,7 @@ def transformer_conv(case: Case, dtype: torch.dtype) -> Callable[[Inputs], Tenso
         targets.append(torch.arange(first + fan_in, first + fan_in + width).repeat_interleave(fan_in))
         first += fan_in
     one, n = torch.stack([torch.cat(sources), torch.cat(targets)]), sum(case.layout)
-    every = (one[:, None] + n * torch.arange(case.batch).view(1, -1, 1)).flatten(1)
-    index = torch.cat([every, torch.arange(case.nodes).expand(2, -1)], 1)
-    order = index[1].argsort(stable=True)
-    index = index[:, order].contiguous()
+    index = (one[:, None] + n * torch.arange(case.batch).view(1, -1, 1)).flatten(1)
     layer = TransformerConv(HIDDEN, HEAD, HEADS, edge_dim=WIDTH, bias=False, root_weight=False).to(dtype)
     for name in ("lin_query", "lin_key", "lin_value", "lin_edge"):
         delattr(layer, name)  # they are functions of the inputs here
@@ -146,7 +143,6 @@ def transformer_conv(case: Case, dtype: torch.dtype) -> Callable[[Inputs], Tenso
 
     def call(data: Inputs) -> Tensor:
         features = torch.cat([w.transpose(1, 2).flatten(1, 2) for w in data.weights], 1).flatten(0, 1)  # target-major
-        features = torch.cat([features, features.new_zeros(case.nodes, WIDTH)])[order]
         layer.lin_edge = lambda e: F.linear(e, data.maps[1])
         both = (data.q, data.k, data.v)
         return layer((both, both), index, features)
