@@ -122,7 +122,8 @@ def train_step(results: Path = records.RESULTS, model: str = "ng-gnn") -> str:
 MARK = "† other processes used the machine."
 NOTES = {
     "ng-gnn": (
-        "Forward, cross-entropy and backward; medians, interleaved in one run; columns of PyG: the fastest of eager and compiled, and in bf16 "
+        "Forward, cross-entropy and backward; medians, interleaved in one run; columns of ngkernels and of PyG: the faster of the eager and "
+        "the compiled model, where both were run, and in bf16 "
         f"rows of fp32 and autocast. {MARK}"
     ),
     "ng-t": (
