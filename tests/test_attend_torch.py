@@ -110,7 +110,7 @@ COMPILED = (
 @one_backend
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("sample", **named(COMPILED))
+@pytest.mark.parametrize("sample", [*COMPILED[:2], *(pytest.param(s, marks=pytest.mark.slow) for s in COMPILED[2:])], ids=lambda s: s.name)
 def test_compiled_without_a_break(sample: PairSample, dynamic: bool, backend: str):
     """Closures of graphs are made before (they are kept with the graph)."""
     t, graph = cast(leaves(sample), torch.float32), pair_graph(sample)
@@ -151,7 +151,6 @@ def test_nothing_of_the_size_of_the_pairs_is_saved(encoder: str, backend: str):
 
 MEMORY = """
 import torch, ngkernels as ngk
-from neural_graphs.models import NGT
 torch.manual_seed(0)
 
 def status(field):
@@ -181,7 +180,7 @@ def test_peak_memory_of_a_chain_of_layers():
     """A tensor of one number for each pair and feature would take 76 MB."""
     env = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "python"))),
+        "PYTHONPATH": str(ROOT),
         "NGKERNELS_BACKEND": "cpp",
         "MALLOC_MMAP_THRESHOLD_": str(2**20),
     }

@@ -52,7 +52,13 @@ def checkpoint(backend: str) -> Iterator[Callable]:
 
 
 def attend(backend: str) -> Iterator[Callable]:
-    for sample in (*test_attend.OPTIONS[::3], *pair_list.UPDATES, *test_attend.ALONE, *test_attend.QUICK_GRID[::5], *(s for s in test_attend.OPTIONS if s.token and any(s.memory))):
+    for sample in (
+        *test_attend.OPTIONS[::3],
+        *pair_list.UPDATES,
+        *test_attend.ALONE,
+        *test_attend.QUICK_GRID[::5],
+        *(s for s in test_attend.OPTIONS if s.token and any(s.memory)),
+    ):
         yield partial(test_attend.test_float64_outputs_and_every_gradient, sample, backend)
     yield partial(test_attend.test_equal_logits_give_the_mean, "out", backend)
     yield partial(test_attend_torch.test_dropout_keeps_the_mean, 0.5, backend)
