@@ -281,6 +281,11 @@ class NeuralGraph:
 
         Raises:
             TypeError, ValueError: another dtype, device or shape, indices that are no nodes.
+
+        Note: kernels read lists that are made with the graph, once: 8 bytes an edge, and 8 for each neuron of each piece of about 4096
+            edges (ngkernels/edge_index.py). Node terms of all neurons exist during a call: 8 d bytes a neuron and term, twice that in
+            backward. Graphs derived from this one (restricted, closed, of a checkpoint) have lists of their own; torch.compile needs them
+            made, by one call without it.
         """
         return cls.from_blocks([num_nodes], [Block.sparse(0, 0, 0, edge_index)])
 

@@ -12,7 +12,7 @@ import torch
 from compare import assert_close
 from conftest import DECLARED
 from oracle import mlp
-from sample_list import PLAIN, REVERSED, UNEQUAL_REVERSED
+from sample_list import PLAIN, PRUNED, REVERSED, UNEQUAL_REVERSED, WEB
 from samples import Sample, cast, edge_state, engine, graph_of, leaves, message_of, named, run, run_engine
 
 import ngkernels as ngk
@@ -25,6 +25,7 @@ COMPILED = (
     PLAIN.but("stored", memory=("same", None)),
     PLAIN.but("reciprocal-restricted", networks=REVERSED, reciprocal=True, restrict=1, affine=True),
     PLAIN.but("packed", packed=True, networks=UNEQUAL_REVERSED),
+    PLAIN.but("sparse", networks=(PRUNED, WEB)),
     PLAIN.but("fourier", encoder="fourier", channels=3),
     PLAIN.but("table", encoder="fourier", table="auto", table_range=2.0, step=8),
     PLAIN.but("table-shared", encoder="fourier", table="shared", table_range=2.0, step=8),
@@ -54,6 +55,17 @@ def test_compiled_without_a_break(sample: Sample, dynamic: bool, backend: str):
     wanted = run_engine(sample, t, backend)
     with ngk.use_backend(backend):
         compiled = torch.compile(lambda live: engine(sample, live, graph), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        assert_close(run(compiled, t), wanted, 1e-5)
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_sparse_graphs_made_before(backend: str):
+    """The graphs of a sparse graph's checkpoints and restrictions are made by one call outside of torch.compile."""
+    sample = PLAIN.but("sparse", networks=(PRUNED, WEB), memory=("same", "virtual"), restrict=0)
+    t, graph = cast(leaves(sample), torch.float32), graph_of(sample)
+    with ngk.use_backend(backend):
+        wanted = run(lambda live: engine(sample, live, graph), t)
+        compiled = torch.compile(lambda live: engine(sample, live, graph), fullgraph=True, backend="aot_eager")
         assert_close(run(compiled, t), wanted, 1e-5)
 
 

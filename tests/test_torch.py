@@ -7,8 +7,8 @@ from functools import lru_cache
 import pytest
 import torch
 from compare import assert_bitwise, assert_close
-from oracle import mlp
-from sample_list import PLAIN, REVERSED, UNEQUAL_REVERSED
+from oracle import Network, mlp
+from sample_list import EDGELESS, PLAIN, PRUNED, REVERSED, UNEQUAL_REVERSED, WEB
 from samples import Sample, cast, edge_state, engine, graph_of, leaves, message_of, named, run_engine
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +24,7 @@ SMALL = (
     TINY.but("then-gelu", layers=1, activation="gelu", reduce=("std",), head=2),
     TINY.but("stored", memory=("same", None)),
     TINY.but("restricted", restrict=-1),
+    TINY.but("sparse", networks=(Network((4,), (("sparse", 0, 0, ((0, 1), (2, 1), (3, 3), (0, 1))),)),)),
     TINY.but("packed", packed=True, networks=(mlp(2, 2, 1, reverse=True), mlp(1, 3))),
 )
 VIRTUAL = (
@@ -118,6 +119,7 @@ CHECKED = (
     TINY.but("virtual", memory=("virtual", None)),
     TINY.but("table", encoder="fourier", table="auto"),
     TINY.but("reversed", networks=REVERSED, reciprocal=True, restrict=1),
+    TINY.but("sparse", networks=(EDGELESS, WEB)),
     TINY.but("packed-reversed", packed=True, networks=UNEQUAL_REVERSED, reciprocal=True),
 )
 
@@ -175,7 +177,7 @@ def test_opcheck_of_the_tables_basis(direction: int):
 # ---- needs_input_grad ----
 @pytest.mark.parametrize("sample", **named((
     PLAIN, PLAIN.but("table", encoder="fourier", table="auto"), PLAIN.but("virtual", memory=("virtual", None)), PLAIN.but("reversed", networks=REVERSED, reciprocal=True),
-    PLAIN.but("identity-residual", encoder="identity", channels=3, residual=(True,)),
+    PLAIN.but("identity-residual", encoder="identity", channels=3, residual=(True,)), PLAIN.but("sparse", networks=(PRUNED, WEB)),
 )))  # fmt: skip
 @pytest.mark.parametrize("but_one", [False, True], ids=["each-alone", "all-but-one"])
 def test_any_choice_of_gradients(sample: Sample, but_one: bool, backend: str):
