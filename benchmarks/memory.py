@@ -81,15 +81,16 @@ def child(request: dict) -> dict:
         kept = None
     trim()
     before, exact = held_bytes("VmRSS"), reset_peak()
-    start = time.perf_counter()
+    start, own = time.perf_counter(), time.process_time()
     step_on(case, *args, steps=2, runner=kept)
-    seconds = (time.perf_counter() - start) / 2
+    seconds, own = (time.perf_counter() - start) / 2, (time.process_time() - own) / 2
     peak = held_bytes("VmHWM")
     return {
         "before_bytes": before,
         "peak_bytes": peak - before,
         "method": "VmHWM" if exact else "ru_maxrss",
         "seconds": seconds,
+        "cpu_seconds": own,
     }
 
 
@@ -130,7 +131,8 @@ def summary(rows: list[dict]) -> list[dict]:
 
     Per edge: the slope between layouts with equal neurons. Per neuron: the slope over [2, h, 2h, 3] of what is left after that; None
     where edges cost kilobytes, because the remainder is then the difference of two large numbers. Per pair: the slope over [2, h, 2h, 3]
-    for NG-T over all pairs, edges and neurons included; None for others. `time_exponent`: of seconds over edges.
+    for NG-T over all pairs, edges and neurons included; None for others. `time_exponent`: of processor
+    seconds over edges, or of seconds where they are not recorded.
     """
     groups: dict[tuple, dict[str, list[dict]]] = {}
     for row in rows:
@@ -148,7 +150,7 @@ def summary(rows: list[dict]) -> list[dict]:
             "model": model, "provider": provider, "threads": threads, "dtype": dtype, "weight_grads": weight_grads,
             "bytes_per_edge": per_edge, "bytes_per_node": slope(rest) if len(rest) > 1 else None,
             "bytes_per_pair": slope([(r["pairs"], r["peak_bytes"]) for r in series["pairs"]]) if series["pairs"] else None,
-            "time_exponent": exponent([(r["edges"], r["seconds"]) for r in every]),
+            "time_exponent": exponent([(r["edges"], r.get("cpu_seconds", r["seconds"])) for r in every]),
             "largest": largest["layout"], "largest_edges": largest["edges"], "largest_peak_bytes": largest["peak_bytes"],
             "largest_seconds": largest["seconds"], "largest_limit_bytes": largest.get("limit_bytes"),
         })  # fmt: skip
