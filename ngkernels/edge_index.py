@@ -55,6 +55,17 @@ class EdgeIndex:
                 raise ValueError(f"{op}: expected {name} indices of edge_index between 0 and {n - 1}, got {low} to {high}")
         self._cache["checked"] = (n_src, n_dst)
 
+    def check_unique(self, op: str) -> None:
+        """Raises ValueError where two edges join one neuron to another."""
+        if "unique" not in self._cache:
+            span = 1 + max([0, *(int(v.max()) for v in (self.src, self.dst) if len(v))])
+            self._cache["unique"] = len((self.src * span + self.dst).unique()) == len(self)
+        if not self._cache["unique"]:
+            raise ValueError(
+                f"{op}: expected one edge from a neuron to another, got duplicates in edge_index; "
+                "a pair of neurons has one state (attention and pair updates)"
+            )
+
     def flipped(self) -> EdgeIndex:
         """The same pairs, with the same numbers, against their direction."""
         if "flipped" not in self._cache:
@@ -81,11 +92,7 @@ class EdgeIndex:
             src, dst = torch.cat([src, loop]), torch.cat([dst, loop])
         span = 1 + max([0, *(int(v.max()) for v in (self.src, self.dst, src, dst) if len(v))])
         mine, theirs = self.src * span + self.dst, (src * span + dst).unique()
-        if len(mine.unique()) != len(mine):
-            raise ValueError(
-                "NeuralGraph.closure: expected one edge from a neuron to another, got duplicates in edge_index; "
-                "a pair of neurons has one state (attention and pair updates)"
-            )
+        self.check_unique("NeuralGraph.closure")
         more = theirs[~torch.isin(theirs, mine)]
         return self.but(src=torch.cat([self.src, more // span]), dst=torch.cat([self.dst, more % span]), mirror=mirror)
 

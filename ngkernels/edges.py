@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from . import backends
+from .dense import dense
 from .encoders import Fourier, Identity, Linear, Table, make_table
 from .graph import CLOSE_FIRST, NeuralGraph
 
@@ -318,6 +319,16 @@ class EdgeState:
         if not self.graph.closed and any(isinstance(s, Mark) for s in self.steps):
             raise ValueError(CLOSE_FIRST)
         return replace(self, graph=self.graph.closure(over, self.encoder.reciprocal))
+
+    def dense(self) -> EdgeState:
+        """The same state with sparse blocks made dense, every pair of their layers an edge: raw feature 0 (after `affine`) where there
+        was none. Takes one raw feature a pair. Attention over all pairs reads sparse graphs through it.
+
+        Raises:
+            ValueError: two edges from one neuron to another, a state that is checkpointed or closed.
+            NotImplementedError: packed graphs; an encoder that reads both directions where sparse blocks join two layers in both.
+        """
+        return dense(self)
 
     def checkpoint(self, store: torch.dtype | None = None) -> EdgeState:
         """The same state, restarted: from stored values (`store` a dtype), or virtually (None).

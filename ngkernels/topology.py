@@ -9,7 +9,8 @@ import torch
 from .edge_index import Pairs, make_lists
 
 if TYPE_CHECKING:
-    from .graph import Block, NeuralGraph, Part
+    from .blocks import Block, Part
+    from .graph import NeuralGraph
 
 DENSE, DIAGONAL, TRIANGLE, SPARSE = "dense", "diagonal", "triangle", "sparse"
 KINDS = (DENSE, DIAGONAL, TRIANGLE, SPARSE)  # triangle: the unordered pairs i <= j of one node layer; in tables only
@@ -209,7 +210,7 @@ class _PartTable:
             b, partner = blocks[k], blocks[other]
             kind = b.kind
             if over == "all" and kind == DIAGONAL:
-                kind, flags = DENSE, flags | (SPARSE_RAW if b.weight >= 0 else 0)
+                kind, flags = DENSE, flags | (SPARSE_RAW if max(b.weight, partner.weight) >= 0 else 0)
             if b.src == b.dst:
                 kind = TRIANGLE if kind == DENSE else kind
                 flags = flags if kind == TRIANGLE else flags & ~PARTNER

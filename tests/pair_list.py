@@ -54,6 +54,7 @@ ENCODERS = (
     PLAIN.but("affine", affine=True),
     PLAIN.but("affine-both", affine=True, reciprocal=True, over="edges", token=True),
     PLAIN.but("affine-token-row", affine=True, token=True, restrict=0),
+    PLAIN.but("diagonals-row", networks=(DIAGONALS,), restrict=0),  # read against their direction alone
     PLAIN.but("affine-diagonals", affine=True, networks=(DIAGONALS,), channels=2),
     PLAIN.but("affine-fourier-then", affine=True, encoder="fourier", layers=1, token=True, restrict=-1),
 )

@@ -11,7 +11,7 @@ from neural_graphs.build import pad_kernel
 from neural_graphs.models import NGGNN
 from neural_graphs.models.probe import ProbeFeatures
 from ngkernels import nn
-from ngkernels.graph import DENSE, DIAGONAL
+from ngkernels.blocks import DENSE, DIAGONAL
 
 MODELS = ("a_nggnn_2_8_16_3", "a3_nggnn_gating_relufirst", "a5_nggnn_probe_2_8_8_1", "a6_nggnn_linearenc_meanpool")
 

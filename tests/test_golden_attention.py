@@ -9,7 +9,7 @@ from golden_cases import Case, loaded
 import ngkernels as ngk
 from neural_graphs.models import NGT
 from ngkernels import nn
-from ngkernels.graph import DENSE
+from ngkernels.blocks import DENSE
 
 
 def test_ngt(backend: str):

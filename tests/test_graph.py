@@ -13,7 +13,7 @@ from sample_list import LOOPS, PLAIN, RESIDUAL, UNEQUAL, UNEQUAL_REVERSED
 from samples import cast, edge_state, engine, graph_of, leaves, run, run_engine
 
 import ngkernels as ngk
-from ngkernels.graph import Part
+from ngkernels.blocks import Part
 from ngkernels.topology import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

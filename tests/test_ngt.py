@@ -13,7 +13,7 @@ from networks import flat, networks, permuted, relative, saved_tensors
 
 import ngkernels as ngk
 from neural_graphs.models import NGT
-from ngkernels.graph import DENSE, DIAGONAL
+from ngkernels.blocks import DENSE, DIAGONAL
 
 LAYOUT = [2, 5, 4, 3]
 SMALL = {"d_node": 12, "d_edge": 6, "d_attn_hid": 8, "d_node_hid": 10, "d_edge_hid": 7, "num_heads": 2, "num_layers": 3, "d_out_hid": 9, "fourier_features": 5}  # fmt: skip

@@ -151,8 +151,8 @@ PAIRS = {
 class Relations:
     """Two pair updates and attention, by the engine and over dense [n, n, d] tensors of the same numbers. Row i reads column j."""
 
-    def __init__(self, layers, blocks, reciprocal: bool):
-        self.layers, self.blocks, self.reciprocal = layers, blocks, reciprocal
+    def __init__(self, layers, blocks, reciprocal: bool, affine=None):
+        self.layers, self.blocks, self.reciprocal, self.affine = layers, blocks, reciprocal, affine
         self.n, self.g = sum(layers), torch.Generator().manual_seed(2)
         self.sizes = [len(b[3]) if b[0] == "sparse" else layers[b[1]] * layers[b[2]] for b in blocks]
         d, h = 6, 7
@@ -169,7 +169,9 @@ class Relations:
     def state(self, t: dict, memory: str | None = None) -> ngk.EdgeState:
         graph = ngk.NeuralGraph.from_blocks(self.layers, [block_of(k, *b) for k, b in enumerate(self.blocks)])
         weights = [w[None] if b[0] == "sparse" else w.reshape(1, self.layers[b[1]], self.layers[b[2]], 1) for w, b in zip(t["w"].split(self.sizes), self.blocks)]
-        e = ngk.EdgeState(graph, weights, encoders.Linear(t["weight"], t["bias"], self.reciprocal))
+        if self.affine:
+            weights = [(w - shift) / scale for w, scale, shift in zip(weights, *self.affine)]
+        e = ngk.EdgeState(graph, weights, encoders.Linear(t["weight"], t["bias"], self.reciprocal), self.affine)
         e = e.closure("edges") if memory else e
         for k in range(2):
             e = e.update(t["x"], t[f"edge{k}"], t[f"dst{k}"], t[f"src{k}"], t[f"b{k}"], t[f"out{k}"], t[f"bo{k}"], "gelu", True, t[f"back{k}"])
@@ -200,7 +202,7 @@ class Relations:
     def masked(self, t: dict, over: str, include_self: bool = True) -> torch.Tensor:
         e, joined = self.dense(t)
         own = torch.eye(self.n, dtype=torch.bool) & include_self
-        allowed = {"edges": joined | joined.T, "in": joined, "out": joined.T}[over] | own
+        allowed = {"all": torch.ones_like(joined), "edges": joined | joined.T, "in": joined, "out": joined.T}[over] | own
         q, k = ((t[a][:, None] if a == "q" else t[a][None]) + e @ t[f"w{a}"].T for a in ("q", "k"))
         logits = 0.3 * (q * k).unflatten(-1, (2, -1)).sum(-1)
         weights = logits.masked_fill(~allowed[..., None], -math.inf).masked_fill(~allowed.any(1)[:, None, None], 0).softmax(1) * allowed[..., None]
@@ -216,6 +218,20 @@ def test_attention_over_sparse_pairs_is_the_masked_dense_formula(name: str, over
     wanted = run(lambda t: [r.masked(t, over, include_self)], r.leaves)
     with ngk.use_backend(backend):
         assert_close(run(lambda t: [r.attended(t, over, include_self)], r.leaves), wanted, 1e-9)
+
+
+@pytest.mark.parametrize("reciprocal", [False, True], ids=["one-way", "reciprocal"])
+@pytest.mark.parametrize("affine", [False, True], ids=["raw", "affine"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_attention_over_all_pairs_of_a_sparse_graph_is_the_dense_formula(name: str, affine: bool, reciprocal: bool, backend: str):
+    """With `affine`, the engine reads weights that the map takes back to the formula's."""
+    r = Relations(*PAIRS[name], reciprocal, (tuple(2.0 + k for k in range(len(PAIRS[name][1]))), (0.3,) * len(PAIRS[name][1])) if affine else None)
+    with ngk.use_backend(backend):
+        if reciprocal and name in ("web", "both-directions"):
+            with pytest.raises(NotImplementedError, match="EdgeState.dense: an encoder that reads both directions"):
+                r.attended(r.leaves, "all")
+            return
+        assert_close(run(lambda t: [r.attended(t, "all")], r.leaves), run(lambda t: [r.masked(t, "all")], r.leaves), 1e-9)
 
 
 @pytest.mark.parametrize("over", ["edges", "in"])
@@ -295,7 +311,9 @@ ERRORS = {
     "without-index": (lambda: ngk.NeuralGraph.from_blocks([2, 3], [ngk.Block("sparse", 0, 1, 0)]), ValueError, "expected an edge index for sparse blocks and for no others, got a sparse block; use Block.sparse"),
     "index-of-dense": (lambda: ngk.NeuralGraph.from_blocks([2, 3], [ngk.Block("dense", 0, 1, 0, index=EdgeIndex.of(edges((0, 0)), "test"))]), ValueError, "expected an edge index .*, got a dense block"),
     "duplicates": (lambda: closed(edges((0, 1), (2, 1), (0, 1))), ValueError, "NeuralGraph.closure: expected one edge from a neuron to another, got duplicates in edge_index; a pair of neurons has one state"),
-    "all": (lambda: closed(edges((0, 1)), "all"), NotImplementedError, "NeuralGraph.closure: expected over edges, in or out for a graph with sparse blocks, got all; give the block as a dense one"),
+    "all": (lambda: closed(edges((0, 1)), "all"), ValueError, "NeuralGraph.closure: expected over edges for a graph with sparse blocks, got all; make the state dense first"),
+    "dense-duplicates": (lambda: linear_state(ngk.NeuralGraph.from_edge_index(edges((0, 1), (0, 1)), 4), torch.zeros(2)).dense(), ValueError, "EdgeState.dense: expected one edge from a neuron to another"),
+    "dense-closed": (lambda: linear_state(ngk.NeuralGraph.from_edge_index(edges((0, 1)), 4), torch.zeros(1)).closure().dense(), ValueError, "EdgeState.dense: expected a state that is neither checkpointed nor closed"),
     "stored-one-way": (lambda: linear_state(ngk.NeuralGraph.from_edge_index(edges((0, 1)), 4).without_sharing(), torch.zeros(1)).update(None, torch.eye(3), None, None, None, torch.eye(3), None, weight_reverse=torch.eye(3)), ValueError, "NeuralGraph.closure: expected a graph whose states were not checkpointed"),
     "weights": (lambda: linear_state(ngk.NeuralGraph.from_edge_index(edges((0, 1)), 4), torch.zeros(2)), ValueError, r"EdgeState: expected weights\[0\] of shape \(1, 1, 1\) .*, got \(1, 2, 1\)"),
 }  # fmt: skip

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import encoders
+from ..blocks import DIAGONAL, Block
 from ..edges import EdgeState
-from ..graph import DIAGONAL, Block, NeuralGraph
+from ..graph import NeuralGraph
 from ..ops.readout import readout
 
 FEW = 512  # values that are encoded one by one: below that, a table costs more than it saves

@@ -156,6 +156,8 @@ def attend(
     _check(edges, q, k, v, weight_q, weight_k, weight_add, weight_mul, heads, over)
     if over == "all" and not include_self:
         raise ValueError("attend: expected include_self=True with over='all', got False; use over='edges', 'in' or 'out'")
+    if over == "all" and edges.graph.has_sparse:
+        edges = edges.dense()
     closed = edges.closure("all" if over == "all" else "edges")
     compute = ex.compute_mode(backends.choose("attend", edges.weights[0].device))
     maps = [weight_q, weight_k] if weight_mul is None else [weight_q, weight_k, weight_mul]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from ngkernels import Block, NeuralGraph
-from ngkernels.graph import DENSE, DIAGONAL
+from ngkernels.blocks import DENSE, DIAGONAL
 
 from .files import CheckpointError
 from .network import Channels, Network, Origin

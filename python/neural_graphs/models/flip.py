@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ngkernels import Block, NeuralGraph
-from ngkernels.graph import DENSE, Part
+from ngkernels.blocks import DENSE, Part
 
 
 def flip(graph: NeuralGraph) -> NeuralGraph:

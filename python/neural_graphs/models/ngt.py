@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ngkernels import EdgeState, NeuralGraph, readout
-from ngkernels.graph import DENSE
+from ngkernels.blocks import DENSE
 from ngkernels.nn import NORMS, RelationalLayer
 from ngkernels.nn.pna import rows_of
 

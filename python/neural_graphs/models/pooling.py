@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ngkernels import EdgeState, Message, NeuralGraph, aggregate, attend
-from ngkernels.graph import DENSE, Part
+from ngkernels.blocks import DENSE, Part
 
 SHORT = {"cat": ("cat", "last"), "mean": ("mean", "all"), "max": ("max", "all"), "cat_mean": ("cat_mean", "all")}
 NODE_METHODS, EDGE_METHODS = ("cat", "mean", "max", "cat_mean"), ("mean_edge", "max_edge")
