@@ -150,7 +150,7 @@ ATTENTION = tuple(one(name, "attend", *rest) for name, *rest in (
     ("checkpointed-tokens-start-again", f"{BUILDER}.__init__", "edges.graph.stored or not any", "not any"),
     ("checkpointed-tokens-forgotten", f"{GRAPH}.without_sharing", "p.copies, p.token)", "p.copies)"),
     ("messages-along-no-edges", f"{TOPOLOGY}.edge_rows", "(messages and not b.edge)", "False"),
-    ("reversed-pairs-read-nothing", "ngkernels.blocks:closed_part", "if reciprocal and b.weight >= 0 else", "if False else"),
+    ("reversed-pairs-read-nothing", "ngkernels.blocks:_reversal", "if reciprocal and block.weight >= 0:", "if False:"),
     ("bias-of-the-reverse-not-folded", f"{BUILDER}.pair", "b = (w + reverse) @ c if b is None else b + (w + reverse) @ c", "b = w @ c if b is None else b + w @ c"),
     ("norm-after-the-next-update", f"{BUILDER}.step", "if step.norm is not None:", "if step.norm is not None and step.residual:"),
 ))  # fmt: skip
