@@ -234,25 +234,23 @@ class NeuralGraph:
 
     def pack(self, weights: Sequence[torch.Tensor]) -> torch.Tensor:
         """One tensor [forward edges, C] from weight tensors in the order of `batch`, a tensor (copies, ..., C) for each
-        weight of each part; equal networks that `batch` joined to one part may also come one by one (1, ..., C).
+        weight of each part; equal networks that `batch` joined to one part may also come in groups (1, ..., C) of fewer.
 
         Raises:
             ValueError: too many or too few tensors, or shapes that do not fit.
         """
         rest, flat = list(weights), []
-
-        def fits(tensors, p: Part, copies: int) -> bool:
-            return len(tensors) == p.num_weights and all(tuple(t.shape[:-1]) == (copies, *size[1:]) for t, size in zip(tensors, p.weight_sizes))
-
         for p in self.parts:
-            n = p.num_weights
-            groups = [rest[:n]] if fits(rest[:n], p, p.copies) else [rest[k * n : (k + 1) * n] for k in range(p.copies)]
-            rest = rest[n * len(groups) :]
-            for group in groups:
-                if not fits(group, p, p.copies // len(groups)):
+            copies = 0
+            while copies < p.copies:
+                group, rest = rest[: p.num_weights], rest[p.num_weights :]
+                more = group[0].shape[0] if group and group[0].dim() else 0
+                fits = [tuple(t.shape[:-1]) for t in group] == [(more, *size[1:]) for size in p.weight_sizes]
+                if not fits or not 0 < more <= p.copies - copies:
                     sizes = ", ".join(f"({', '.join(map(str, size))}, C)" for size in p.weight_sizes)
                     raise ValueError(f"NeuralGraph.pack: expected weights {sizes} for a network of widths {p.layers}, got {[tuple(t.shape) for t in group]}")
-                flat.append(torch.cat([w.reshape(w.shape[0], -1, w.shape[-1]) for w in group], 1).flatten(0, 1))
+                copies += more
+                flat.append(torch.cat([w.reshape(more, -1, w.shape[-1]) for w in group], 1).flatten(0, 1))
         if rest:
             raise ValueError(f"NeuralGraph.pack: expected {len(list(weights)) - len(rest)} weight tensors for {self}, got {len(list(weights))}")
         return torch.cat(flat)

@@ -46,6 +46,11 @@ class Patch:
     old: str
     new: str
 
+    def applied(self, text: str) -> str:
+        if text.count(self.old) != 1:
+            raise LookupError(f"mutant {self.name}: expected {self.old!r} once in {self.file}, got {text.count(self.old)} times; renew it")
+        return text.replace(self.old, self.new)
+
 
 PATCHES = tuple(Patch(*row) for row in (
     # aggregate
@@ -58,12 +63,12 @@ PATCHES = tuple(Patch(*row) for row in (
     ("scale-for-shift", "cpu/messages.h", "V::load(er + g.F)", "V::load(er)"),
     ("first-of-a-tie-only", "cpu/messages.h", "V::if_eq(v, best, V::add(ties, one), ties)", "ties"),
     # readout
-    ("readout-drops-the-last-edge-of-a-tile", "cpu/evaluator.h", "f(Tile<V>{n, half, live,", "f(Tile<V>{n > 1 ? n - 1 : n, half, live,"),
+    ("readout-drops-the-last-edge-of-a-tile", "cpu/tiler.h", "f(Tile<V>{n, half, live,", "f(Tile<V>{n > 1 ? n - 1 : n, half, live,"),
     ("channels-out-of-step", "cpu/views.h", "p[c * v.channel] = convert(buffer[", "p[(channels - 1 - c) * v.channel] = convert(buffer["),
-    ("shift-for-scale", "cpu/evaluator.h", "out[k] = out[k] * scale + shift", "out[k] = out[k] * shift + scale"),
-    ("last-tile-dropped", "cpu/evaluator.h", "begin < edges; begin += most", "begin + most <= edges; begin += most"),
-    ("beyond-the-table-without-nodes", "cpu/evaluator.h", "out[c] = tj ? si[c] + tj[c] : si[c];", "out[c] = si[c];"),
-    ("residual-of-the-wrong-row", "cpu/evaluator.h", "+ b[static_cast<int64_t>(r) * ldb + c];", "+ b[c];"),
+    ("shift-for-scale", "cpu/raw_values.h", "out[k] = out[k] * scale + shift", "out[k] = out[k] * shift + scale"),
+    ("last-tile-dropped", "cpu/tiler.h", "begin < edges; begin += most", "begin + most <= edges; begin += most"),
+    ("beyond-the-table-without-nodes", "cpu/fourier_encoder.h", "out[c] = tj ? si[c] + tj[c] : si[c];", "out[c] = si[c];"),
+    ("residual-of-the-wrong-row", "cpu/worker.h", "+ b[static_cast<int64_t>(r) * ldb + c];", "+ b[c];"),
     ("last-rows-dropped", "cpu/schedule.cpp", "i < row.n_dst; i += I)", "i + I <= row.n_dst; i += I)"),
     # backward
     ("mean-gradient-not-divided", "cpu/gradients.h", "constant += g[slots.mean * F + c] * inverse;", "constant += g[slots.mean * F + c];"),
@@ -71,13 +76,13 @@ PATCHES = tuple(Patch(*row) for row in (
     ("ties-of-the-other-extreme", "cpu/gradients.h", "ties(row, slots.max_tie, c)", "ties(row, 0, c)"),
     ("sources-of-the-first-piece", "cpu/gradients.h", "add(row.src + piece.j0,", "add(row.src,"),
     ("parameters-of-the-last-item", "cpu/gradients.h", "total_params[c] += w.params[c]", "total_params[c] = w.params[c]"),
-    ("node-bias-of-the-first-row", "cpu/gradients.h", "w.grad_s[k][static_cast<int64_t>(i) * s.ld + c];", "w.grad_s[k][c];"),
-    ("second-node-of-a-cell-forgotten", "cpu/backprop.h", "w.table_high[direction] = index + 2;", "w.table_high[direction] = index + 1;"),
+    ("node-bias-of-the-first-row", "cpu/node_terms.h", "w.grad_s[k][static_cast<int64_t>(i) * s.ld + c];", "w.grad_s[k][c];"),
+    ("second-node-of-a-cell-forgotten", "cpu/fourier_encoder.h", "w.table_high[direction] = index + 2;", "w.table_high[direction] = index + 1;"),
     ("derivative-twice", "cpu/backprop.h", "if (scales(k)) --k;", ""),
-    ("residual-gradient-dropped", "cpu/backprop.h", "if (w.grad_add[k]) Evaluator<V>::add(g, w.grad_add[k], g, t.rows(k), s.ld, s.ld);", ""),
-    ("reversed-block-overwrites", "cpu/backprop.h", "if (row.shared) {", "if (false) {"),
-    ("statistics-not-in-the-gradient", "cpu/backprop.h", "for (int k = 0; k < t.n * ld; ++k) g[k] *= scale;", ""),
-    ("carriers-of-the-first-copy", "cpu/backprop.h", "view(p.call.grad_carriers[at], row, side, t.piece->copy, true)", "view(p.call.grad_carriers[at], row, side, 0, true)"),
+    ("residual-gradient-dropped", "cpu/backprop.h", "if (w.grad_add[k]) this->add(g, w.grad_add[k], g, t.rows(k), s.ld, s.ld);", ""),
+    ("reversed-block-overwrites", "cpu/raw_values.h", "if (row.shared) {", "if (false) {"),
+    ("statistics-not-in-the-gradient", "cpu/raw_values.h", "for (int k = 0; k < t.n * ld; ++k) g[k] *= scale;", ""),
+    ("carriers-of-the-first-copy", "cpu/raw_values.h", "view(p.call.grad_carriers[at], row, side, t.piece->copy, true)", "view(p.call.grad_carriers[at], row, side, 0, true)"),
     ("last-columns-without-gradient", "cpu/gemm.h", "for (; k < K; ++k) outer_block<V, 1, NV>", "for (; k + 1 < K; ++k) outer_block<V, 1, NV>"),
     ("uncovered-gradients-not-cleared", "bindings_cpu.cpp", "edges * e.channels < g.numel()", "false"),
     ("gradient-tiles-too-narrow", "cpu/prepare.h", "if (padded<V>(in.n_in) > max_ld) max_ld = padded<V>(in.n_in);", ""),
@@ -97,7 +102,7 @@ PATCHES = tuple(Patch(*row) for row in (
     ("triangles-whole", "cpu/schedule.cpp", "for (int64_t j = triangle ? i : 0; j < row.n_src;", "for (int64_t j = 0; j < row.n_src;"),
     ("norm-without-the-variances-gradient", "cpu/backprop.h", "V::sub(V::sub(gy, a), V::mul(y, b))", "V::sub(gy, a)"),
     ("residual-of-what-is-common-lost", "cpu/backprop.h", "            sum_rows(t, k, g, w.common_add[in.arg0]);\n", ""),
-    ("number-read-twice-counted-once", "cpu/backprop.h", "if ((row.flags & SAME) || t.itself(r))", "if (t.itself(r))"),
+    ("number-read-twice-counted-once", "cpu/raw_values.h", "if ((row.flags & SAME) || t.itself(r))", "if (t.itself(r))"),
     ("sum-for-difference-of-the-matrices", "cpu/prepare.h", "g[s.g_partner + k] += plus - minus;", "g[s.g_partner + k] += plus + minus;"),
     ("second-gradient-without-memory", "cpu/engine.h", "static_cast<int>(k) == call.message_start - 1) waits(k);", "static_cast<int>(k) == call.message_start - 1 && in.op != ADD) waits(k);"),
     # determinism
@@ -139,13 +144,8 @@ class Workshop:
             self.patched = None
         if patch is not None:
             path = self.folder / "csrc" / patch.file
-            text = path.read_text()
-            if text.count(patch.old) != 1:
-                raise LookupError(
-                    f"mutant {patch.name}: expected {patch.old!r} once in {patch.file}, got {text.count(patch.old)} times; renew it"
-                )
-            self.patched, self.original = path, text
-            path.write_text(text.replace(patch.old, patch.new))
+            self.patched, self.original = path, path.read_text()
+            path.write_text(patch.applied(self.original))
             stale |= depending_on(path)
         for source in sorted(stale):
             self.run([*self.compiler, *self.flags, "-c", f"csrc/{source}", "-o", self.object(source)])

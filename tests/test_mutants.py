@@ -88,6 +88,11 @@ def test_every_seeded_bug_is_caught(mutant: mutants.Mutant):
     assert all(sum(m.op == op for m in mutants.PYTHON) >= 5 for op in TESTS)
 
 
+@pytest.mark.parametrize("patch", mutants_cpp.PATCHES, ids=lambda p: p.name)
+def test_every_bug_of_the_kernels_fits_the_source(patch: mutants_cpp.Patch):
+    assert patch.applied((mutants_cpp.ROOT / "csrc" / patch.file).read_text())
+
+
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> mutants_cpp.Workshop:
     """A copy of the project whose library can be broken; as it is, its tests pass."""

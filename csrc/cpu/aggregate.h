@@ -37,15 +37,11 @@ class Aggregate : Engine<V> {
     for (int64_t at = item.first; at < item.last; ++at) {
       const Piece& piece = plan.pieces[at];
       Stats<V> stats(w.stats, piece.rows(), ldm);
-      eval.nodes(piece);
-      eval.template common<false>(piece);
-      eval.tiles(piece, [&](const Tile<V>& t) {
-        eval.template run<false>(t);
+      eval.template tiles<false>(piece, [&](const Tile<V>& t) {
         const Registers<V> g = this->registers(w);
         with_kind(call.combine, [&](auto tag) {
-          t.destinations([&](int i, int first, int last) {
-            stats.template join<decltype(tag)::kind>(slots, i, t.opens(first), g, first, last);
-          });
+          t.destinations(
+              [&](int i, int first, int last) { stats.template join<decltype(tag)::kind>(slots, i, t.opens(first), g, first, last); });
         });
       });
       if (item.exclusive) merge(piece, stats);

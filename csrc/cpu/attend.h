@@ -12,6 +12,7 @@ class Attend : Engine<V> {
   using Engine<V>::call;
   using Engine<V>::prepared;
   using Engine<V>::plan;
+  using Engine<V>::attention;
 
   Attend(const Call& c, Parallel parallel, int threads)
       : Engine<V>(c, parallel, threads, false), totals(static_cast<size_t>(c.out_rows) * c.heads, T(0)) {}
@@ -29,8 +30,6 @@ class Attend : Engine<V> {
   friend class Engine<V>;
   std::vector<T> totals;  // sums of exponentials, by row and head
 
-  Attention<V> attention() const { return Attention<V>(call, prepared.steps[static_cast<size_t>(call.message_start - 1)].ld); }
-
   void attend(int k, const Item& item) {
     Worker<V>& w = this->worker(k);
     Evaluator<V> eval(prepared, w);
@@ -40,12 +39,8 @@ class Attend : Engine<V> {
       Attention<V> a = attention();
       a.place(w.attention, piece, prepared.tile_rows(), false);
       a.begin_forward(piece);
-      eval.nodes(piece);
-      eval.template common<false>(piece);
-      eval.tiles(piece, [&](const Tile<V>& t) {
-        eval.template run<false>(t);
-        a.forward(t, w.out[call.message_start - 1], w.out[last], prepared.steps[last].ld);
-      });
+      eval.template tiles<false>(
+          piece, [&](const Tile<V>& t) { a.forward(t, w.out[call.message_start - 1], w.out[last], prepared.steps[last].ld); });
       if (item.exclusive) a.commit_forward(piece, totals.data());
     }
   }

@@ -21,9 +21,7 @@ class Engine {
     ready.assign(workers.size(), 0);
     if (c.combine != EMIT && c.combine != ATTEND) count = degrees(c);
     place_nodes();
-    if (sparse)
-      run_nodes(
-          this, [](void* e, int w, const Item& item) { static_cast<Engine*>(e)->project(w, item); }, nullptr);
+    if (sparse) run_nodes(this, [](void* e, int w, const Item& item) { static_cast<Engine*>(e)->project(w, item); }, nullptr);
   }
 
  protected:
@@ -39,7 +37,6 @@ class Engine {
   std::vector<int32_t> count;
   bool sparse = false;  // some blocks are
   Pages node_terms[4];  // of all nodes that they join
-  std::vector<T> total_params;
 
   // Where the node terms of all nodes that sparse blocks join live; their gradients start at 0.
   void place_nodes() {
@@ -74,7 +71,7 @@ class Engine {
     }
   }
 
-  void project(int k, const Item& item) { Evaluator<V>(prepared, worker(k)).all_nodes(item.first, item.last); }
+  void project(int k, const Item& item) { NodeTerms<V>(prepared, worker(k)).all(item.first, item.last); }
 
   void layout(Arena& a, Worker<V>& w) {
     const size_t n = prepared.steps.size(), slack = 64;
@@ -181,10 +178,10 @@ class Engine {
   }
   size_t value_index(const Side& side) const { return side.emit_offset >= 0 ? 0 : static_cast<size_t>(side.block); }
 
-  size_t attention_memory() const {
-    return Attention<V>(call, prepared.steps[static_cast<size_t>(call.message_start - 1)].ld)
-        .memory(plan.max_rows + plan.max_cols, prepared.tile_rows(), backward);
+  Attention<V> attention() const {  // of pairs, where the op is attend
+    return Attention<V>(call, call.combine == ATTEND ? prepared.steps[static_cast<size_t>(call.message_start - 1)].ld : 0);
   }
+  size_t attention_memory() const { return attention().memory(plan.max_rows + plan.max_cols, prepared.tile_rows(), backward); }
 
   // Runs process (and commit) over the nodes that sparse blocks join.
   void run_nodes(void* op, void (*process)(void*, int, const Item&), void (*commit)(void*, int, const Item&)) {

@@ -29,10 +29,7 @@ class Evaluate : Engine<V> {
     for (int64_t at = item.first; at < item.last; ++at) {
       const Piece& piece = plan.pieces[at];
       const Row& row = *piece.row;
-      eval.nodes(piece);
-      eval.template common<false>(piece);
-      eval.tiles(piece, [&](const Tile<V>& t) {
-        eval.template run<false>(t);
+      eval.template tiles<false>(piece, [&](const Tile<V>& t) {
         t.spans(e, [&](int first, int) {
           const Side side = side_of(row, first > 0);
           scatter<V>(t, view(call.values[this->value_index(side)], row, side, piece.copy, true), call.width,

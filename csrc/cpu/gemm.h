@@ -145,7 +145,8 @@ __attribute__((noinline)) void gemm(const typename V::T* a, int64_t lda, int row
   const auto columns = [&](auto width, int col) {  // column by column: a panel of m stays in the first-level cache
     for (int row = 0; row < rows; row += V::MR) {
       const int64_t at = static_cast<int64_t>(row) * m.ld;
-      gemm_block<V, V::MR, decltype(width)::value>(a + row * lda, lda, m.p, m.ld, c + at, m.ld, m.K, row, col, from, scale ? scale + at : nullptr);
+      gemm_block<V, V::MR, decltype(width)::value>(a + row * lda, lda, m.p, m.ld, c + at, m.ld, m.K, row, col, from,
+                                                   scale ? scale + at : nullptr);
     }
   };
   int col = 0;

@@ -1,4 +1,4 @@
-// The backward pass of both ops: every tile is evaluated again, its gradients go down the instructions.
+// The backward pass of every op: every tile is evaluated again, its gradients go down the instructions.
 #pragma once
 
 #include "engine.h"
@@ -15,7 +15,7 @@ class Gradients : Engine<V> {
   using Engine<V>::slots;
   using Engine<V>::count;
   using Engine<V>::ldm;
-  using Engine<V>::value_index;
+  using Engine<V>::attention, Engine<V>::value_index;
 
   Gradients(const Call& c, Parallel parallel, int threads)
       : Engine<V>(c, parallel, threads, true), total_params(c.grad_params ? prepared.grad_size : 0, T(0)) {}
@@ -79,27 +79,22 @@ class Gradients : Engine<V> {
   void differentiate(int k, const Item& item) {
     Worker<V>& w = this->worker(k);
     Evaluator<V> eval(prepared, w);
-    Backprop<V> back(prepared, w, eval);
+    Backprop<V> back(prepared, w);
     std::memset(w.params, 0, sizeof(T) * prepared.grad_size);
     for (int64_t at = item.first; at < item.last; ++at) {
       const Piece& piece = plan.pieces[at];
       if (!wanted(piece)) continue;
-      eval.nodes(piece);
-      eval.template common<true>(piece);
       clear_piece(w, piece);
-      Attention<V> attention(call, call.combine == ATTEND ? prepared.steps[static_cast<size_t>(call.message_start - 1)].ld : 0);
+      Attention<V> pairs = attention();
       if (call.combine == ATTEND) {
-        attention.place(w.attention, piece, prepared.tile_rows(), true);
-        attention.begin_backward(piece);
+        pairs.place(w.attention, piece, prepared.tile_rows(), true);
+        pairs.begin_backward(piece);
       } else if (call.combine != EMIT) {
         coefficients(w, piece);
       }
-      eval.tiles(piece, [&](const Tile<V>& t) {
-        eval.template run<true>(t);
-        tile_gradients(w, back, attention, t);
-      });
+      eval.template tiles<true>(piece, [&](const Tile<V>& t) { tile_gradients(w, back, pairs, t); });
       back.finish(piece);
-      node_gradients(w, piece);
+      NodeTerms<V>(prepared, w).gradients(piece);
       if (item.exclusive) commit_piece(w, piece);
     }
   }
@@ -173,47 +168,10 @@ class Gradients : Engine<V> {
     }
   }
 
-  // From the gradients of node terms to those of the projections and the node states.
-  void node_gradients(Worker<V>& w, const Piece& piece) {
-    if (piece.at) return;  // all_node_gradients
-    const bool both = call.paired && prepared.live(*piece.row) > 0;
-    const int rows = piece.rows(), cols = piece.cols();
-    for (size_t k = 0; k < prepared.steps.size(); ++k) {
-      const Step<V>& s = prepared.steps[k];
-      if (!s.node) continue;
-      const Instr& in = call.instrs[k];
-      const int dx = call.x_width[in.x];
-      const T* x = static_cast<const T*>(call.xs[in.x]) + piece.copy * piece.row->node_stride * dx;
-      const T *x_i = x + (piece.row->dst + piece.i0) * dx, *x_j = x + (piece.row->src + piece.j0) * dx;
-      const int64_t behind = call.paired ? static_cast<int64_t>(rows) * s.ld : 0;
-      const T *dst_i = w.grad_s[k], *src_j = w.grad_t[k] + behind;                                    // of edges
-      const T *dst_j = both ? w.grad_s[k] + behind : nullptr, *src_i = both ? w.grad_t[k] : nullptr;  // of partners
-      const auto project = [&](const T* nodes, const T* g, int n, int64_t to) {
-        if (g) gemm_outer<V>(nodes, dx, dx, g, s.ld, n, w.params + to, s.ld);
-      };
-      if (call.grad_params) {
-        project(x_i, dst_i, rows, s.g_wd);
-        project(x_j, src_j, cols, s.g_ws);
-        project(x_j, dst_j, cols, s.g_wd);
-        project(x_i, src_i, rows, s.g_ws);
-        for (int i = 0; i < (both ? rows + cols : rows); ++i)
-          for (int c = 0; c < s.ld; ++c) w.params[s.g_b + c] += w.grad_s[k][static_cast<int64_t>(i) * s.ld + c];
-      }
-      if (!call.grad_xs[in.x]) continue;
-      const auto back = [&](const T* g, int n, const Matrix<V>& m, T* to) {
-        if (g) gemm<V>(g, s.ld, n, m, to, FromRows<V>{to, m.ld});
-      };
-      back(dst_i, rows, s.wd_t, w.grad_x_i[in.x]);
-      back(src_i, rows, s.ws_t, w.grad_x_i[in.x]);
-      back(src_j, cols, s.ws_t, w.grad_x_j[in.x]);
-      back(dst_j, cols, s.wd_t, w.grad_x_j[in.x]);
-    }
-  }
-
   // Adds what a piece holds for nodes and shared raw weights.
   void commit_piece(Worker<V>& w, const Piece& piece) {
     const Row& row = *piece.row;
-    if (piece.at) commit_terms(w, piece);
+    if (piece.at) NodeTerms<V>(prepared, w).commit_sparse(piece);
     for (size_t x = 0; !piece.at && x < call.xs.size(); ++x) {
       if (!call.grad_xs[x]) continue;
       const int dx = call.x_width[x], ld = padded<V>(dx);
@@ -226,9 +184,9 @@ class Gradients : Engine<V> {
       add(row.src + piece.j0, piece.cols(), w.grad_x_j[x]);
     }
     if (call.combine == ATTEND) {
-      Attention<V> attention(call, prepared.steps[static_cast<size_t>(call.message_start - 1)].ld);
-      attention.place(w.attention, piece, prepared.tile_rows(), true);
-      attention.commit_backward(piece);
+      Attention<V> pairs = attention();
+      pairs.place(w.attention, piece, prepared.tile_rows(), true);
+      pairs.commit_backward(piece);
     }
     if (!row.shared || !call.need_weights) return;
     for (const bool partner : {false, true}) {
@@ -258,60 +216,10 @@ class Gradients : Engine<V> {
             raw + (static_cast<int64_t>(i) * cols + j) * C);
   }
 
-  // Adds the gradients of a sparse piece's node terms to those of all nodes.
-  void commit_terms(Worker<V>& w, const Piece& piece) {
-    const bool both = call.paired && prepared.live(*piece.row) > 0;
-    const int64_t base = piece.copy * piece.row->node_stride - prepared.low_node, rows = piece.rows(), shift = call.paired ? rows : 0;
-    const auto add = [&](const std::vector<T*>& terms, T* Step<V>::*all, int64_t row, int64_t node) {
-      for (size_t k = 0; k < prepared.steps.size(); ++k) {
-        const Step<V>& s = prepared.steps[k];
-        if (!s.node) continue;
-        T* to = s.*all + node * prepared.all_ld;
-        const T* g = terms[k] + row * s.ld;
-        for (int c = 0; c < s.ld; c += V::W) V::store(to + c, V::add(V::load(to + c), V::load(g + c)));
-      }
-    };
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t node = base + piece.row->dst + piece.destination(static_cast<int>(i));
-      add(w.grad_s, &Step<V>::all_grad_s, i, node);
-      if (both) add(w.grad_t, &Step<V>::all_grad_t, i, node);
-    }
-    for (int64_t j = 0; j < piece.cols(); ++j) {
-      const int64_t node = base + piece.row->src + piece.source(static_cast<int>(j));
-      add(w.grad_t, &Step<V>::all_grad_t, shift + j, node);
-      if (both) add(w.grad_s, &Step<V>::all_grad_s, shift + j, node);
-    }
-  }
-
-  // From the gradients of the node terms of nodes item.first .. item.last - 1 to those of the projections and the node states.
   void all_node_gradients(int k, const Item& item) {
     Worker<V>& w = this->worker(k);
     std::memset(w.params, 0, sizeof(T) * prepared.grad_size);
-    const int n = static_cast<int>(item.last - item.first);
-    for (size_t x = 0; x < call.xs.size(); ++x)
-      std::memset(w.grad_x_i[x], 0, sizeof(T) * row_blocks<V>(n) * padded<V>(call.x_width[x]));
-    for (size_t step = 0; step < prepared.steps.size(); ++step) {
-      const Step<V>& s = prepared.steps[step];
-      if (!s.node) continue;
-      const int x = call.instrs[step].x, dx = call.x_width[x];
-      const T *nodes = static_cast<const T*>(call.xs[x]) + item.first * dx, *gs = s.all_grad_s + (item.first - prepared.low_node) * prepared.all_ld,
-              *gt = s.all_grad_t + (item.first - prepared.low_node) * prepared.all_ld;
-      if (call.grad_params) {
-        gemm_outer<V>(nodes, dx, dx, gs, prepared.all_ld, n, w.params + s.g_wd, s.ld);
-        gemm_outer<V>(nodes, dx, dx, gt, prepared.all_ld, n, w.params + s.g_ws, s.ld);
-        for (int r = 0; r < n; ++r)
-          for (int c = 0; c < s.ld; ++c) w.params[s.g_b + c] += gs[static_cast<int64_t>(r) * prepared.all_ld + c];
-      }
-      if (!call.grad_xs[x]) continue;
-      gemm<V>(gs, prepared.all_ld, n, s.wd_t, w.grad_x_i[x], FromRows<V>{w.grad_x_i[x], s.wd_t.ld});
-      gemm<V>(gt, prepared.all_ld, n, s.ws_t, w.grad_x_i[x], FromRows<V>{w.grad_x_i[x], s.ws_t.ld});
-    }
-    for (size_t x = 0; x < call.xs.size(); ++x) {
-      const int dx = call.x_width[x], ld = padded<V>(dx);
-      for (int r = 0; call.grad_xs[x] && r < n; ++r)
-        for (int c = 0; c < dx; ++c)
-          static_cast<T*>(call.grad_xs[x])[(item.first + r) * dx + c] += w.grad_x_i[x][static_cast<int64_t>(r) * ld + c];
-    }
+    NodeTerms<V>(prepared, w).all_gradients(item);
   }
 
   void commit_gradients(int k, const Item& item) {

@@ -29,7 +29,7 @@ struct Step {
   T *gamma = nullptr, *ones = nullptr;  // NORM: [ld] scale, and 1 on the columns that count
   T eps = 0;
   T *all_s = nullptr, *all_t = nullptr, *all_grad_s = nullptr, *all_grad_t = nullptr;  // sparse blocks: its part of all_t and so on
-  int ld = 0;  // of the result
+  int ld = 0;                                                                          // of the result
   int64_t g_w[2] = {-1, -1}, g_b = -1, g_wd = -1, g_ws = -1, g_partner = -1, g_plus = -1,
           g_minus = -1;  // offsets into the padded parameter gradients
   bool node = false;
@@ -45,8 +45,8 @@ struct Prepared {
   int last_pair = 0;     // the last instruction that reads partners: below it, they are evaluated
   int first_node = 0;    // the first instruction with a node term (or a checkpoint): below it, pairs without edges are all alike
   size_t grad_size = 0;  // of the padded parameter gradients
-  int64_t low_node = 0, high_node = 0;  // sparse blocks join nodes low_node .. high_node - 1: the rows of all_s, all_t
-  T *all_s = nullptr, *all_t = nullptr;   // of each node as destination, as source: terms of all steps side by side [nodes, all_ld]
+  int64_t low_node = 0, high_node = 0;   // sparse blocks join nodes low_node .. high_node - 1: the rows of all_s, all_t
+  T *all_s = nullptr, *all_t = nullptr;  // of each node as destination, as source: terms of all steps side by side [nodes, all_ld]
   int all_ld = 0;
 
   explicit Prepared(const Call& c) : call(c), steps(c.instrs.size()), params(static_cast<const T*>(c.params)) {

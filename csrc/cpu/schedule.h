@@ -1,6 +1,6 @@
-// Work is cut into pieces (a rectangle of one block, a run of a sparse one's entries) and items (one large piece, or whole small networks). The cut
-// depends on the graph alone. Items are computed in any order on any number of threads and committed in their own
-// order, so every sum has one order: results are bitwise independent of the thread count.
+// Work is cut into pieces (a rectangle of one block, a run of a sparse one's entries) and items (one large piece, or whole small networks).
+// The cut depends on the graph alone. Items are computed in any order on any number of threads and committed in their own order, so every
+// sum has one order: results are bitwise independent of the thread count.
 #pragma once
 
 #include <algorithm>
@@ -14,9 +14,9 @@ namespace ngk {
 
 struct Piece {
   const Row* row;
-  int64_t index;                 // of the row
-  int64_t copy, i0, i1, j0, j1;  // destinations, sources; diagonal: j0 = i0, j1 = i1
-  bool triangle = false;         // the unordered pairs i <= j of i0 .. i1
+  int64_t index;                                  // of the row
+  int64_t copy, i0, i1, j0, j1;                   // destinations, sources; diagonal: j0 = i0, j1 = i1
+  bool triangle = false;                          // the unordered pairs i <= j of i0 .. i1
   const int64_t *lists = nullptr, *at = nullptr;  // sparse: its row's lists, and its own line of their directory; i0, j0 = 0
   int64_t destination(int i) const { return at ? lists[at[0] + i] : i0 + i; }  // within its layer
   int64_t source(int j) const { return at ? lists[at[2] + j] : j0 + j; }

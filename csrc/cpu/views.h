@@ -90,15 +90,15 @@ NGK_INLINE View view(const EdgeTensor& t, const Row& row, const Side& side, int6
 // Up to `tile` edges of one piece, destination by destination; with partners, these follow at row `half`.
 template <class V>
 struct Tile {
-  int n;             // edges
-  int half;          // rows from an edge to its partner; 0: no partners
-  int live;          // instructions below `live` are evaluated for partners too
-  int shift;         // where sources begin in j: behind the destinations, when there may be partners
-  const int *i, *j;  // of each row: destination and source in the piece's tables; entries up to row_blocks(rows) are valid
+  int n;                   // edges
+  int half;                // rows from an edge to its partner; 0: no partners
+  int live;                // instructions below `live` are evaluated for partners too
+  int shift;               // where sources begin in j: behind the destinations, when there may be partners
+  const int *i, *j;        // of each row: destination and source in the piece's tables; entries up to row_blocks(rows) are valid
   const int *at_i, *at_j;  // the same in the tables of node terms (a sparse piece reads those of all nodes)
   const Piece* piece;
-  const int64_t* number[2] = {nullptr, nullptr};  // sparse: of each edge, of its partner
-  int64_t begin = 0;                              // edges of the piece before these
+  const int64_t* number[2] = {nullptr, nullptr};    // sparse: of each edge, of its partner
+  int64_t begin = 0;                                // edges of the piece before these
   int source(int r) const { return j[r] - shift; }  // of an edge, in the piece
   int rows(int k) const { return half && k < live ? half + n : n; }
   bool partners(int k) const { return half && k < live; }
