@@ -1,22 +1,11 @@
 // Stable-ABI bindings of the CPU kernels: the only kind of file that knows torch. Checks and allocation of outputs
 // are done in Python (ngkernels/ops); what is checked here protects memory.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+#include "bindings.h"
 
 #include <algorithm>
 #include <cstring>
 #include <optional>
 #include <string>
-#include <vector>
-
-#include "edge_program.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Ints = std::vector<int64_t>;
-using Tensors = std::vector<Tensor>;
 
 namespace ngk {
 namespace {
@@ -60,13 +49,6 @@ EdgeTensor edge_tensor(const Tensor& t, bool packed) {
   return e;
 }
 
-void* data(const Tensor& t, ScalarType type, const char* name) {
-  if (t.numel() == 0) return nullptr;
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type, "ngkernels: expected ", name,
-                  " contiguous, on the CPU, of the compute dtype");
-  return const_cast<void*>(t.const_data_ptr());
-}
-
 struct Problem {
   Call call;
   bool f64 = false, packed = false;
@@ -89,9 +71,8 @@ struct Problem {
       call.instrs.push_back({static_cast<int>(r[0]), static_cast<int>(r[1]), static_cast<int>(r[2]), r[3], r[4], static_cast<int>(r[5]),
                              r[6], r[7], r[8], r[9]});
     }
-    STD_TORCH_CHECK(
-        topology.dim() == 1 && topology.numel() >= 1 && topology.is_contiguous() && topology.scalar_type() == ScalarType::Long,
-        "ngkernels: malformed topology table");
+    STD_TORCH_CHECK(topology.dim() == 1 && topology.numel() >= 1 && topology.is_contiguous() && topology.scalar_type() == ScalarType::Long,
+                    "ngkernels: malformed topology table");
     call.topology = static_cast<const int64_t*>(topology.const_data_ptr());
     const int64_t rows = call.topology[0];
     STD_TORCH_CHECK(rows >= 0 && rows <= (topology.numel() - 1) / ROW_COLUMNS, "ngkernels: malformed topology table");
@@ -222,8 +203,10 @@ bool supports(const char* name) {
   return !std::strcmp(name, "scalar");
 }
 
-// The best instruction set for the compute mode (1: bf16 operands allowed). The bf16 dot product pays on AMD only: on
-// Intel cores without AMX it runs at half the rate of float32 products (measured: 86 against 176 GFLOP/s a core).
+}  // namespace
+
+// The bf16 dot product pays on AMD only: on Intel cores without AMX it runs at half the rate of float32 products (measured: 86 against
+// 176 GFLOP/s a core).
 const Isa& isa_for(int64_t compute) {
 #if defined(__x86_64__)
   const bool pays = __builtin_cpu_is("amd");
@@ -237,6 +220,8 @@ const Isa& isa_for(int64_t compute) {
   return isa_scalar();
 }
 
+namespace {
+
 std::string isa() { return forced.empty() ? isa_for(0).name : forced; }
 
 // "" chooses again; anything else is used from now on.
@@ -245,16 +230,19 @@ void set_isa(std::string name) {
   forced = name;
 }
 
+}  // namespace
+
 void parallel(int64_t n, void* ctx, void (*body)(void*, int64_t, int64_t)) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(ctx, begin, end); });
 }
+int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+namespace {
 
 const Kernels& kernels(const Problem& p, int64_t compute) {
   const Isa& isa = isa_for(compute);
   return p.f64 ? isa.f64 : isa.f32;
 }
-
-int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 void bind_reduced(Problem& p, const Tensor& out, const Tensor& aux, const Tensor& ties) {
   const ScalarType type = p.f64 ? ScalarType::Double : ScalarType::Float;

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "node_call.h"
+
 namespace ngk {
 
 enum Op : int { LOAD, FOURIER, TABLE, LIN, ACT, ADD, MARK, NORM, MASK };
@@ -101,6 +103,8 @@ struct Kernels {
   void (*evaluate)(const Call&, Parallel, int threads);
   void (*attend)(const Call&, Parallel, int threads);
   void (*backward)(const Call&, Parallel, int threads);  // of any, by Call::combine
+  void (*node_map)(const NodeCall&, Parallel, int threads);
+  void (*node_gradients)(const NodeCall&, Parallel, int threads);
 };
 
 struct Isa {

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-OPS = ("aggregate", "attend", "readout", "checkpoint")
+OPS = ("aggregate", "attend", "readout", "checkpoint", "node_map")
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 _NOT_BUILT = {"triton": "the Triton kernels are not built yet", "cuda": "the CUDA kernels are not built yet"}
 

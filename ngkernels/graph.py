@@ -226,6 +226,14 @@ class NeuralGraph:
         kinds = [{b.weight: b.kind for b in p.blocks if b.owns} for p in self.parts]
         return [False] if self.packed else [owned[k] == SPARSE for owned in kinds for k in range(len(owned))]
 
+    @property
+    def node_bounds(self) -> torch.Tensor:
+        """The first node of every network, and the number of nodes: int64 [num_graphs + 1]."""
+        if "node_bounds" not in self._cache:
+            sizes = torch.tensor([0, *(p.num_nodes for p in self.parts for _ in range(p.copies))])
+            self._cache["node_bounds"] = sizes.cumsum(0)
+        return self._cache["node_bounds"]
+
     def weight_shapes(self, channels: int) -> list[tuple[int, ...]]:
         """Expected shape of each weight tensor: (copies, d0, d1, C) dense, (copies, n, C) diagonal, (copies, E, C) sparse, [E, C] packed."""
         if self.packed:

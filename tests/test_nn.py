@@ -1,4 +1,4 @@
-"""Thin modules: PNA layers against PyTorch Geometric, encoders, and the hand-written backward passes."""
+"""Thin modules: PNA layers against PyTorch Geometric, encoders, norms, recomputation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch_geometric.nn import PNAConv
 
 import ngkernels as ngk
 from ngkernels import nn
-from ngkernels.nn.node_map import node_map
+from ngkernels.ops.node_map import node_map
 
 LAYOUT = [3, 5, 4]
 
@@ -104,31 +104,6 @@ def test_loaded_frequencies_bring_their_own_grid_also_to_compiled_code(backend: 
         torch.testing.assert_close(encoder.values(v, out), out(encoder(v)), rtol=1e-4, atol=1e-4)
 
 
-def node_arguments() -> list[torch.Tensor | None]:
-    x, reduced, matrix, bias = torch.randn(7, 3), torch.randn(7, 4), torch.randn(5, 3 + 3 * 4), torch.randn(5)
-    return [*(t.double().requires_grad_() for t in (x, reduced, matrix, bias)), None, *torch.rand(2, 7, 1).double()]
-
-
-@pytest.mark.parametrize("rows", [2, 1 << 12])
-def test_node_map_gradients(rows: int, monkeypatch):
-    monkeypatch.setattr("ngkernels.nn.node_map.ROWS", rows)
-    arguments = node_arguments()
-    assert torch.autograd.gradcheck(node_map, arguments)
-    assert torch.autograd.gradgradcheck(node_map, arguments)
-    for k in range(4):  # each alone
-        alone = [t if t is None or j == k else t.detach() for j, t in enumerate(arguments)]
-        assert torch.autograd.gradcheck(node_map, alone)
-
-
-def test_node_map_is_the_same_without_its_own_backward():
-    arguments, after = node_arguments(), nn.NormAct(None, "tanh")
-    with torch.no_grad():
-        wanted = node_map(*arguments, after=after)
-    torch.testing.assert_close(node_map(*arguments, after=after), wanted)
-    found = torch.func.grad(lambda x: node_map(x, *arguments[1:], after=after).sum())(arguments[0].detach())
-    torch.testing.assert_close(found, torch.autograd.grad(node_map(*arguments, after=after).sum(), arguments[0])[0])
-
-
 NETWORKS = {
     "one": [ngk.NeuralGraph.mlp([3, 5])],
     "equal": [ngk.NeuralGraph.mlp([1, 3], 2)],
@@ -139,43 +114,14 @@ NETWORKS = {
 @pytest.mark.parametrize("networks", NETWORKS)
 @pytest.mark.parametrize("over", ["layer", "graph", "batch_graph", None])
 @pytest.mark.parametrize("act_first", [False, True])
-@pytest.mark.parametrize("act", nn.ACTIVATIONS)
-def test_norm_and_activation_have_the_derivative_that_is_written_out(act: str, act_first: bool, over: str | None, networks: str):
+def test_norm_and_activation_after_a_node_map(backend: str, act_first: bool, over: str | None, networks: str):
     graph = ngk.NeuralGraph.batch(NETWORKS[networks])
-    norm = None if over is None else nn.NodeNorm(4, over).double()
-    after = nn.NormAct(norm, act, act_first, graph)
-    y, grad = (torch.randn(graph.num_nodes, 4, dtype=torch.float64) for _ in range(2))
-    leaves = [y.clone().requires_grad_(), *after.tensors]
-    out = after(*leaves)
-    torch.testing.assert_close(after.in_place(y.clone(), *(t.detach() for t in after.tensors)), out.detach(), rtol=1e-10, atol=1e-12)
-    wanted = torch.autograd.grad(out, leaves, grad)
-    found = after.gradients(grad, y, *(t.detach() for t in after.tensors))
-    for f, w in zip(found, wanted, strict=True):
-        torch.testing.assert_close(f, w, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("over", ["layer", "graph"])
-def test_node_map_with_a_norm_after_it(over: str):
-    graph = ngk.NeuralGraph.mlp([3, 4])
-    after = nn.NormAct(nn.NodeNorm(5, over).double(), "silu", graph=graph)
-    arguments = node_arguments()
-
-    def function(*tensors):
-        return node_map(*tensors[:7], after=after, tensors=tensors[7:])
-
-    assert torch.autograd.gradcheck(function, (*arguments, *after.tensors))
-    assert torch.autograd.gradgradcheck(function, (*arguments, *after.tensors))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        function(*arguments, *after.tensors)
-    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (*arguments, *after.tensors) if t is not None}, "arguments alone"
-
-
-def test_equal_states_have_finite_gradients():
-    """Their spread is 0."""
-    after = nn.NormAct(nn.NodeNorm(4, "batch_graph"), "silu")
-    found = after.gradients(torch.randn(3, 4), torch.ones(3, 4), *(t.detach() for t in after.tensors))
-    assert all(f.isfinite().all() for f in found)
+    after = nn.NormAct(None if over is None else nn.NodeNorm(4, over).double(), "tanh", act_first, graph)
+    n = graph.num_nodes
+    x, reduced, matrix, bias = (torch.randn(*s, dtype=torch.float64) for s in ((n, 3), (n, 2), (4, 5), (4,)))
+    wanted = after(torch.cat([x, reduced], 1) @ matrix.T + bias, *after.tensors)
+    with ngk.use_backend(backend):
+        torch.testing.assert_close(node_map(x, reduced, [matrix, bias], [None], after.after(n, x.device)), wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_recompute_keeps_its_arguments_alone():

@@ -5,6 +5,7 @@
 #include "attend.h"
 #include "evaluate.h"
 #include "gradients.h"
+#include "node_map.h"
 
 namespace ngk {
 
@@ -15,6 +16,8 @@ Kernels kernels_of() {
       [](const Call& c, Parallel p, int n) { Evaluate<V>(c, p, n)(); },
       [](const Call& c, Parallel p, int n) { Attend<V>(c, p, n)(); },
       [](const Call& c, Parallel p, int n) { Gradients<V>(c, p, n)(); },
+      [](const NodeCall& c, Parallel p, int n) { NodeMap<V>(c, p, n)(); },
+      [](const NodeCall& c, Parallel p, int n) { NodeGradients<V>(c, p, n)(); },
   };
 }
 

@@ -1,32 +1,17 @@
-"""A norm and an activation after another, with their derivative written out: few operations, few temporaries."""
+"""A norm and an activation that follow something else."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from ..graph import NeuralGraph
+from ..ops.node_map import FUNCTIONS as ACTIVATIONS
+from ..ops.node_map import After
 from .norm import NodeNorm
-
-_ops = torch.ops.aten
-ACTIVATIONS = {
-    "silu": F.silu, "relu": torch.relu, "gelu": F.gelu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
-    "leaky_relu": F.leaky_relu, "identity": lambda x: x,
-}  # fmt: skip
-_IN_PLACE = {
-    "silu": lambda y: F.silu(y, inplace=True), "relu": torch.relu_, "gelu": _ops.gelu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_,
-    "leaky_relu": lambda y: F.leaky_relu(y, inplace=True), "identity": lambda y: y,
-}  # fmt: skip
-_BACKWARD = {
-    "silu": lambda g, x: _ops.silu_backward(g, x), "relu": lambda g, x: _ops.threshold_backward(g, x, 0),
-    "gelu": lambda g, x: _ops.gelu_backward(g, x), "tanh": lambda g, x: _ops.tanh_backward(g, x.tanh()),
-    "sigmoid": lambda g, x: _ops.sigmoid_backward(g, x.sigmoid()), "leaky_relu": lambda g, x: _ops.leaky_relu_backward(g, x, 0.01, False),
-    "identity": lambda g, x: g,
-}  # fmt: skip
 
 
 class NormAct:
-    """act(norm(y, weight, bias)), or norm(act(y), weight, bias) where `act_first`; without a norm act(y).
+    """act(norm(y)), or norm(act(y)) where `act_first`; without a norm act(y).
 
     Args:
         norm: NodeNorm or None. act: one of the engine's activations. graph: says which rows belong together.
@@ -34,7 +19,6 @@ class NormAct:
 
     def __init__(self, norm: NodeNorm | None, act: str, act_first: bool = False, graph: NeuralGraph | None = None):
         self.norm, self.act, self.act_first, self.graph = norm, act, act_first, graph
-        self.function = None if norm is None else norm.function(graph)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -43,23 +27,15 @@ class NormAct:
 
     def __call__(self, y: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         act = ACTIVATIONS[self.act]
-        if self.function is None:
-            return act(y)
-        return self.function(act(y), *tensors) if self.act_first else act(self.function(y, *tensors))
-
-    def in_place(self, y: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        """The same without gradients; y may be overwritten."""
-        act = _IN_PLACE[self.act]
         if self.norm is None:
             return act(y)
-        return self.norm.in_place(act(y), *tensors, self.graph) if self.act_first else act(self.norm.in_place(y, *tensors, self.graph))
+        norm = self.norm.function(self.graph)
+        return norm(act(y), *tensors) if self.act_first else act(norm(y, *tensors))
 
-    def gradients(self, grad: torch.Tensor, y: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Gradients of y and `tensors`, from that of the result; y may be overwritten."""
-        act, backward = ACTIVATIONS[self.act], _BACKWARD[self.act]
-        if self.norm is None:
-            return (backward(grad, y),)
-        if self.act_first:
-            found = self.norm.gradients(grad, act(y), *tensors, self.graph)
-            return backward(found[0], y), *found[1:]
-        return self.norm.gradients(backward(grad, self.function(y, *tensors)), y, *tensors, self.graph)
+    def after(self, rows: int, device: torch.device) -> After:
+        """The same as part of a node map of so many rows."""
+        norm = self.norm
+        if norm is None:
+            return After(self.act)
+        bounds = None if norm.over == "layer" else norm.bounds(self.graph, rows).to(device)
+        return After(self.act, "layer" if norm.over == "layer" else "graph", norm.weight, norm.bias, bounds, norm.eps, self.act_first)

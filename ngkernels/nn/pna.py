@@ -11,8 +11,8 @@ from torch import nn
 from ..edges import ACTIVATIONS, Affine, EdgeState, Message
 from ..graph import NeuralGraph
 from ..ops.aggregate import aggregate
+from ..ops.node_map import node_map
 from ..program import REDUCE
-from .node_map import node_map
 from .norm_act import ACTIVATIONS as _ACT
 from .norm_act import NormAct
 from .recompute import recompute
@@ -182,25 +182,20 @@ class PNALayer(nn.Module):
             b = torch.cat([b[:f].repeat(towers), b[f:].repeat(towers)])
         return Message.film(x, w, b, *args)
 
-    def node_maps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """([W_x | W_s for each scaler s], bias) of the first layer of `post`, times `lin` if there is no other.
-
-        Matrix [O, F + S K T F], bias [O].
-        """
-        first, alone = [nn[0] for nn in self.post_nns], len(self.post_nns[0]) == 1
+    def first_maps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """([W_x | W_s for each scaler s], bias) of the first layer of `post`: [O, F + S K T F] and [O]."""
+        first = [nn[0] for nn in self.post_nns]
         f, towers, width = self.in_channels, self.towers, self.out_channels // self.towers
         natural = self.natural == self.aggregators
         if towers == 1 and natural:
-            weight, bias = first[0].weight, first[0].bias
-        else:
-            order = range(len(self.aggregators)) if natural else [self.aggregators.index(r) for r in self.natural]
-            parts = [m.weight.split([f, m.weight.shape[1] - f], 1) for m in first]
-            # [tower, width, S, K, F], then each tower's rows beside zeros in the other towers' columns
-            scaled = torch.stack([s.view(width, len(self.scalers), -1, f)[:, :, list(order)] for _, s in parts])
-            eye = torch.eye(towers, dtype=scaled.dtype, device=scaled.device)
-            scaled = torch.einsum("twskf,tu->twskuf", scaled, eye).reshape(self.out_channels, -1)
-            weight, bias = torch.cat([torch.cat([x for x, _ in parts]), scaled], 1), torch.cat([m.bias for m in first])
-        return (self.lin.weight @ weight, torch.addmv(self.lin.bias, self.lin.weight, bias)) if alone else (weight, bias)
+            return first[0].weight, first[0].bias
+        order = range(len(self.aggregators)) if natural else [self.aggregators.index(r) for r in self.natural]
+        parts = [m.weight.split([f, m.weight.shape[1] - f], 1) for m in first]
+        # [tower, width, S, K, F], then each tower's rows beside zeros in the other towers' columns
+        scaled = torch.stack([s.view(width, len(self.scalers), -1, f)[:, :, list(order)] for _, s in parts])
+        eye = torch.eye(towers, dtype=scaled.dtype, device=scaled.device)
+        scaled = torch.einsum("twskf,tu->twskuf", scaled, eye).reshape(self.out_channels, -1)
+        return torch.cat([torch.cat([x for x, _ in parts]), scaled], 1), torch.cat([m.bias for m in first])
 
     def forward(self, x: torch.Tensor, edges: EdgeState, after: NormAct | None = None) -> torch.Tensor:
         """Node states after this layer.
@@ -215,11 +210,12 @@ class PNALayer(nn.Module):
         graph = edges.graph
         reduced = aggregate(edges, self.message(x), self.natural).flatten(1)  # [rows, K T F]
         factors = self.aggr_module(row_degrees(graph, x))
-        more = () if after is None else after.tensors
+        x = rows_of(graph, x)
         if len(self.post_nns[0]) == 1:
-            return node_map(rows_of(graph, x), reduced, *self.node_maps(), *factors, after=after, tensors=more)
-        y = node_map(rows_of(graph, x), reduced, *self.node_maps(), *factors)
+            form = None if after is None else after.after(x.shape[0], x.device)
+            return node_map(x, reduced, [*self.first_maps(), self.lin.weight, self.lin.bias], factors, form)
+        y = node_map(x, reduced, self.first_maps(), factors)
         for k in range(2, len(self.post_nns[0]), 2):
             weight = _tower_diagonal([nn[k].weight for nn in self.post_nns])
             y = F.linear(_ACT[self.activation](y), weight, torch.cat([nn[k].bias for nn in self.post_nns]))
-        return self.lin(y) if after is None else recompute(after, self.lin(y), *more)
+        return self.lin(y) if after is None else recompute(after, self.lin(y), *after.tensors)

@@ -40,3 +40,19 @@ def attend_backward(saved, e: ex.E, compute: int, nodes, shape, scale: float, dr
     """saved: grad, grad_sums, out, sums, lse; grads: of the expression's tensors, then of q, k, v."""
     saved = [t.contiguous() for t in saved]
     torch.ops.ngkernels_C.attend_backward(*saved, *_arguments(e, compute), *nodes, shape, scale, dropout, seed, grads)
+
+
+def node_map(x, reduced, maps, factors, unit, affine, bounds, form, eps: float, out: torch.Tensor, stats: torch.Tensor) -> None:
+    torch.ops.ngkernels_C.node_map(*_node_arguments(x, reduced, maps, factors, unit, affine, bounds, form), eps, out, stats)
+
+
+def node_map_backward(grad, stats, x, reduced, maps, factors, unit, affine, bounds, form, eps: float, grads: list[torch.Tensor]) -> None:
+    arguments = _node_arguments(x, reduced, maps, factors, unit, affine, bounds, form)
+    torch.ops.ngkernels_C.node_map_backward(grad.contiguous(), stats, *arguments, eps, grads)
+
+
+def _node_arguments(x, reduced, maps, factors, unit, affine, bounds, form) -> tuple:
+    """Contiguous tensors: compiled code hands them over with any strides."""
+    lists = ([t.contiguous() for t in tensors] for tensors in (maps, factors, affine))
+    maps, factors, affine = lists
+    return x.contiguous(), reduced.contiguous(), maps, factors, unit, affine, bounds, form

@@ -12,7 +12,7 @@ from ..program import REDUCE, aux_slots, build_message, reductions
 from ..reference import evaluate as reference
 from . import _cpp
 from . import expression as ex
-from .autograd import register_autograd
+from .autograd import register
 from .double_backward import second_derivatives
 
 ex.library.define(f"aggregate({ex.SCHEMA}, SymInt rows, int compute) -> (Tensor, Tensor, Tensor)")
@@ -36,7 +36,6 @@ def _fake_backward(grad, out, aux, ties, weights, xs, params, table, carriers, t
     return ex.empty_gradients(ex.E(weights, xs, params, table, carriers, topology, program), need)
 
 
-@torch.library.impl("ngkernels::aggregate", "CompositeExplicitAutograd", lib=ex.library)
 def _forward(weights, xs, params, table, carriers, topology, program, rows, compute):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
     outputs = _outputs(params, program, rows)
@@ -48,7 +47,6 @@ def _forward(weights, xs, params, table, carriers, topology, program, rows, comp
     return out, aux, ties.to(outputs[2].dtype)
 
 
-@torch.library.impl("ngkernels::aggregate_backward", "CompositeExplicitAutograd", lib=ex.library)
 def _backward(grad, out, aux, ties, weights, xs, params, table, carriers, topology, program, compute, need):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
     if ex.backend_of(compute) == "cpp":
@@ -71,10 +69,10 @@ def _autograd(ctx, need, grad, _aux, _ties):
         return [None] * len(need)
     e, (out, aux, ties) = ex.load(ctx)
     need = need[:-1]  # all but the topology
-    return [*ex.wanted(torch.ops.ngkernels.aggregate_backward(grad, out, aux, ties, *e, ctx.compute, need), need), None]
+    return [*ex.wanted(_run_backward(grad, out, aux, ties, *e, ctx.compute, need), need), None]
 
 
-register_autograd("aggregate", _autograd, _setup)
+_run = register("aggregate", _forward, _autograd, _setup)
 
 
 def _setup_double(ctx, inputs, output):
@@ -90,7 +88,7 @@ def _autograd_double(ctx, need, *second):
     return [found[0], None, None, None, *found[1:], None]
 
 
-register_autograd("aggregate_backward", _autograd_double, _setup_double)
+_run_backward = register("aggregate_backward", _backward, _autograd_double, _setup_double)
 
 
 def aggregate(edges: EdgeState, message: Message, reduce: Sequence[str] = ("sum",)) -> torch.Tensor:
@@ -125,6 +123,6 @@ def aggregate(edges: EdgeState, message: Message, reduce: Sequence[str] = ("sum"
     message.check("aggregate", edges)
     compute = ex.compute_mode(backends.choose("aggregate", edges.weights[0].device))
     e = build_message(edges, message, reduce, ex.backend_of(compute) != "reference")
-    out = torch.ops.ngkernels.aggregate(*e, edges.graph.num_rows, compute)[0]
+    out = _run(*e, edges.graph.num_rows, compute)[0]
     natural = tuple(r for r in REDUCE if r in reduce)
     return out if natural == reduce else out[:, [natural.index(r) for r in reduce]]

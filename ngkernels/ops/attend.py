@@ -13,7 +13,7 @@ from ..reference import attend as reference
 from ..topology import OVER
 from . import _cpp
 from . import expression as ex
-from .autograd import register_autograd
+from .autograd import register
 
 _NODES = "Tensor q, Tensor k, Tensor v, int[] shape, float scale, float dropout, int seed"
 # shape: heads, values multiplied (0 or 1), edge states summed (0 or 1)
@@ -50,7 +50,6 @@ def _fake_backward(
     return _empty_gradients(ex.E(weights, xs, params, table, carriers, topology, program), q, k, v, need)
 
 
-@torch.library.impl("ngkernels::attend", "CompositeExplicitAutograd", lib=ex.library)
 def _forward(weights, xs, params, table, carriers, topology, program, q, k, v, shape, scale, dropout, seed, rows, compute):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
     if ex.backend_of(compute) == "cpp":
@@ -61,7 +60,6 @@ def _forward(weights, xs, params, table, carriers, topology, program, q, k, v, s
         return reference.attend(*e, q, k, v, shape, scale, dropout, seed, rows, compute & 1)
 
 
-@torch.library.impl("ngkernels::attend_backward", "CompositeExplicitAutograd", lib=ex.library)
 def _backward(
     grad, grad_sums, out, sums, lse, weights, xs, params, table, carriers, topology, program, q, k, v, shape, scale, dropout, seed, compute, need
 ):
@@ -92,19 +90,19 @@ def _autograd(ctx, need, grad, grad_sums, _lse):
     grad = torch.zeros_like(out) if grad is None else grad
     grad_sums = torch.zeros_like(sums) if grad_sums is None else grad_sums
     found = ex.wanted(
-        torch.ops.ngkernels.attend_backward(grad, grad_sums, out, sums, lse, *e, q, k, v, *ctx.constants, ctx.compute, need), need
+        _run_backward(grad, grad_sums, out, sums, lse, *e, q, k, v, *ctx.constants, ctx.compute, need), need
     )
     return [*found[:-3], None, *found[-3:]]
 
 
-register_autograd("attend", _autograd, _setup)
+_run = register("attend", _forward, _autograd, _setup)
 
 
 def _no_second(ctx, _need, *_second):
     raise NotImplementedError("attend: second derivatives are not available; differentiate it once")
 
 
-register_autograd("attend_backward", _no_second)
+_run_backward = register("attend_backward", _backward, _no_second)
 
 
 def attend(
@@ -165,7 +163,7 @@ def attend(
     shape = [heads, int(weight_mul is not None), int(weight_add is not None)]
     scale = (q.shape[1] / heads) ** -0.5 if scale is None else float(scale)
     nodes = [t.to(e.params.dtype).contiguous() for t in (q, k, v)]
-    out, sums, _ = torch.ops.ngkernels.attend(*e, *nodes, shape, scale, float(dropout), int(seed), closed.graph.num_rows, compute)
+    out, sums, _ = _run(*e, *nodes, shape, scale, float(dropout), int(seed), closed.graph.num_rows, compute)
     if weight_add is None:
         return out
     with full_precision(out.device):  # sum_j a_ij (W e_ij) = W sum_j a_ij e_ij

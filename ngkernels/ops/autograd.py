@@ -1,4 +1,4 @@
-"""Autograd of the ops. As torch.library.register_autograd, for ops that take lists of tensors, at a tenth of its cost a call."""
+"""Implementation and autograd of the ops: as torch.library does it, for ops that take lists of tensors, at a fraction of its cost a call."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from .expression import library
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _tensors(arguments) -> list[Tensor]:
@@ -21,25 +23,39 @@ def _tensors(arguments) -> list[Tensor]:
     return found
 
 
-def register_autograd(name: str, backward: Callable, setup: Callable | None = None) -> None:
-    """Registers the derivative of an op whose arguments are tensors, lists of tensors and constants.
+def _eager(tensors: list[Tensor]) -> bool:
+    """Whether nobody looks at the ops that are called: no compiler, no tracer, no transform, no mode, no tensor of another class."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or any(type(t) not in _PLAIN for t in tensors)
+    )
+
+
+def register(name: str, implementation: Callable, backward: Callable, setup: Callable | None = None) -> Callable:
+    """Registers what an op does and its derivative; its arguments are tensors, lists of tensors and constants.
 
     Args:
-        setup: (ctx, inputs, output), as for torch.library.register_autograd.
+        implementation: what the op does, on every device.
         backward: (ctx, need, *grads) -> a gradient or None for each tensor of the arguments, those of lists one by one; `need` says
             for each of them whether it is wanted; grads: of each tensor of the output.
+        setup: (ctx, inputs, output), as for torch.library.register_autograd.
+
+    Returns:
+        The op as a function. In eager mode it does what the op does without the dispatcher, whose way through Python costs more than
+        the kernel of a small network.
     """
     op = getattr(torch.ops.ngkernels, name).default
+    library.impl(name, implementation, "CompositeExplicitAutograd")
     many = "Tensor[]" in str(op._schema).rpartition("->")[2]
-
-    def call(keyset, arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
     class Node(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, keyset, arguments, *_tensors):
-            output = call(keyset, arguments)
+        def forward(ctx, function, arguments, *_tensors):
+            with torch._C._AutoDispatchBelowAutograd():
+                output = function(*arguments)
             if setup is not None:
                 setup(ctx, arguments, output)
             return tuple(output)
@@ -50,10 +66,21 @@ def register_autograd(name: str, backward: Callable, setup: Callable | None = No
 
     Node.__name__ = Node.__qualname__ = "".join(part.capitalize() for part in name.split("_"))
 
-    def differentiable(keyset, *arguments):
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
-            return call(keyset, arguments)
-        output = Node.apply(keyset, arguments, *_tensors(arguments))
+    def differentiable(function, arguments, tensors):
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+            with torch._C._AutoDispatchBelowAutograd():
+                return function(*arguments)
+        output = Node.apply(function, arguments, *tensors)
         return list(output) if many else output
 
-    library.impl(name, differentiable, "Autograd", with_keyset=True)
+    def kernel(keyset, *arguments):
+        below = keyset & torch._C._after_autograd_keyset
+        return differentiable(lambda *a: op.redispatch(below, *a), arguments, _tensors(arguments))
+
+    library.impl(name, kernel, "Autograd", with_keyset=True)
+
+    def run(*arguments):
+        tensors = _tensors(arguments)
+        return differentiable(implementation, arguments, tensors) if _eager(tensors) else op(*arguments)
+
+    return run

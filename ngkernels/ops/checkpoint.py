@@ -43,7 +43,7 @@ def checkpoint(edges: EdgeState, store: torch.dtype | None = None) -> EdgeState:
     e = build_state(edges, ex.backend_of(compute) != "reference", over=over)
     shapes = ev.output_shapes(edges.graph, edges.width)
     detached = _detached(edges)
-    carriers = torch.ops.ngkernels.carry(*e, shapes, compute)
+    carriers = ev.run_carry(*e, shapes, compute)
     return replace(detached, steps=(*detached.steps, Mark(tuple(carriers))))
 
 

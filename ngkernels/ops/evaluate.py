@@ -9,7 +9,7 @@ from ..reference import evaluate as reference
 from ..topology import DENSE
 from . import _cpp
 from . import expression as ex
-from .autograd import register_autograd
+from .autograd import register
 from .double_backward import second_derivatives
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -44,7 +44,6 @@ def _fake_carry(weights, xs, params, table, carriers, topology, program, shapes,
     return [params.new_zeros(1).expand(s) for s in ex.split_shapes(shapes)]
 
 
-@torch.library.impl("ngkernels::carry", "CompositeExplicitAutograd", lib=ex.library)
 def _carry(weights, xs, params, table, carriers, topology, program, shapes, compute):
     return [params.new_zeros(1).expand(s) for s in ex.split_shapes(shapes)]
 
@@ -54,7 +53,6 @@ def _fake_backward(grads, weights, xs, params, table, carriers, topology, progra
     return ex.empty_gradients(ex.E(weights, xs, params, table, carriers, topology, program), need)
 
 
-@torch.library.impl("ngkernels::evaluate", "CompositeExplicitAutograd", lib=ex.library)
 def _forward(weights, xs, params, table, carriers, topology, program, shapes, dtype, compute):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
     if ex.backend_of(compute) == "cpp":
@@ -67,7 +65,6 @@ def _forward(weights, xs, params, table, carriers, topology, program, shapes, dt
         return [t.to(DTYPES[dtype], copy=True) for t in reference.emit(*e, compute & 1, ex.split_shapes(shapes))]
 
 
-@torch.library.impl("ngkernels::evaluate_backward", "CompositeExplicitAutograd", lib=ex.library)
 def _backward(grads, weights, xs, params, table, carriers, topology, program, shapes, compute, need):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
     if ex.backend_of(compute) == "cpp":
@@ -90,11 +87,11 @@ def _autograd(ctx, need, *grads):
     need = need[:-1]  # all but the topology
     # a block that nothing read has no gradient: an empty tensor, and the kernels skip it
     grads = [e.params.new_empty(0) if g is None else g for g in grads]
-    return [*ex.wanted(torch.ops.ngkernels.evaluate_backward(grads, *e, ctx.shapes, ctx.compute, need), need), None]
+    return [*ex.wanted(_run_backward(grads, *e, ctx.shapes, ctx.compute, need), need), None]
 
 
-register_autograd("evaluate", _autograd, _setup)
-register_autograd("carry", _autograd, _setup)
+run = register("evaluate", _forward, _autograd, _setup)
+run_carry = register("carry", _carry, _autograd, _setup)
 
 
 def _setup_double(ctx, inputs, output):
@@ -109,4 +106,4 @@ def _autograd_double(ctx, need, *second):
     return [*ex.wanted(second_derivatives("evaluate", e, grads, second, ctx.shapes, -1, ctx.compute, ctx.need, need), need), None]
 
 
-register_autograd("evaluate_backward", _autograd_double, _setup_double)
+_run_backward = register("evaluate_backward", _backward, _autograd_double, _setup_double)

@@ -71,5 +71,5 @@ def run(
     if dtype not in ev.DTYPES:
         raise TypeError(f"{op}: expected dtype float32, bfloat16, float16 or float64, got {dtype}")
     shapes = ev.output_shapes(edges.graph, e.program[3])
-    return torch.ops.ngkernels.evaluate(*e, shapes, ev.DTYPES.index(dtype), compute)
+    return ev.run(*e, shapes, ev.DTYPES.index(dtype), compute)
 

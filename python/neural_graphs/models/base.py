@@ -115,7 +115,7 @@ class NeuralGraphModel(nn.Module):
 
     def prepare(self, graph: NeuralGraph) -> None:
         """Makes what is derived from `graph` now, not while compiling."""
-        graph.in_degree, graph.restrict(-1).in_degree, diagonal_graph(graph.num_nodes)  # noqa: B018
+        graph.in_degree, graph.restrict(-1).in_degree, graph.node_bounds, diagonal_graph(graph.num_nodes)  # noqa: B018
 
     # ---- results ----
     def forward(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], activations=None):

@@ -1,0 +1,33 @@
+// What the files of bindings share.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <vector>
+
+#include "edge_program.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Ints = std::vector<int64_t>;
+using Tensors = std::vector<Tensor>;
+
+namespace ngk {
+
+// The best instruction set for the compute mode (1: bf16 operands allowed).
+const Isa& isa_for(int64_t compute);
+void parallel(int64_t n, void* ctx, void (*body)(void*, int64_t, int64_t));
+int threads();
+
+// Where a contiguous tensor of the compute dtype lies; null for an empty one.
+inline void* data(const Tensor& t, ScalarType type, const char* name) {
+  if (t.numel() == 0) return nullptr;
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type, "ngkernels: expected ", name,
+                  " contiguous, on the CPU, of the compute dtype");
+  return const_cast<void*>(t.const_data_ptr());
+}
+
+}  // namespace ngk
