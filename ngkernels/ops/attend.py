@@ -14,6 +14,7 @@ from ..topology import OVER
 from . import _cpp
 from . import expression as ex
 from .autograd import register
+from .node_map import node_map
 
 _NODES = "Tensor q, Tensor k, Tensor v, int[] shape, float scale, float dropout, int seed"
 # shape: heads, values multiplied (0 or 1), edge states summed (0 or 1)
@@ -166,8 +167,9 @@ def attend(
     out, sums, _ = _run(*e, *nodes, shape, scale, float(dropout), int(seed), closed.graph.num_rows, compute)
     if weight_add is None:
         return out
-    with full_precision(out.device):  # sum_j a_ij (W e_ij) = W sum_j a_ij e_ij
-        return out + torch.einsum("rhd,hcd->rhc", sums, weight_add.to(sums.dtype).unflatten(0, (heads, -1))).flatten(1)
+    with full_precision(out.device):  # sum_j a_ij (W e_ij) = W sum_j a_ij e_ij, row by row: batch mates do not matter
+        matrix = torch.block_diag(*weight_add.to(sums.dtype).unflatten(0, (heads, -1)))
+        return out + node_map(sums.flatten(1), sums.new_empty(len(sums), 0), (matrix, matrix.new_zeros(len(matrix))), ())
 
 
 def _check_numbers(heads, scale, dropout, seed) -> None:
