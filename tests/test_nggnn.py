@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import flat, networks, permuted, relative, saved_tensors
+from networks import check_unequal, flat, networks, permuted, relative, saved_tensors
 
 import ngkernels as ngk
 from neural_graphs.models import NGGNN
@@ -133,17 +133,8 @@ def test_the_whole_batch_norm_does_feel_them(backend: str):
 @pytest.mark.parametrize("norm", ["layer", "graph"])
 def test_unequal_networks_in_one_batch(backend: str, pooling, norm):
     model = NGGNN([2, 9, 9, 3], **SMALL, pooling=pooling, norm=norm, reverse_edges=True)
-    layouts = [[2, 5, 3], [2, 6, 4, 3], [2, 5, 3]]
-    inputs = [networks(layout, 1) for layout in layouts]
-    graphs = [ngk.NeuralGraph.mlp(layout, reverse=True) for layout in layouts]
-    weights, biases = [w for ws, _ in inputs for w in ws], [b for _, bs in inputs for b in bs]
     with ngk.use_backend(backend):
-        together = model.forward_graph(ngk.NeuralGraph.batch(graphs), weights, biases)
-        alone = torch.cat([model.forward_graph(g, *i) for g, i in zip(graphs, inputs, strict=True)])
-        assert relative(together, alone) <= 1e-6
-        unpacked, packed = ngk.NeuralGraph.batch(graphs), ngk.NeuralGraph.batch(graphs, packed=True)
-        values = torch.cat([torch.cat([torch.zeros(2, 1), *(b[0] for b in bs)]) for _, bs in inputs])
-        assert relative(model.forward_graph(packed, unpacked.pack(weights), values), alone) <= 1e-6
+        check_unequal(model, reverse=True)
 
 
 def test_equivariant_head_on_unequal_networks(backend: str):

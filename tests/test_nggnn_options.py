@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from networks import networks, relative
+from networks import check_compiles, check_low_precision, networks, relative
 
 import ngkernels as ngk
 from neural_graphs.models import NGGNN
@@ -57,25 +57,12 @@ def test_activation_embedding(backend: str):
 
 
 def test_low_precision_weights_and_autocast(backend: str):
-    model = NGGNN([2, 16, 3], **SMALL)
-    weights, biases = networks([2, 16, 3], 2)
     with ngk.use_backend(backend):
-        wanted = model(weights, biases)
-        assert relative(model([w.bfloat16() for w in weights], [b.bfloat16() for b in biases]), wanted) < 0.3
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(weights, biases)
-        logits.float().sum().backward()
-    assert relative(logits.float(), wanted) < 0.1
+        check_low_precision(NGGNN([2, 16, 3], **SMALL))
 
 
 def test_compiles_in_one_piece():
-    torch._dynamo.reset()
-    model = NGGNN([2, 5, 3], **SMALL)
-    weights, biases = networks([2, 5, 3], 2)
-    with ngk.use_backend("reference"):
-        model.graph(2)
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        assert relative(compiled(weights, biases), model(weights, biases)) < 1e-5
+    check_compiles(NGGNN([2, 5, 3], **SMALL))
 
 
 # ---- errors ----

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from networks import networks, relative
+from networks import check_compiles, check_low_precision, networks, relative
 from test_ngt import SMALL
 
 import ngkernels as ngk
@@ -71,28 +71,15 @@ def test_two_dimensional_weights_of_one_network(backend: str):
 
 
 def test_low_precision_weights_and_autocast(backend: str):
-    model = NGT([2, 16, 3], **SMALL)
-    weights, biases = networks([2, 16, 3], 2)
     with ngk.use_backend(backend):
-        wanted = model(weights, biases)
-        assert relative(model([w.bfloat16() for w in weights], [b.bfloat16() for b in biases]), wanted) < 0.3
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(weights, biases)
-        logits.float().sum().backward()
-    assert relative(logits.float(), wanted) < 0.1
+        check_low_precision(NGT([2, 16, 3], **SMALL))
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"pooling": "cls_token", "attention": "edges"}, {"pooling": ("mean_edge", "last"), "norm": "graph"}]
 )
 def test_compiles_in_one_piece(options: dict):
-    torch._dynamo.reset()
-    model = NGT([2, 5, 3], **SMALL, **options)
-    weights, biases = networks([2, 5, 3], 2)
-    with ngk.use_backend("reference"):
-        model.graph(2)
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        assert relative(compiled(weights, biases), model(weights, biases)) < 1e-5
+    check_compiles(NGT([2, 5, 3], **SMALL, **options))
 
 
 def test_it_says_what_it_is():

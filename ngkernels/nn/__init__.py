@@ -1,6 +1,6 @@
 """Thin modules over the engine's ops: parameters, no numerics of their own over edges."""
 
-from .attention import PairUpdate, RelationalAttention, RelationalLayer
+from .attention import PairUpdate, RelationalAttention, RelationalLayer, xavier_linear
 from .encoder import Encoder, GaussianEncoding, diagonal_graph
 from .norm import NORMS, NodeNorm
 from .norm_act import ACTIVATIONS, NormAct
@@ -23,4 +23,5 @@ __all__ = [
     "RelationalLayer",
     "diagonal_graph",
     "recompute",
+    "xavier_linear",
 ]

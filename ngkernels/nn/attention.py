@@ -14,8 +14,8 @@ from .pna import rows_of
 from .recompute import recompute
 
 
-def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
-    """A Linear drawn as the reference draws it: Xavier-uniform weight, zero bias."""
+def xavier_linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
+    """A Linear as the published NG-T draws it: Xavier-uniform weight, zero bias."""
     m = nn.Linear(inputs, outputs, bias)
     nn.init.xavier_uniform_(m.weight)
     if bias:
@@ -46,9 +46,9 @@ class RelationalAttention(nn.Module):
         if heads < 1 or hidden % heads:
             raise ValueError(f"RelationalAttention: expected heads to divide hidden, got heads={heads}, hidden={hidden}")
         self.hidden, self.heads, self.modulate_v = hidden, heads, modulate_v
-        self.qkv_node = _linear(node_dim, 3 * hidden, bias=False)
-        self.qkv_edge = _linear(edge_dim, (4 if modulate_v else 3) * hidden, bias=False)
-        self.proj_out = _linear(hidden, node_dim)
+        self.qkv_node = xavier_linear(node_dim, 3 * hidden, bias=False)
+        self.qkv_edge = xavier_linear(edge_dim, (4 if modulate_v else 3) * hidden, bias=False)
+        self.proj_out = xavier_linear(hidden, node_dim)
 
     def extra_repr(self) -> str:
         return f"hidden={self.hidden}, heads={self.heads}, modulate_v={self.modulate_v}"
@@ -82,10 +82,10 @@ class PairMLP(nn.Module):
 
     def __init__(self, node_dim: int, edge_dim: int, hidden: int):
         super().__init__()
-        self.lin0_e = _linear(2 * edge_dim, hidden)
-        self.lin0_s = _linear(node_dim, hidden)
-        self.lin0_t = _linear(node_dim, hidden)
-        self.lin1 = _linear(hidden, edge_dim)
+        self.lin0_e = xavier_linear(2 * edge_dim, hidden)
+        self.lin0_s = xavier_linear(node_dim, hidden)
+        self.lin0_t = xavier_linear(node_dim, hidden)
+        self.lin1 = xavier_linear(hidden, edge_dim)
 
 
 class PairUpdate(nn.Module):
@@ -103,7 +103,7 @@ class PairUpdate(nn.Module):
     def __init__(self, node_dim: int, edge_dim: int, hidden: int, norm: bool = True):
         super().__init__()
         self.edge_mlp0 = PairMLP(node_dim, edge_dim, hidden)
-        self.edge_mlp1 = nn.Sequential(_linear(edge_dim, hidden, bias=False), nn.GELU(), _linear(hidden, edge_dim))
+        self.edge_mlp1 = nn.Sequential(xavier_linear(edge_dim, hidden, bias=False), nn.GELU(), xavier_linear(hidden, edge_dim))
         self.eln0, self.eln1 = (nn.LayerNorm(edge_dim) if norm else None for _ in range(2))
 
     @staticmethod
@@ -145,9 +145,9 @@ class RelationalLayer(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.self_attn = RelationalAttention(node_dim, edge_dim, attn_hidden, heads, modulate_v)
-        self.lin0 = _linear(node_dim, node_dim)
+        self.lin0 = xavier_linear(node_dim, node_dim)
         self.node_ln0, self.node_ln1 = (None if norm is None else NodeNorm(node_dim, norm) for _ in range(2))
-        self.node_mlp = nn.Sequential(_linear(node_dim, node_hidden, bias=False), nn.GELU(), _linear(node_hidden, node_dim))
+        self.node_mlp = nn.Sequential(xavier_linear(node_dim, node_hidden, bias=False), nn.GELU(), xavier_linear(node_hidden, node_dim))
         self.edge_updates = PairUpdate(node_dim, edge_dim, edge_hidden, norm is not None) if update_edges else None
         self.dropout = dropout
 

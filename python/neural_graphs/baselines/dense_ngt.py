@@ -11,16 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ngkernels.nn import xavier_linear as linear
+
 from .front_end import GraphConstructor, dense_values
-
-
-def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
-    """A Linear with the published initialisation: Xavier-uniform weight, zero bias."""
-    layer = nn.Linear(inputs, outputs, bias)
-    nn.init.xavier_uniform_(layer.weight)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
 
 
 class Attention(nn.Module):

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .checks import CHECK_FINITE, check_batch, check_finite, check_layout, check_tensors
+from .checks import CHECK_FINITE, check_layout
 from .dws_maps import REDUCTIONS, SET_LAYERS, MapBlock, MapOptions, mlp, reduce
 from .from_reference import expect_options, load_parameters
-from .weight_features import Each, Features, to_dtype
+from .weight_features import Each, Features, checked_features
 
 _OP = "DWS"
 
@@ -185,10 +185,6 @@ class DWS(nn.Module):
         Raises:
             ValueError, TypeError: shapes, dtypes, devices that do not fit the layout and the model.
         """
-        check_batch(_OP, self.layout, weights, biases, self.in_channels, self.in_channels)
-        parameter = self.clf.layer[0].weight
-        check_tensors(_OP, weights, biases, parameter)
-        if not torch.compiler.is_compiling():
-            check_finite(_OP, weights, biases, self.check_finite)
-        features = self.layers((to_dtype(weights, parameter.dtype), to_dtype(biases, parameter.dtype)))
+        weights, biases = checked_features(_OP, self.layout, weights, biases, self.in_channels, self.clf.layer[0].weight, self.check_finite)
+        features = self.layers((weights, biases))
         return self.clf(self.dropout(self.relu(features)))

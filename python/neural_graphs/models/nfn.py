@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .checks import CHECK_FINITE, check_batch, check_finite, check_layout, check_tensors
+from .checks import CHECK_FINITE, check_layout
 from .from_reference import expect_options, load_parameters
-from .weight_features import Each, Features, to_dtype
+from .weight_features import Each, Features, checked_features
 
 _OP = "NFN"
 BANDS, TOP = 6, 5.0  # of the position code: frequencies 1 .. TOP
@@ -205,12 +205,8 @@ class NFN(nn.Module):
         Raises:
             ValueError, TypeError: shapes, dtypes, devices that do not fit the layout and the model.
         """
-        check_batch(_OP, self.layout, weights, biases, self.channels, self.channels)
-        parameter = self.head[1].weight
-        check_tensors(_OP, weights, biases, parameter)
-        if not torch.compiler.is_compiling():
-            check_finite(_OP, weights, biases, self.check_finite)
-        features = [w.permute(0, 3, 2, 1) for w in to_dtype(weights, parameter.dtype)], [b.mT for b in to_dtype(biases, parameter.dtype)]
+        weights, biases = checked_features(_OP, self.layout, weights, biases, self.channels, self.head[1].weight, self.check_finite)
+        features = [w.permute(0, 3, 2, 1) for w in weights], [b.mT for b in biases]
         weights, biases = self.nfnet_features(features)  # [B, C, out, in], [B, C, out]
         pooled = torch.stack([m for w, b in zip(weights, biases, strict=True) for m in (w.mean((2, 3)), b.mean(-1))], -1)
         return self.head(pooled.flatten(1))

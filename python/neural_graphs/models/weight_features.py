@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
+
+from .checks import check_batch, check_finite, check_tensors
 
 Features = tuple[list[torch.Tensor], list[torch.Tensor]]  # (of the weights, of the biases)
 
@@ -22,6 +24,14 @@ class Each(nn.Module):
         return [self.function(w) for w in weights], [self.function(b) for b in biases]
 
 
-def to_dtype(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """The tensors in the model's dtype; those that have it stay what they are."""
-    return [t.to(dtype) for t in tensors]
+def checked_features(op: str, layout, weights, biases, channels: int, parameter: torch.Tensor, finite: str | None) -> Features:
+    """Weights and biases in the dtype of the model's `parameter`, once they are known to be those of networks of `layout`.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices that do not fit.
+    """
+    check_batch(op, layout, weights, biases, channels, channels)
+    check_tensors(op, weights, biases, parameter)
+    if not torch.compiler.is_compiling():
+        check_finite(op, weights, biases, finite)
+    return [w.to(parameter.dtype) for w in weights], [b.to(parameter.dtype) for b in biases]
