@@ -191,9 +191,50 @@ def memory_table(
     return "\n\n".join([*parts, note]) if parts else EMPTY
 
 
+def attention(results: Path = records.RESULTS) -> str:
+    """Seconds of one attention beside the ops of PyTorch and PyG, by device and number of threads."""
+    header = ["networks", "problem", "pass", "ngkernels", "us / pair read", "others", "x ngkernels"]
+    parts = []
+    for lines in records.load("attention", results).values():
+        for threads in sorted({r["threads"] for r in lines}):
+            groups = latest_runs([r for r in lines if r["threads"] == threads], attention_key)
+            body, used = [], []
+            for key in sorted(groups):
+                rows = {r["provider"]: r for r in groups[key]}
+                ours = rows.pop("ngk-cpp", None)
+                if ours is not None:
+                    body += attention_rows(ours, rows)
+                    used += groups[key]
+            if body:
+                parts.append(f"{threads} thread{'s' * (threads > 1)}. {about(used)}\n\n{markdown(header, body, left=3)}")
+    note = (
+        "Medians, interleaved in one run, fp32. relational: NG-T's first layer; additive: all that a bias on the logits can say; sparse: along "
+        f"edges with given features, as TransformerConv has them. sdpa-given: the bias as an input, its making not counted. {MARK}"
+    )
+    return "\n\n".join([*parts, note]) if parts else EMPTY
+
+
+def attention_key(line: dict) -> tuple:
+    return line["pairs"], tuple(line["layout"]), line["batch"], line["problem"], line["direction"]
+
+
+def attention_rows(ours: dict, others: dict[str, dict]) -> list[list[str]]:
+    """A line for each other provider; the first names the problem."""
+    first = [
+        label(ours["layout"], ours["batch"]),
+        ours["problem"],
+        ours["direction"].replace("forward_backward", "forward, backward"),
+        cell(ours),
+        f"{ours['median'] / ours['read_pairs'] * 1e6:.3g}",
+    ]
+    rows = [[*first, f"{name} {cell(row)}", ratio(ours, row)] for name, row in sorted(others.items())] or [[*first, "-", "-"]]
+    return [rows[0], *([""] * len(first) + row[len(first) :] for row in rows[1:])]
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "train_step": train_step,
     "train_step_ngt": partial(train_step, model="ng-t"),
     "memory": memory_table,
+    "attention": attention,
     "memory_ngt": partial(memory_table, models=("ng-t", "ng-t-edges"), row_of=memory_ngt),
 }

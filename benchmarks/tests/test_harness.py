@@ -96,6 +96,19 @@ def test_table_of_ngt_is_about_pairs(tmp_path):
     assert "| 81 | fp32 | on | 500 ms | 6.17e+03 |" in text and "| 8.0 | **0.50 (slower)** |" in text
 
 
+def test_table_of_attention_has_a_line_for_each_rival(tmp_path):
+    assert tables.attention(tmp_path) == tables.EMPTY
+    run = records.new_run()
+    for provider, median in {"ngk-cpp": 0.5, "sdpa": 2.0, "flex": 0.25}.items():
+        records.append("attention", run, {
+            "problem": "additive", "provider": provider, "direction": "forward_backward", "layout": [2, 4, 3], "batch": 1, "pairs": 81,
+            "read_pairs": 81, "threads": 1, "median": median, "noisy": provider == "sdpa",
+        }, tmp_path)  # fmt: skip
+    text = tables.attention(tmp_path)
+    assert "| [2, 4, 3] | additive | forward, backward | 500 ms | 6.17e+03 | flex 250 ms | **0.50 (slower)** |" in text
+    assert "|  |  |  |  |  | sdpa 2 s † | 4.0 |" in text
+
+
 def test_memory_tables_are_apart(tmp_path):
     assert tables.TABLES["memory_ngt"](tmp_path) == tables.EMPTY
     run = records.new_run()
