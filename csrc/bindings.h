@@ -22,6 +22,9 @@ const Isa& isa_for(int64_t compute);
 void parallel(int64_t n, void* ctx, void (*body)(void*, int64_t, int64_t));
 int threads();
 
+// A recipe of `length` integers, with its leaves: offsets lie within [0, size), operands are earlier matrices of sizes that fit.
+FoldCall fold_call(const Tensors& leaves, ScalarType type, const int64_t* recipe, size_t length, int64_t size);
+
 // Where a contiguous tensor of the compute dtype lies; null for an empty one.
 inline void* data(const Tensor& t, ScalarType type, const char* name) {
   if (t.numel() == 0) return nullptr;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -51,14 +52,18 @@ EdgeTensor edge_tensor(const Tensor& t, bool packed) {
 
 struct Problem {
   Call call;
+  FoldCall fold;
+  std::unique_ptr<double[]> folded, grad_folded;  // the parameters and their gradient
   bool f64 = false, packed = false;
 
-  Problem(const Tensors& weights, const Tensors& xs, const Tensor& params, const Tensor& table, const Tensor& topology,
+  Problem(const Tensors& weights, const Tensors& xs, const Tensors& params, const Tensor& table, const Tensor& topology,
           const Ints& program) {
     const ScalarType type = table.scalar_type();
     f64 = type == ScalarType::Double;
-    STD_TORCH_CHECK(program.size() >= HEADER && program[8] == RECORD && program.size() == static_cast<size_t>(HEADER + RECORD * program[1]),
+    STD_TORCH_CHECK(program.size() >= HEADER && program[8] == RECORD && program[1] >= 0 && program[7] >= 0 &&
+                        program.size() >= static_cast<size_t>(HEADER + RECORD * program[1]),
                     "ngkernels: malformed program");
+    const size_t recipe = static_cast<size_t>(HEADER + RECORD * program[1]);
     call.directions = static_cast<int>(program[0]);
     call.combine = static_cast<int>(program[2]);
     call.width = static_cast<int>(program[3]);
@@ -66,7 +71,7 @@ struct Problem {
     call.message_start = static_cast<int>(program[5]);
     call.tie_bytes = static_cast<int>(program[9]);
     call.paired = program[10] != 0;
-    for (size_t k = HEADER; k < program.size(); k += RECORD) {
+    for (size_t k = HEADER; k < recipe; k += RECORD) {
       const int64_t* r = program.data() + k;
       call.instrs.push_back({static_cast<int>(r[0]), static_cast<int>(r[1]), static_cast<int>(r[2]), r[3], r[4], static_cast<int>(r[5]),
                              r[6], r[7], r[8], r[9]});
@@ -87,11 +92,26 @@ struct Problem {
       call.x_width.push_back(static_cast<int>(x.size(1)));
       call.nodes = x.size(0);
     }
-    call.params = data(params, type, "params");
-    call.n_params = params.numel();
+    call.n_params = program[7];
+    fold = fold_call(params, type, program.data() + recipe, program.size() - recipe, call.n_params);
+    fold.out = room(folded);
+    call.params = fold.out;
+    isa_for(0).fold(fold);
     call.table = data(table, type, "table");
     if (call.table) call.table_nodes = table.size(1);
     check();
+  }
+
+  const Kernels& kernels(int64_t compute) const {
+    const Isa& isa = isa_for(compute);
+    return f64 ? isa.f64 : isa.f32;
+  }
+
+  // Memory for so many numbers as there are parameters.
+  void* room(std::unique_ptr<double[]>& owner) const {
+    const size_t bytes = static_cast<size_t>(call.n_params) * (f64 ? sizeof(double) : sizeof(float));
+    owner.reset(new double[bytes / sizeof(double) + 1]);
+    return owner.get();
   }
 
   // The outline of a sparse row's lists; what is in them was checked when the graph was built.
@@ -140,9 +160,15 @@ struct Problem {
       call.grad_xs.push_back(data(grads[nw + k], type, "grad x"));
       call.need_nodes |= call.grad_xs.back() != nullptr;
     }
-    call.grad_params = data(grads[nw + nx], type, "grad params");
-    call.grad_table = data(grads[nw + nx + 1], type, "grad table");
-    for (size_t k = nw + nx + 2; k < grads.size(); ++k) call.grad_carriers.push_back(edge_tensor(grads[k], flat(grads[k])));
+    size_t rest = nw + nx;
+    bool any = false;
+    for (FoldLeaf& leaf : fold.leaves) {
+      leaf.grad = data(grads[rest++], type, "gradient");
+      any |= leaf.grad != nullptr;
+    }
+    if (any) fold.grad = call.grad_params = room(grad_folded);
+    call.grad_table = data(grads[rest], type, "grad table");
+    for (size_t k = rest + 1; k < grads.size(); ++k) call.grad_carriers.push_back(edge_tensor(grads[k], flat(grads[k])));
   }
 
   // Whether values by edge come as one tensor; a table without blocks does not say.
@@ -239,9 +265,12 @@ int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 namespace {
 
-const Kernels& kernels(const Problem& p, int64_t compute) {
-  const Isa& isa = isa_for(compute);
-  return p.f64 ? isa.f64 : isa.f32;
+// grads: of the weights, xs, params, table and carriers; an empty one is not wanted.
+void differentiate(Problem& p, int64_t compute, const Tensors& grads, const Tensors& weights) {
+  p.want(grads, weights);
+  p.clear(grads);
+  p.kernels(compute).backward(p.call, parallel, threads());
+  if (p.fold.grad) isa_for(0).fold_gradients(p.fold);
 }
 
 void bind_reduced(Problem& p, const Tensor& out, const Tensor& aux, const Tensor& ties) {
@@ -255,21 +284,19 @@ void bind_reduced(Problem& p, const Tensor& out, const Tensor& aux, const Tensor
                     "ngkernels: a block names output rows that are not there");
 }
 
-void aggregate(Tensors weights, Tensors xs, Tensor params, Tensor table, Tensor topology, Ints program, int64_t compute, Tensor out,
+void aggregate(Tensors weights, Tensors xs, Tensors params, Tensor table, Tensor topology, Ints program, int64_t compute, Tensor out,
                Tensor aux, Tensor ties) {
   Problem p(weights, xs, params, table, topology, program);
   bind_reduced(p, out, aux, ties);
-  if (out.numel()) kernels(p, compute).aggregate(p.call, parallel, threads());
+  if (out.numel()) p.kernels(compute).aggregate(p.call, parallel, threads());
 }
 
-void aggregate_backward(Tensor grad, Tensor out, Tensor aux, Tensor ties, Tensors weights, Tensors xs, Tensor params, Tensor table,
+void aggregate_backward(Tensor grad, Tensor out, Tensor aux, Tensor ties, Tensors weights, Tensors xs, Tensors params, Tensor table,
                         Tensor topology, Ints program, int64_t compute, Tensors grads) {
   Problem p(weights, xs, params, table, topology, program);
   bind_reduced(p, out, aux, ties);
   p.call.grad_out = data(grad, p.f64 ? ScalarType::Double : ScalarType::Float, "grad");
-  p.want(grads, weights);
-  p.clear(grads);
-  kernels(p, compute).backward(p.call, parallel, threads());
+  differentiate(p, compute, grads, weights);
 }
 
 void bind_values(Problem& p, const Tensors& values) {
@@ -280,19 +307,17 @@ void bind_values(Problem& p, const Tensors& values) {
                   "ngkernels: expected one tensor of values for each block");
 }
 
-void evaluate(Tensors weights, Tensors xs, Tensor params, Tensor table, Tensor topology, Ints program, int64_t compute, Tensors out) {
+void evaluate(Tensors weights, Tensors xs, Tensors params, Tensor table, Tensor topology, Ints program, int64_t compute, Tensors out) {
   Problem p(weights, xs, params, table, topology, program);
   bind_values(p, out);
-  kernels(p, compute).evaluate(p.call, parallel, threads());
+  p.kernels(compute).evaluate(p.call, parallel, threads());
 }
 
-void evaluate_backward(Tensors values, Tensors weights, Tensors xs, Tensor params, Tensor table, Tensor topology, Ints program,
+void evaluate_backward(Tensors values, Tensors weights, Tensors xs, Tensors params, Tensor table, Tensor topology, Ints program,
                        int64_t compute, Tensors grads) {
   Problem p(weights, xs, params, table, topology, program);
   bind_values(p, values);
-  p.want(grads, weights);
-  p.clear(grads);
-  kernels(p, compute).backward(p.call, parallel, threads());
+  differentiate(p, compute, grads, weights);
 }
 
 void bind_attention(Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, const Ints& shape, double scale, double dropout,
@@ -329,14 +354,14 @@ void bind_attention(Problem& p, const Tensor& q, const Tensor& k, const Tensor& 
   }
 }
 
-void attend(Tensors weights, Tensors xs, Tensor params, Tensor table, Tensor topology, Ints program, int64_t compute, Tensor q, Tensor k,
+void attend(Tensors weights, Tensors xs, Tensors params, Tensor table, Tensor topology, Ints program, int64_t compute, Tensor q, Tensor k,
             Tensor v, Ints shape, double scale, double dropout, int64_t seed, Tensor out, Tensor sums, Tensor lse) {
   Problem p(weights, xs, params, table, topology, program);
   bind_attention(p, q, k, v, shape, scale, dropout, seed, out, sums, lse);
-  kernels(p, compute).attend(p.call, parallel, threads());
+  p.kernels(compute).attend(p.call, parallel, threads());
 }
 
-void attend_backward(Tensor grad, Tensor grad_sums, Tensor out, Tensor sums, Tensor lse, Tensors weights, Tensors xs, Tensor params,
+void attend_backward(Tensor grad, Tensor grad_sums, Tensor out, Tensor sums, Tensor lse, Tensors weights, Tensors xs, Tensors params,
                      Tensor table, Tensor topology, Ints program, int64_t compute, Tensor q, Tensor k, Tensor v, Ints shape, double scale,
                      double dropout, int64_t seed, Tensors grads) {
   Problem p(weights, xs, params, table, topology, program);
@@ -349,15 +374,13 @@ void attend_backward(Tensor grad, Tensor grad_sums, Tensor out, Tensor sums, Ten
   p.call.grad_k = data(grads[n + 1], type, "grad k");
   p.call.grad_v = data(grads[n + 2], type, "grad v");
   grads.resize(n);
-  p.want(grads, weights);
-  p.clear(grads);
-  kernels(p, compute).backward(p.call, parallel, threads());
+  differentiate(p, compute, grads, weights);
 }
 
 }  // namespace
 }  // namespace ngk
 
-#define NGK_EXPRESSION "Tensor[] weights, Tensor[] xs, Tensor params, Tensor table, Tensor topology, int[] program, int compute"
+#define NGK_EXPRESSION "Tensor[] weights, Tensor[] xs, Tensor[] params, Tensor table, Tensor topology, int[] program, int compute"
 
 #define NGK_ATTENTION "Tensor q, Tensor k, Tensor v, int[] shape, float scale, float dropout, int seed"
 

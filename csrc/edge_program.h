@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "fold_call.h"
 #include "node_call.h"
 
 namespace ngk {
@@ -30,7 +31,7 @@ struct Instr {
   int64_t wd, ws;  // [n_out, d_x] each
   int64_t arg0, arg1;
   // LOAD arg0: offset of (scale, shift) pairs by weight tensor, -1: none. TABLE arg0: log2 of steps a unit,
-  // arg1: offset of the frequencies; w: matrix [n_out, 2 n_in] for weights beyond the table.
+  // arg1: offset of the frequencies, w: matrix [n_out, 2 n_in], for weights beyond the table; -1: there are none.
   // LIN arg0: elements from one direction's matrix to the next (0: one matrix). ACT arg0: activation.
   // ADD arg0: the instruction whose result is added. LIN arg1: offset of the matrix that the partners' registers are
   // multiplied with, -1: none. NORM w, b: scale and shift [n_out]; arg0: eps, the bits of a double.
@@ -110,6 +111,8 @@ struct Kernels {
 struct Isa {
   const char* name;
   Kernels f32, f64;
+  void (*fold)(const FoldCall&);  // the parameters of the others
+  void (*fold_gradients)(const FoldCall&);
 };
 
 const Isa& isa_scalar();

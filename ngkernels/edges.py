@@ -284,7 +284,7 @@ class EdgeState:
         from .program import full_precision  # which imports this module
 
         with full_precision(weight.device):
-            return Table(table.values @ weight.to(table.values.dtype).T, through=True)
+            return table.times(weight, through=True)
 
     def tabulate(self) -> EdgeState:
         """The same state with the table of its Fourier encoder made now, once for all that consume it, instead of by each consumer.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 MAX_TABLE_NODES = 1 << 14  # beyond this |w|, weights take the direct path one by one
+ASSUMED_RANGE = 2.0  # of weights that cannot be looked at
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,17 @@ def table_step(frequencies: torch.Tensor) -> int:
 class Table:
     """A tabulated encoder, made once for all consumers of a state (EdgeState.tabulate).
 
-    values [directions, nodes, 3, n] of the map w -> e0 without its constant; `through`: times weight_edge of the state's first update.
+    values [directions, nodes, 3, n] of the map w -> e0 without its constant; `through`: times weight_edge of the state's first update;
+    `complete`: no weight lies beyond.
     """
 
     values: torch.Tensor
+    complete: bool
     through: bool = False
+
+    def times(self, weight: torch.Tensor, through: bool = False) -> Table:
+        """The table of the map that `weight` [m, n] follows."""
+        return Table(self.values @ weight.to(self.values.dtype).T, self.complete, through)
 
 
 def make_table(enc: Fourier, weights, affine, dtype: torch.dtype, directions: int) -> Table | None:
@@ -82,10 +89,12 @@ def make_table(enc: Fourier, weights, affine, dtype: torch.dtype, directions: in
     step = grid_step(enc)
     if weights[0].shape[-1] != 1 or enc.table == "never" or dtype == torch.float64 or step is None:
         return None
-    half = table_half(weights, affine, step, enc.table_range)
+    limit = measured_range(weights, affine) if enc.table_range is None else enc.table_range
+    half = table_half(step, ASSUMED_RANGE if limit is None else limit)
+    complete = enc.table_range is None and limit is not None and half < MAX_TABLE_NODES
     weight = enc.weight.to(dtype).T
     each = [table_basis(enc.frequencies, d, step, half, dtype) @ weight for d in (range(directions) if enc.reciprocal else [None])]
-    return Table(each[0][None] if len(each) == 1 else torch.stack(each))
+    return Table(each[0][None] if len(each) == 1 else torch.stack(each), complete)
 
 
 def grid_step(enc: Fourier) -> int | None:
@@ -126,17 +135,19 @@ def grid_basis(frequencies: torch.Tensor, direction: int | None, k: int, half: i
     return basis
 
 
-def table_half(weights: tuple[torch.Tensor, ...], affine, k: int, limit: float | None) -> int:
-    """Half the number of grid nodes that covers |scale w + shift|, rounded up in steps of at most a quarter so that
+def measured_range(weights: tuple[torch.Tensor, ...], affine) -> float | None:
+    """The largest |scale w + shift|; None where that is not finite, and under torch.compile."""
+    if torch.compiler.is_compiling():
+        return None
+    scale, shift = affine or ((1.0,) * len(weights), (0.0,) * len(weights))
+    ends = [(w.detach().aminmax(), a, c) for w, a, c in zip(weights, scale, shift, strict=True) if w.numel()]
+    limit = max((abs(float(v) * a + c) for pair, a, c in ends for v in pair), default=0.0)
+    return limit if math.isfinite(limit) else None
+
+
+def table_half(k: int, limit: float) -> int:
+    """Half the number of grid nodes that covers |w| <= limit, rounded up in steps of at most a quarter so that
     grids are reused."""
-    if limit is None:
-        if torch.compiler.is_compiling():
-            limit = 2.0
-        else:
-            scale, shift = affine or ((1.0,) * len(weights), (0.0,) * len(weights))
-            ends = [(w.detach().aminmax(), a, c) for w, a, c in zip(weights, scale, shift, strict=True) if w.numel()]
-            limit = max((abs(float(v) * a + c) for pair, a, c in ends for v in pair), default=0.0)
-            limit = limit if math.isfinite(limit) else 2.0
     nodes = max(1, math.ceil(limit * 2.0**k) + 1)
     unit = 1 << max(0, nodes.bit_length() - 3)
     return min(MAX_TABLE_NODES, -(-nodes // unit) * unit)

@@ -1,8 +1,8 @@
 """Folding: an EdgeState and its consumer become a short list of instructions over packed parameters.
 
 Kernels know only this form (csrc/edge_program.h holds the same numbers). Linear maps that follow one another
-are multiplied here, differentiably, on the small d x d matrices; an affine map that is still pending at the
-end is applied by the consumer's own matrix. Nothing in this file touches anything of the size of the edges.
+are multiplied: what is to be computed from the small d x d matrices is written down here (ngkernels/fold.py), and ops
+compute it. An affine map that is still pending at the end is applied by the consumer's own matrix.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
 from .edges import ACTIVATIONS, Activate, Affine, EdgeState, Mark, Message, NodeTerm, Update
-from .encoders import Fourier, Linear, expansion, grid_step, make_table
+from .encoders import Fourier, Linear, Table, expansion, grid_step, make_table
+from .fold import Fold, Matrix
 
 LOAD, FOURIER, TABLE, LIN, ACT, ADD, MARK, NORM, MASK = range(9)
 RECORD = 10  # ints an instruction: op, n_in, n_out, weight, bias, x, weight_dst, weight_src, arg0, arg1
@@ -36,12 +39,26 @@ def aux_slots(mask: int) -> tuple[int, int]:
     return int(("std" in names or "var" in names) and "mean" not in names), ("min" in names) + ("max" in names)
 
 
+def cut(tensors: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[list[torch.Tensor]]:
+    """Consecutive pieces of so many tensors."""
+    ends = list(accumulate(sizes))
+    return [list(tensors[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+
+
+def recipe_of(program: list[int]) -> list[int]:
+    """How the packed parameters are made of an expression's params (ngkernels/fold.py)."""
+    return program[HEADER + RECORD * program[1] :]
+
+
 class Expression(NamedTuple):
-    """The tensor arguments that every op of the engine takes, in its schema's order."""
+    """The arguments that every op of the engine takes, in its schema's order.
+
+    params: the small matrices and vectors that the packed parameters are made of, as the recipe at the end of `program` says.
+    """
 
     weights: list[torch.Tensor]
     xs: list[torch.Tensor]
-    params: torch.Tensor
+    params: list[torch.Tensor]
     table: torch.Tensor
     carriers: list[torch.Tensor]
     topology: torch.Tensor
@@ -49,12 +66,12 @@ class Expression(NamedTuple):
 
     @property
     def differentiable(self) -> list[torch.Tensor]:
-        return [*self.weights, *self.xs, self.params, self.table, *self.carriers]
+        return [*self.weights, *self.xs, *self.params, self.table, *self.carriers]
 
     def with_tensors(self, tensors: list[torch.Tensor]) -> Expression:
         """The same expression over other differentiable tensors."""
-        w, x = len(self.weights), len(self.xs)
-        return Expression(list(tensors[:w]), list(tensors[w : w + x]), tensors[w + x], tensors[w + x + 1], list(tensors[w + x + 2 :]), self.topology, self.program)
+        weights, xs, params, (table,), carriers = cut(tensors, [len(self.weights), len(self.xs), len(self.params), 1, len(self.carriers)])
+        return Expression(weights, xs, params, table, carriers, self.topology, self.program)
 
 
 class _Builder:
@@ -64,24 +81,27 @@ class _Builder:
         self.directions = 2 if edges.encoder.reciprocal and (edges.graph.has_reverse or self.paired) else 1
         self.topology = edges.graph.pairs_as(over, include_self) if over else edges.graph.edges_as(self.paired, edges.encoder.reciprocal, messages)
         self.masked = edges.graph.stored or not any(p.token for p in edges.graph.parts)  # nothing to mask
-        self.params: list[torch.Tensor] = []
-        self.size = 0
+        self.fold = Fold(dtype)
+        self.matrix = self.fold.leaf
         self.xs: list[torch.Tensor] = []
         self.instructions: list[list[int]] = []
         self.carriers: tuple[torch.Tensor, ...] = ()
-        self.table = edges.weights[0].new_zeros(0, dtype=dtype)
+        self.table = edges.weights[0].new_empty(0, dtype=dtype)
         self.width = 0  # of the register
-        self.pending: tuple[torch.Tensor, torch.Tensor | None] | None = None  # e = M register + c
-        self.variants: list[torch.Tensor] | None = None  # pending M for each direction, right after LOAD
+        self.pending: tuple[Matrix, Matrix | None] | None = None  # e = M register + c
+        self.variants: list[Matrix] | None = None  # pending M for each direction, right after LOAD
         self.start()
 
     # ---- small helpers ----
-    def put(self, t: torch.Tensor | None) -> int:
-        if t is None:
-            return -1
-        self.params.append(t.to(self.dtype).reshape(-1))
-        self.size += t.numel()
-        return self.size - t.numel()
+    def put(self, first: torch.Tensor | Matrix | None, *more: torch.Tensor | Matrix) -> int:
+        """Where the first of the matrices stands among the parameters, others follow; -1 for None."""
+        at = -1 if first is None else self.fold.store(first)
+        for m in more:
+            self.fold.store(m)
+        return at
+
+    def vector(self, t: torch.Tensor | None) -> Matrix | None:
+        return None if t is None else self.matrix(t)
 
     def x_index(self, x: torch.Tensor) -> int:
         for k, y in enumerate(self.xs):
@@ -109,72 +129,79 @@ class _Builder:
         maps = [expansion(channels, d, edges.weights[0]).to(self.dtype) for d in range(self.directions)] if enc.reciprocal else None
         if isinstance(enc, Fourier):
             frequencies = [enc.frequencies.to(self.dtype) @ m for m in maps] if maps else [enc.frequencies]
-            self.features = (self.put(frequencies[0] if len(frequencies) == 1 else torch.stack(frequencies)), enc)  # emitted with the first linear map
-            self.pending = (enc.weight.to(self.dtype), enc.bias.to(self.dtype))
-            self.width = enc.weight.shape[1]
+            self.features = (frequencies, enc)  # emitted with the first linear map
             return
         self.features = None
         if isinstance(enc, Linear):
-            m, bias = enc.weight.to(self.dtype), enc.bias.to(self.dtype)
+            m, bias = self.matrix(enc.weight), self.matrix(enc.bias)
             if maps:
-                self.variants = [m @ x for x in maps]
+                self.variants = [m.times(self.matrix(x)) for x in maps]
             self.pending = (m, bias)
         elif maps:
-            self.variants = maps
-            self.pending = (maps[0], None)
+            self.variants = [self.matrix(x) for x in maps]
+            self.pending = (self.variants[0], None)
 
-    def fourier_linear(self, w: torch.Tensor, b: torch.Tensor | None, node: NodeTerm | None, first: torch.Tensor | None, through: bool) -> None:
-        """register = w features + b + node term, where w is `first` times the encoder's matrix."""
-        offset, enc = self.features
-        self.features = None
+    def fourier_linear(self, w: torch.Tensor | None, b: torch.Tensor | None, node: NodeTerm | None, through: bool) -> None:
+        """register = w e0 + b + node term, where e0 is the encoder's; w None: e0 itself."""
+        (frequencies, enc), self.features = self.features, None
         m, channels = enc.frequencies.shape[0], self.instructions[0][2]
-        n_out = w.shape[0]
-        weight, bias = self.put(w), self.put(b)
-        table = self.tabulated(enc, first, through)
+        table = self.tabulated(enc, w, through)
+        first, bias = None if w is None else self.matrix(w), self.matrix(enc.bias)
+        if first is not None:
+            bias = first.times(bias) if b is None else self.matrix(b).plus(first.times(bias))
+        n_out, bias = bias.shape[0], self.put(self.with_bias(bias, node))
+        weight = offset = -1
+        if table is None or not table.complete:
+            matrix = self.matrix(enc.weight)
+            weight, offset = self.put(matrix if first is None else first.times(matrix)), self.put(*frequencies)
         if table is not None:
-            self.table = table
+            self.table = table.values
             self.emit(TABLE, m, n_out, weight, bias, node, arg0=grid_step(enc), arg1=offset)
             return
         self.emit(FOURIER, channels, 2 * m, offset)
         self.emit(LIN, 2 * m, n_out, weight, bias, node)
 
-    def tabulated(self, enc: Fourier, first: torch.Tensor | None, through: bool) -> torch.Tensor | None:
-        """[directions, nodes, 3, n_out] of `first` times the encoder, or None for direct evaluation."""
+    def tabulated(self, enc: Fourier, first: torch.Tensor | None, through: bool) -> Table | None:
+        """The table of `first` times the encoder, or None for direct evaluation."""
         table = self.edges.table if self.tabulate else None
         if self.tabulate and (table is None or (table.through and not through)):
             table = make_table(enc, self.edges.weights, self.edges.affine, self.dtype, self.directions)
         if table is None:
             return None
-        values = table.values[: self.directions]
-        return values if first is None or table.through else values @ first.to(self.dtype).T
+        if table.values.shape[0] != self.directions:
+            table = replace(table, values=table.values[: self.directions])
+        return table if first is None or table.through else table.times(first)
 
     # ---- steps ----
     def linear(self, w: torch.Tensor | None, b: torch.Tensor | None, node: NodeTerm | None = None, through: bool = False) -> None:
         """register = w e + b + node term, folded with what is pending; w None: e itself. `through`: w is the first update's."""
-        first = w
-        b = None if b is None else b.to(self.dtype)
-        variants = self.variants
+        if self.features is not None:
+            self.fourier_linear(w, b, node, through)
+            return
+        b, variants = self.vector(b), self.variants
         if w is None:
             w, b = self.pending
         elif self.pending is None:
-            w = w.to(self.dtype)
+            w = self.matrix(w)
         else:
-            w = w.to(self.dtype)
+            w = self.matrix(w)
             m, c = self.pending
             if c is not None:
-                b = w @ c if b is None else b + w @ c
-            variants = [w @ v for v in self.variants] if self.variants else None
-            w = w @ m
-        if node is not None and node.bias is not None:
-            b = node.bias.to(self.dtype) if b is None else b + node.bias.to(self.dtype)
+                b = w.times(c) if b is None else b.plus(w.times(c))
+            if variants:
+                variants = [w.times(v) for v in variants]
+            else:
+                w = w.times(m)
+        b = self.with_bias(b, node)
         self.pending, self.variants = None, None
-        if self.features is not None:
-            self.fourier_linear(w, b, node, first, through)
-        elif variants and len(variants) > 1:
-            self.emit(LIN, variants[0].shape[1], w.shape[0], self.put(torch.stack(variants)), self.put(b), node, arg0=variants[0].numel())
-        else:
-            w = variants[0] if variants else w
-            self.emit(LIN, w.shape[1], w.shape[0], self.put(w), self.put(b), node)
+        variants = variants or [w]
+        step = variants[0].numel() if len(variants) > 1 else 0
+        self.emit(LIN, variants[0].shape[1], w.shape[0], self.put(*variants), self.put(b), node, arg0=step)
+
+    def with_bias(self, b: Matrix | None, node: NodeTerm | None) -> Matrix | None:
+        if node is None or node.bias is None:
+            return b
+        return self.matrix(node.bias) if b is None else b.plus(self.matrix(node.bias))
 
     def pair(self, w: torch.Tensor, reverse: torch.Tensor, b: torch.Tensor | None, node: NodeTerm | None) -> None:
         """register = w e + reverse (register of the partner) + b + node term, folded with what is pending."""
@@ -185,15 +212,13 @@ class _Builder:
             )
         if self.features is not None or self.variants:
             self.materialise()
-        w, reverse = w.to(self.dtype), reverse.to(self.dtype)
-        b = None if b is None else b.to(self.dtype)
-        if node is not None and node.bias is not None:
-            b = node.bias.to(self.dtype) if b is None else b + node.bias.to(self.dtype)
+        w, reverse, b = self.matrix(w), self.matrix(reverse), self.with_bias(self.vector(b), node)
         if self.pending is not None:
             m, c = self.pending
             if c is not None:
-                b = (w + reverse) @ c if b is None else b + (w + reverse) @ c
-            w, reverse = w @ m, reverse @ m
+                both = w.plus(reverse).times(c)
+                b = both if b is None else b.plus(both)
+            w, reverse = w.times(m), reverse.times(m)
         self.pending = None
         self.emit(LIN, w.shape[1], w.shape[0], self.put(w), self.put(b), node, arg1=self.put(reverse))
 
@@ -206,7 +231,7 @@ class _Builder:
 
     def materialise(self) -> None:
         """Make the register e itself."""
-        if self.pending is not None:
+        if self.pending is not None or self.features is not None:
             self.linear(None, None)
 
     def act(self, name: str) -> None:
@@ -216,7 +241,7 @@ class _Builder:
         if isinstance(step, Activate):
             self.materialise()
             self.act(step.activation)
-            self.pending = (step.weight.to(self.dtype), None if step.bias is None else step.bias.to(self.dtype))
+            self.pending = (self.matrix(step.weight), self.vector(step.bias))
             return
         self.mask()
         if isinstance(step, Mark):
@@ -232,7 +257,7 @@ class _Builder:
         else:
             self.linear(step.weight_edge, step.bias, step.node, step is self.edges.steps[0])
         self.act(step.activation)
-        self.pending = (step.weight_out.to(self.dtype), None if step.bias_out is None else step.bias_out.to(self.dtype))
+        self.pending = (self.matrix(step.weight_out), self.vector(step.bias_out))
         if step.residual or step.norm is not None:
             self.materialise()
         if step.residual:
@@ -248,14 +273,14 @@ class _Builder:
 
     def finish(self, combine: int, width: int, reduce_mask: int, message_start: int) -> Expression:
         ties = 2 if self.edges.graph.max_in_degree < 1 << 15 else 4
-        shape = [self.directions, len(self.instructions), combine, width, reduce_mask, message_start, len(self.xs), self.size]
+        shape = [self.directions, len(self.instructions), combine, width, reduce_mask, message_start, len(self.xs), self.fold.size]
         header = [*shape, RECORD, ties, int(self.paired)]
-        program = header + [v for record in self.instructions for v in record]
-        params = torch.cat(self.params) if self.params else self.table.new_zeros(0)
-        xs = [x.to(self.dtype).contiguous() for x in self.xs]
+        program = header + [v for record in self.instructions for v in record] + self.fold.recipe
+        xs = [(x if x.dtype == self.dtype else x.to(self.dtype)).contiguous() for x in self.xs]
         weights = [self.edges.weights[k] for k in self.topology.used_weights]
         carriers = list(self.carriers) if self.edges.graph.packed else [self.carriers[k] for k in self.topology.used_blocks if self.carriers]
-        return Expression(weights, xs, params, self.table, carriers, self.topology.table.to(params.device), program)
+        topology = self.topology.table if self.topology.table.device == self.table.device else self.topology.table.to(self.table.device)
+        return Expression(weights, xs, self.fold.leaves, self.table, carriers, topology, program)
 
 
 def _float_bits(value: float) -> int:

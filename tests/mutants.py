@@ -88,7 +88,7 @@ AGGREGATE = tuple(one(name, "aggregate", *rest) for name, *rest in (
     ("mean-over-one-more", f"{EVALUATE}:reduce_messages", '"mean": total / count', '"mean": total / (count + 1)'),
     ("uncentred-variance", f"{EVALUATE}:reduce_messages", "index_add(0, out, centred * centred) / count", "index_add(0, out, m * m) / count - results['mean'] ** 2"),
     ("max-is-min", f"{EVALUATE}:_extreme", '"a" + name', '"amin"'),
-    ("bias-not-folded", f"{BUILDER}.linear", "b = w @ c if b is None else b + w @ c", "b = b"),
+    ("bias-not-folded", f"{BUILDER}.linear", "b = w.times(c) if b is None else b.plus(w.times(c))", "b = b"),
     ("residual-forgotten", f"{BUILDER}.step", "self.emit(ADD, self.width, self.width, arg0=kept)", "pass"),
     ("copies-share-nodes", f"{EDGES}.__init__", 'row["dst"] + node + i', 'row["dst"] + 0 * node + i'),
     ("reverse-not-transposed", f"{EDGES}._read", '(j, i) if row["src_axis"] == 1 else (i, j)', "(j, i)"),
@@ -101,8 +101,8 @@ AGGREGATE = tuple(one(name, "aggregate", *rest) for name, *rest in (
     ("packed-from-the-start", f"{EDGES}._read", 'row["offset"] + copy', "copy"),
     ("table-one-cell-off", "ngkernels.encoders:grid_basis", "torch.arange(-half, half + 1,", "torch.arange(-half + 1, half + 2,", "cpp"),
     ("table-too-coarse", "ngkernels.encoders:table_step", "max(0, ", "max(0, -2 + ", "cpp"),
-    ("table-clamps", "ngkernels.encoders:table_half", "return min(MAX_TABLE_NODES,", "weights[0].data.clamp_(-1, 1); return min(MAX_TABLE_NODES,", "cpp"),
-    ("autocast-reaches-the-folding", "ngkernels.program:full_precision", "torch.autocast(device.type, enabled=False)", "nullcontext()", "cpp"),
+    ("table-that-is-not-complete", "ngkernels.program:make_table", "enc.table_range is None and limit is not None and half", "half", "cpp"),
+    ("autocast-reaches-the-folding", "ngkernels.program:full_precision", "torch.autocast(device.type, enabled=False)", "nullcontext()"),
 ))  # fmt: skip
 
 READOUT = tuple(one(name, "readout", *rest) for name, *rest in (
@@ -111,7 +111,7 @@ READOUT = tuple(one(name, "readout", *rest) for name, *rest in (
     ("no-biases", "ngkernels.ops.readout:build_state", "b.linear(w, bias,", "b.linear(w, None,"),
     ("edges-in-another-order", f"{EVALUATE}:emit", "piece.reshape(row", "piece.flip(0).reshape(row"),
     ("packed-in-the-weights-places", f"{EDGES}.block_index", 'row["emit_offset" if', 'row["offset" if'),
-    ("dtype-ignored", "ngkernels.ops.readout:run", "dtype = e.params.dtype if dtype is None else dtype", "dtype = e.params.dtype"),
+    ("dtype-ignored", "ngkernels.ops.readout:run", "dtype = e.table.dtype if dtype is None else dtype", "dtype = e.table.dtype"),
     ("reverse-axis-lost", f"{TOPOLOGY}.reads", "2 if block.reverse else 1", "1"),
     ("unread-blocks-not-skipped", "ngkernels.ops.expression:reference_gradients", "(g.numel() or not o.numel())", "True"),
     ("only-the-first-output-counts", "ngkernels.ops.expression:reference_gradients", "for o, g in zip(outputs, grads, strict=True)", "for o, g in list(zip(outputs, grads, strict=True))[:1]"),
@@ -151,7 +151,7 @@ ATTENTION = tuple(one(name, "attend", *rest) for name, *rest in (
     ("checkpointed-tokens-forgotten", f"{GRAPH}.without_sharing", "p.copies, p.token)", "p.copies)"),
     ("messages-along-no-edges", f"{TOPOLOGY}.edge_rows", "(messages and not b.edge)", "False"),
     ("reversed-pairs-read-nothing", "ngkernels.blocks:_reversal", "if reciprocal and block.weight >= 0:", "if False:"),
-    ("bias-of-the-reverse-not-folded", f"{BUILDER}.pair", "b = (w + reverse) @ c if b is None else b + (w + reverse) @ c", "b = w @ c if b is None else b + w @ c"),
+    ("bias-of-the-reverse-not-folded", f"{BUILDER}.pair", "both = w.plus(reverse).times(c)", "both = w.times(c)"),
     ("norm-after-the-next-update", f"{BUILDER}.step", "if step.norm is not None:", "if step.norm is not None and step.residual:"),
 ))  # fmt: skip
 

@@ -23,11 +23,12 @@ const Isa& isa_avx512() { return isa_avx2(); }
 const Isa& isa_avx512_bf16() { return isa_avx2(); }
 }
 """
-SOURCES = ("bindings_cpu.cpp", "cpu/schedule.cpp", "cpu/isa_scalar.cpp", "cpu/isa_avx2.cpp", "cpu/stubs.cpp")
+SOURCES = ("bindings_cpu.cpp", "bindings_fold.cpp", "cpu/schedule.cpp", "cpu/isa_scalar.cpp", "cpu/isa_avx2.cpp", "cpu/stubs.cpp")
 TESTS = (
     "test_attend.py",
     "test_attend_torch.py",
     "test_aggregate.py",
+    "test_fold.py",
     "test_readout.py",
     "test_checkpoint.py",
     "test_determinism.py",
@@ -86,6 +87,12 @@ PATCHES = tuple(Patch(*row) for row in (
     ("last-columns-without-gradient", "cpu/gemm.h", "for (; k < K; ++k) outer_block<V, 1, NV>", "for (; k + 1 < K; ++k) outer_block<V, 1, NV>"),
     ("uncovered-gradients-not-cleared", "bindings_cpu.cpp", "edges * e.channels < g.numel()", "false"),
     ("gradient-tiles-too-narrow", "cpu/prepare.h", "if (padded<V>(in.n_in) > max_ld) max_ld = padded<V>(in.n_in);", ""),
+    # small matrices
+    ("last-columns-of-a-product", "cpu/fold.h", "for (; col < n; ++col)", "for (; col + 1 < n; ++col)"),
+    ("gradient-of-a-summand-lost", "cpu/fold.h", "      for (size_t j = 0; gb && j < n.size(); ++j) gb[j] += g[j];\n", ""),
+    ("gradients-of-a-matrix-overwritten", "cpu/fold.h", "ga[j] += g[j]", "ga[j] = g[j]"),
+    ("transposed-leaves-as-they-lie", "cpu/fold.h", "leaf.col_stride == 1 && leaf.row_stride == n.cols", "true"),
+    ("every-parameter-without-gradient", "bindings_cpu.cpp", "if (p.fold.grad) isa_for(0).fold_gradients(p.fold);", ""),
     # attention, pair updates
     ("sums-not-scaled-with-the-largest-logit", "cpu/attention.h", "        n *= by;\n", ""),
     ("last-piece-of-a-row-only", "cpu/attention.h", "totals[row * H + h] = theirs * a + mine * b;", "totals[row * H + h] = mine * b;"),

@@ -14,7 +14,7 @@ class Engine {
   static constexpr int NODES = 48 * V::MR;  // of all nodes, that a worker projects at a time: whole blocks of rows
 
   Engine(const Call& c, Parallel parallel, int threads, bool backward)
-      : call(c), prepared(c), plan(make_plan(c)), slots(c.mask), parallel(parallel), threads(threads), backward(backward) {
+      : call(c), prepared(c, backward), plan(make_plan(c)), slots(c.mask), parallel(parallel), threads(threads), backward(backward) {
     ldm = padded<V>(c.width);
     const int64_t n = static_cast<int64_t>(plan.items.size());
     workers.resize(static_cast<size_t>(threads < n ? threads : n > 0 ? n : 1));

@@ -61,6 +61,10 @@ struct FourierEncoder : OnWorker<V> {
   }
 
   void direct(T value, int direction, const T* si, const T* tj, const Instr& in, const Step<V>& s, T* out) {
+    if (in.w < 0) {  // the caller promised that there are none
+      for (int c = 0; c < s.ld; ++c) out[c] = std::numeric_limits<T>::quiet_NaN();
+      return;
+    }
     T* gamma = w.rest;
     fourier_row<V>(frequencies(direction), in.n_in, 1, &value, gamma);
     for (int c = 0; c < s.ld; ++c) out[c] = tj ? si[c] + tj[c] : si[c];
@@ -158,6 +162,7 @@ struct FourierEncoder : OnWorker<V> {
     const Instr& in = p.call.instrs[k];
     const Step<V>& s = p.steps[k];
     const int m = in.n_in;
+    if (in.w < 0) return std::numeric_limits<T>::quiet_NaN();
     T* gamma = w.rest;
     fourier_row<V>(frequencies(direction), m, 1, &value, gamma);
     T total = 0;

@@ -4,6 +4,7 @@
 #include "aggregate.h"
 #include "attend.h"
 #include "evaluate.h"
+#include "fold.h"
 #include "gradients.h"
 #include "node_map.h"
 

@@ -49,7 +49,9 @@ struct Prepared {
   T *all_s = nullptr, *all_t = nullptr;  // of each node as destination, as source: terms of all steps side by side [nodes, all_ld]
   int all_ld = 0;
 
-  explicit Prepared(const Call& c) : call(c), steps(c.instrs.size()), params(static_cast<const T*>(c.params)) {
+  bool backward;  // whether the transposes that gradients go through are wanted
+
+  Prepared(const Call& c, bool backward) : call(c), steps(c.instrs.size()), params(static_cast<const T*>(c.params)), backward(backward) {
     Arena measure;
     build(measure);
     Arena arena;
@@ -121,13 +123,13 @@ struct Prepared {
       if (in.op == LIN && in.arg1 >= 0) {
         last_pair = static_cast<int>(k);
         s.partner = matrix(arena, in.arg1, in.n_out, in.n_in, false);
-        s.partner_t = matrix(arena, in.arg1, in.n_out, in.n_in, true);
+        if (backward) s.partner_t = matrix(arena, in.arg1, in.n_out, in.n_in, true);
         for (int64_t* g : {&s.g_partner, &s.g_plus, &s.g_minus}) *g = grads(static_cast<size_t>(in.n_in) * s.ld);
       }
       if (in.op == LIN && in.n_in)
         for (int v = 0; v < (in.arg0 ? call.directions : 1); ++v) {
           s.fwd[v] = matrix(arena, in.w + v * in.arg0, in.n_out, in.n_in, false);
-          s.bwd[v] = matrix(arena, in.w + v * in.arg0, in.n_out, in.n_in, true);
+          if (backward) s.bwd[v] = matrix(arena, in.w + v * in.arg0, in.n_out, in.n_in, true);
           s.g_w[v] = grads(static_cast<size_t>(in.n_in) * s.ld);
         }
       if (in.op == LIN && in.arg1 >= 0) prepare_pair(arena, s);
@@ -141,8 +143,10 @@ struct Prepared {
         const int dx = call.x_width[in.x];
         s.wd = matrix(arena, in.wd, in.n_out, dx, false);
         s.ws = matrix(arena, in.ws, in.n_out, dx, false);
-        s.wd_t = matrix(arena, in.wd, in.n_out, dx, true);
-        s.ws_t = matrix(arena, in.ws, in.n_out, dx, true);
+        if (backward) {
+          s.wd_t = matrix(arena, in.wd, in.n_out, dx, true);
+          s.ws_t = matrix(arena, in.ws, in.n_out, dx, true);
+        }
         s.g_wd = grads(static_cast<size_t>(dx) * s.ld);
         s.g_ws = grads(static_cast<size_t>(dx) * s.ld);
       }
@@ -154,6 +158,7 @@ struct Prepared {
   void prepare_pair(Arena& arena, Step<V>& s) {
     s.plus = blend(arena, s.fwd[0], s.partner, 1);
     s.minus = blend(arena, s.fwd[0], s.partner, -1);
+    if (!backward) return;
     s.plus_t = blend(arena, s.bwd[0], s.partner_t, 1);
     s.minus_t = blend(arena, s.bwd[0], s.partner_t, -1);
   }
@@ -188,9 +193,10 @@ struct Prepared {
     Step<V>& s = steps[k];
     table_step = k;
     table_ld = s.ld;
-    s.fwd[0] = matrix(arena, in.w, in.n_out, 2 * in.n_in, false);  // weights beyond the table
-    s.bwd[0] = matrix(arena, in.w, in.n_out, 2 * in.n_in, true);
-    s.g_w[0] = grads(static_cast<size_t>(2) * in.n_in * s.ld);
+    if (in.w >= 0) {
+      s.fwd[0] = matrix(arena, in.w, in.n_out, 2 * in.n_in, false);
+      s.g_w[0] = grads(static_cast<size_t>(2) * in.n_in * s.ld);
+    }
     const T* src = static_cast<const T*>(call.table);
     if (in.n_out == s.ld) {
       table = src;
@@ -233,7 +239,7 @@ struct Prepared {
       }
       if (in.op != LIN && in.op != TABLE) continue;
       if (in.op == LIN && in.arg1 >= 0) put(s.g_partner, in.arg1, in.n_out, in.n_in, s.ld);
-      if (in.op == TABLE) put(s.g_w[0], in.w, in.n_out, 2 * in.n_in, s.ld);
+      if (in.op == TABLE && in.w >= 0) put(s.g_w[0], in.w, in.n_out, 2 * in.n_in, s.ld);
       if (in.op == LIN && in.n_in)
         for (int v = 0; v < (in.arg0 ? call.directions : 1); ++v) put(s.g_w[v], in.w + v * in.arg0, in.n_out, in.n_in, s.ld);
       if (in.b >= 0) put(s.g_b, in.b, in.n_out, 1, 0);

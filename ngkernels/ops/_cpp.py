@@ -13,7 +13,7 @@ backends.why_not("cpp")  # loads the library now, not while something is traced;
 def _arguments(e: ex.E, compute: int) -> tuple:
     """What every kernel takes; node states may come with any strides (compiled code hands them over as they are)."""
     xs = [x.contiguous() for x in e.xs]
-    return e.weights, xs, e.params.contiguous(), e.table.contiguous(), e.topology, e.program, compute & 1
+    return e.weights, xs, e.params, e.table.contiguous(), e.topology, e.program, compute & 1
 
 
 def aggregate(e: ex.E, compute: int, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor) -> None:

@@ -19,16 +19,16 @@ ex.library.define(f"aggregate({ex.SCHEMA}, SymInt rows, int compute) -> (Tensor,
 ex.library.define(f"aggregate_backward(Tensor grad, Tensor out, Tensor aux, Tensor ties, {ex.SCHEMA}, int compute, bool[] need) -> Tensor[]")
 
 
-def _outputs(params: torch.Tensor, program: list[int], rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _outputs(table: torch.Tensor, program: list[int], rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     width, mask = program[3], program[4]
     mean, ties = aux_slots(mask)
     count = torch.int16 if program[9] == 2 else torch.int32
-    return params.new_empty(rows, len(reductions(mask)), width), params.new_empty(rows, mean, width), params.new_empty(rows, ties, width, dtype=count)
+    return table.new_empty(rows, len(reductions(mask)), width), table.new_empty(rows, mean, width), table.new_empty(rows, ties, width, dtype=count)
 
 
 @torch.library.register_fake("ngkernels::aggregate", lib=ex.library)
 def _fake(weights, xs, params, table, carriers, topology, program, rows, compute):
-    return _outputs(params, program, rows)
+    return _outputs(table, program, rows)
 
 
 @torch.library.register_fake("ngkernels::aggregate_backward", lib=ex.library)
@@ -38,7 +38,7 @@ def _fake_backward(grad, out, aux, ties, weights, xs, params, table, carriers, t
 
 def _forward(weights, xs, params, table, carriers, topology, program, rows, compute):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    outputs = _outputs(params, program, rows)
+    outputs = _outputs(table, program, rows)
     if ex.backend_of(compute) == "cpp":
         _cpp.aggregate(e, compute, *outputs)
         return outputs

@@ -29,19 +29,18 @@ def _edge_width(program: list[int]) -> int:
     return program[HEADER + RECORD * (program[5] - 1) + 2]
 
 
-def _outputs(params, program, v, shape, rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    sums = params.new_empty(rows, shape[0], _edge_width(program) if shape[2] else 0)
-    return params.new_empty(rows, v.shape[1]), sums, params.new_empty(rows, shape[0])
+def _outputs(table, program, v, shape, rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sums = table.new_empty(rows, shape[0], _edge_width(program) if shape[2] else 0)
+    return table.new_empty(rows, v.shape[1]), sums, table.new_empty(rows, shape[0])
 
 
 @torch.library.register_fake("ngkernels::attend", lib=ex.library)
 def _fake(weights, xs, params, table, carriers, topology, program, q, k, v, shape, scale, dropout, seed, rows, compute):
-    return _outputs(params, program, v, shape, rows)
+    return _outputs(table, program, v, shape, rows)
 
 
 def _empty_gradients(e: ex.E, q, k, v, need: list[bool]) -> list[torch.Tensor]:
-    nodes = [torch.empty_like(t, memory_format=torch.contiguous_format) if n else t.new_empty(0) for t, n in zip((q, k, v), need[-3:], strict=True)]
-    return [*ex.empty_gradients(e, need[:-3]), *nodes]
+    return [*ex.empty_gradients(e, need[:-3]), *ex.room((q, k, v), need[-3:])]
 
 
 @torch.library.register_fake("ngkernels::attend_backward", lib=ex.library)
@@ -54,7 +53,7 @@ def _fake_backward(
 def _forward(weights, xs, params, table, carriers, topology, program, q, k, v, shape, scale, dropout, seed, rows, compute):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
     if ex.backend_of(compute) == "cpp":
-        outputs = _outputs(params, program, v, shape, rows)
+        outputs = _outputs(table, program, v, shape, rows)
         _cpp.attend(e, compute, (q, k, v), shape, scale, dropout, seed, outputs)
         return outputs
     with torch.no_grad():
@@ -163,7 +162,7 @@ def attend(
     e = build_attention(closed, maps, over, include_self, ex.backend_of(compute) != "reference")
     shape = [heads, int(weight_mul is not None), int(weight_add is not None)]
     scale = (q.shape[1] / heads) ** -0.5 if scale is None else float(scale)
-    nodes = [t.to(e.params.dtype).contiguous() for t in (q, k, v)]
+    nodes = [t.to(e.table.dtype).contiguous() for t in (q, k, v)]
     out, sums, _ = _run(*e, *nodes, shape, scale, float(dropout), int(seed), closed.graph.num_rows, compute)
     if weight_add is None:
         return out

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .expression import library
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _tensors(arguments) -> list[Tensor]:
@@ -25,12 +25,11 @@ def _tensors(arguments) -> list[Tensor]:
 
 def _eager(tensors: list[Tensor]) -> bool:
     """Whether nobody looks at the ops that are called: no compiler, no tracer, no transform, no mode, no tensor of another class."""
-    return not (
+    return _PLAIN.issuperset(map(type, tensors)) and not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or any(type(t) not in _PLAIN for t in tensors)
     )
 
 
@@ -65,22 +64,23 @@ def register(name: str, implementation: Callable, backward: Callable, setup: Cal
             return (None, None, *backward(ctx, ctx.needs_input_grad[2:], *grads))
 
     Node.__name__ = Node.__qualname__ = "".join(part.capitalize() for part in name.split("_"))
+    bare = super(torch.autograd.Function, Node).apply  # without its look for transforms, which _eager has had
 
-    def differentiable(function, arguments, tensors):
+    def differentiable(function, arguments, tensors, apply):
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
             with torch._C._AutoDispatchBelowAutograd():
                 return function(*arguments)
-        output = Node.apply(function, arguments, *tensors)
+        output = apply(function, arguments, *tensors)
         return list(output) if many else output
 
     def kernel(keyset, *arguments):
         below = keyset & torch._C._after_autograd_keyset
-        return differentiable(lambda *a: op.redispatch(below, *a), arguments, _tensors(arguments))
+        return differentiable(lambda *a: op.redispatch(below, *a), arguments, _tensors(arguments), Node.apply)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
 
     def run(*arguments):
         tensors = _tensors(arguments)
-        return differentiable(implementation, arguments, tensors) if _eager(tensors) else op(*arguments)
+        return differentiable(implementation, arguments, tensors, bare) if _eager(tensors) else op(*arguments)
 
     return run

@@ -55,5 +55,5 @@ def second_derivatives(op: str, e: ex.E, grads: list[torch.Tensor], second, shap
     """
     if e.carriers:
         raise NotImplementedError(f"{op}: second derivatives through a virtual checkpoint are not available; use recompute or checkpoint(dtype)")
-    second = [e.params.new_empty(0) if s is None else s for s in second]
+    second = [e.table.new_empty(0) if s is None else s for s in second]
     return torch.ops.ngkernels.double_backward(second, grads, *e, shapes, rows, compute, first_need, need)

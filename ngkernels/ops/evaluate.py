@@ -36,16 +36,16 @@ def output_shapes(graph: NeuralGraph, width: int) -> list[int]:
 
 @torch.library.register_fake("ngkernels::evaluate", lib=ex.library)
 def _fake(weights, xs, params, table, carriers, topology, program, shapes, dtype, compute):
-    return [params.new_empty(s, dtype=DTYPES[dtype]) for s in ex.split_shapes(shapes)]
+    return [table.new_empty(s, dtype=DTYPES[dtype]) for s in ex.split_shapes(shapes)]
 
 
 @torch.library.register_fake("ngkernels::carry", lib=ex.library)
 def _fake_carry(weights, xs, params, table, carriers, topology, program, shapes, compute):
-    return [params.new_zeros(1).expand(s) for s in ex.split_shapes(shapes)]
+    return [table.new_zeros(1).expand(s) for s in ex.split_shapes(shapes)]
 
 
 def _carry(weights, xs, params, table, carriers, topology, program, shapes, compute):
-    return [params.new_zeros(1).expand(s) for s in ex.split_shapes(shapes)]
+    return [table.new_zeros(1).expand(s) for s in ex.split_shapes(shapes)]
 
 
 @torch.library.register_fake("ngkernels::evaluate_backward", lib=ex.library)
@@ -71,7 +71,7 @@ def _backward(grads, weights, xs, params, table, carriers, topology, program, sh
         out = ex.empty_gradients(e, need)
         _cpp.evaluate_backward([g.contiguous() for g in grads], e, compute, out)
         return out
-    return ex.reference_gradients(lambda f: reference.emit(*f, compute & 1, ex.split_shapes(shapes)), e, [g.to(params.dtype) for g in grads], need)
+    return ex.reference_gradients(lambda f: reference.emit(*f, compute & 1, ex.split_shapes(shapes)), e, [g.to(table.dtype) for g in grads], need)
 
 
 def _setup(ctx, inputs, output):
@@ -86,7 +86,7 @@ def _autograd(ctx, need, *grads):
     e, _ = ex.load(ctx)
     need = need[:-1]  # all but the topology
     # a block that nothing read has no gradient: an empty tensor, and the kernels skip it
-    grads = [e.params.new_empty(0) if g is None else g for g in grads]
+    grads = [e.table.new_empty(0) if g is None else g for g in grads]
     return [*ex.wanted(_run_backward(grads, *e, ctx.shapes, ctx.compute, need), need), None]
 
 

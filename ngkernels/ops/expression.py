@@ -7,14 +7,15 @@ that order (weights, xs, params, table, carriers), with an empty tensor where no
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from .. import backends
 from ..program import Expression as E
+from ..program import cut
 
-SCHEMA = "Tensor[] weights, Tensor[] xs, Tensor params, Tensor table, Tensor[] carriers, Tensor topology, int[] program"
+SCHEMA = "Tensor[] weights, Tensor[] xs, Tensor[] params, Tensor table, Tensor[] carriers, Tensor topology, int[] program"
 library = torch.library.Library("ngkernels", "DEF")
 
 
@@ -37,10 +38,17 @@ def split_shapes(shapes: list[int]) -> list[list[int]]:
     return out
 
 
+def room(tensors: Sequence[torch.Tensor], need: Sequence[bool]) -> list[torch.Tensor]:
+    """Uninitialised contiguous gradients; an empty tensor where none is needed."""
+    pairs = zip(tensors, need, strict=True)
+    return [t.new_empty(0) if not n else torch.empty_like(t) if t.is_contiguous() else t.new_empty(t.shape) for t, n in pairs]
+
+
 def empty_gradients(e: E, need: list[bool]) -> list[torch.Tensor]:
     """Uninitialised gradients: of weights with their strides (a transposed view gets a transposed gradient), else contiguous."""
-    formats = [torch.preserve_format] * len(e.weights) + [torch.contiguous_format] * (len(need) - len(e.weights))
-    return [torch.empty_like(t, memory_format=f) if n else t.new_empty(0) for t, n, f in zip(e.differentiable, need, formats, strict=True)]
+    w, tensors = len(e.weights), e.differentiable
+    like = [torch.empty_like(t) if n else t.new_empty(0) for t, n in zip(tensors[:w], need[:w], strict=True)]
+    return like + room(tensors[w:], need[w:])
 
 
 @contextlib.contextmanager
@@ -66,7 +74,7 @@ def reference_gradients(forward: Callable, e: E, grads: list[torch.Tensor], need
     if create_graph:
         return [t.new_empty(0) if w is None else torch.zeros_like(w) if g is None else g for t, (w, g) in zip(leaves, found, strict=True)]
     n = len(need) - len(more)
-    out = [*empty_gradients(e, need[:n]), *(t.new_empty(t.shape if k else 0) for t, k in zip(more, need[n:], strict=True))]
+    out = [*empty_gradients(e, need[:n]), *room(more, need[n:])]
     for to, (w, g) in zip(out, found, strict=True):
         if w is not None:
             to.zero_() if g is None else to.copy_(g)
@@ -80,16 +88,15 @@ def wanted(grads: list[torch.Tensor], need: list[bool]) -> list[torch.Tensor | N
 
 def save(ctx, e: E, *extra: torch.Tensor) -> None:
     """Keep the expression for backward. Carriers hold nothing: only their number is kept."""
-    ctx.sizes = (len(e.weights), len(e.xs), len(e.carriers))
+    ctx.sizes = (len(e.weights), len(e.xs), len(e.params))
     ctx.carrier_shapes = [tuple(c.shape) for c in e.carriers]
     ctx.program = e.program
-    ctx.save_for_backward(*e.weights, *e.xs, e.params, e.table, e.topology, *extra)
+    ctx.save_for_backward(*e.weights, *e.xs, *e.params, e.table, e.topology, *extra)
 
 
 def load(ctx) -> tuple[E, list[torch.Tensor]]:
     saved = ctx.saved_tensors
-    w, x, _ = ctx.sizes
-    params, table, topology = saved[w + x : w + x + 3]
-    carriers = [params.new_zeros(1).expand(shape) for shape in ctx.carrier_shapes]
-    return E(list(saved[:w]), list(saved[w : w + x]), params, table, carriers, topology, ctx.program), list(saved[w + x + 3 :])
+    (table, topology, *extra), lists = saved[sum(ctx.sizes) :], cut(saved, ctx.sizes)
+    carriers = [table.new_zeros(1).expand(shape) for shape in ctx.carrier_shapes]
+    return E(*lists, table, carriers, topology, ctx.program), extra
 

@@ -49,7 +49,7 @@ def _fake(x, reduced, maps, factors, unit, affine, bounds, form, eps, compute):
 
 
 def _empty_gradients(x, reduced, maps, affine, need) -> list[torch.Tensor]:
-    return [t.new_empty(t.shape if n else 0) for t, n in zip([x, reduced, *maps, *affine], need, strict=True)]
+    return ex.room([x, reduced, *maps, *affine], need)
 
 
 @torch.library.register_fake("ngkernels::node_map_backward", lib=ex.library)
@@ -179,16 +179,20 @@ def node_map(
     after = After() if after is None else after
     _check(x, reduced, maps, factors, after)
     dtype = reduced.dtype
-    given = [f.detach().to(dtype).contiguous() for f in factors if f is not None]
+    given = [_as(f.detach(), dtype).contiguous() for f in factors if f is not None]
     unit = [int(f is None) for f in factors]
-    affine = [after.weight.to(dtype), after.bias.to(dtype)] if after.norm else []
+    affine = [_as(after.weight, dtype), _as(after.bias, dtype)] if after.norm else []
     bounds = reduced.new_empty(0, dtype=torch.int64) if after.bounds is None else after.bounds
     form = [reference.NORMS.index(after.norm), ACTIVATIONS.index(after.act), int(after.act_first)]
-    arguments = (x.to(dtype), reduced, [m.to(dtype) for m in maps], given, unit, affine, bounds, form, after.eps)
+    arguments = (_as(x, dtype), reduced, [_as(m, dtype) for m in maps], given, unit, affine, bounds, form, after.eps)
     if torch._C._are_functorch_transforms_active():
         return reference.node_map(*arguments)
     backend = backends.choose("node_map", reduced.device)
     return _run(*arguments, 2 * backend)[0]
+
+
+def _as(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def _check(x, reduced, maps, factors, after: After) -> None:

@@ -67,7 +67,7 @@ def run(
     """The op behind `readout` and a stored checkpoint (an empty mlp; `over`: both directions of a closed graph together)."""
     compute = ex.compute_mode(backends.choose(op, edges.weights[0].device))
     e = build_state(edges, ex.backend_of(compute) != "reference", mlp, node, activation, over)
-    dtype = e.params.dtype if dtype is None else dtype
+    dtype = e.table.dtype if dtype is None else dtype
     if dtype not in ev.DTYPES:
         raise TypeError(f"{op}: expected dtype float32, bfloat16, float16 or float64, got {dtype}")
     shapes = ev.output_shapes(edges.graph, e.program[3])

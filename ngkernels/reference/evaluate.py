@@ -12,6 +12,7 @@ from .. import program as prog
 from ..edges import ACTIVATIONS
 from ..topology import FORWARD, PARTNER
 from .edge_list import EdgeList
+from .fold import fold
 
 STD_THRESHOLD = 1e-5  # a variance up to here counts as 0, with gradient 0 (as PyG's StdAggregation)
 _ACT = {
@@ -80,6 +81,8 @@ class Evaluator:
         curve = curve + u**3 * ((1 + 3 * v + 6 * v**2) * q[:, 0] - v * (1 + 3 * v) * q[:, 1] + 0.5 * v**2 * q[:, 2])
         if inside.all():
             return curve
+        if weight < 0:  # the caller promised that there are none beyond
+            return torch.where(inside[:, None], curve, math.nan)
         direct = self.fourier(w, rec[9], m) @ self.matrix(weight, n_out, 2 * m).T
         return torch.where(inside[:, None], curve, direct)
 
@@ -156,9 +159,10 @@ def emit(weights, xs, params, table, carriers, topology, program, compute, shape
 
 def run_program(weights, xs, params, table, carriers, topology, program, compute) -> tuple[EdgeList, torch.Tensor, torch.Tensor | None]:
     """(edges, edge register, message register or None); with partners where the program has a pair update."""
-    edges = EdgeList(weights, topology, params, program[prog.HEADER + 2], bool(program[10]))
-    with prog.full_precision(params.device):
-        return edges, *Evaluator(edges, xs, params, table, carriers, program, compute).run()
+    edges = EdgeList(weights, topology, table, program[prog.HEADER + 2], bool(program[10]))
+    with prog.full_precision(table.device):
+        packed = fold(params, prog.recipe_of(program), table)
+        return edges, *Evaluator(edges, xs, packed, table, carriers, program, compute).run()
 
 
 def messages(weights, xs, params, table, carriers, topology, program, compute) -> tuple[torch.Tensor, EdgeList]:
