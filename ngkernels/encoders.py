@@ -71,17 +71,18 @@ def table_step(frequencies: torch.Tensor) -> int:
 class Table:
     """A tabulated encoder, made once for all consumers of a state (EdgeState.tabulate).
 
-    values [directions, nodes, 3, n] of the map w -> e0 without its constant; `through`: times weight_edge of the state's first update;
-    `complete`: no weight lies beyond.
+    values [directions, nodes, 3, n] of the map w -> e0 without its constant; rest: the encoder's matrix [n, 2m], for weights beyond the
+    table, None where there are none; `through`: both times weight_edge of the state's first update.
     """
 
     values: torch.Tensor
-    complete: bool
+    rest: torch.Tensor | None
     through: bool = False
 
     def times(self, weight: torch.Tensor, through: bool = False) -> Table:
         """The table of the map that `weight` [m, n] follows."""
-        return Table(self.values @ weight.to(self.values.dtype).T, self.complete, through)
+        weight = weight.to(self.values.dtype)
+        return Table(self.values @ weight.T, None if self.rest is None else weight @ self.rest, through)
 
 
 def make_table(enc: Fourier, weights, affine, dtype: torch.dtype, directions: int) -> Table | None:
@@ -92,9 +93,9 @@ def make_table(enc: Fourier, weights, affine, dtype: torch.dtype, directions: in
     limit = measured_range(weights, affine) if enc.table_range is None else enc.table_range
     half = table_half(step, ASSUMED_RANGE if limit is None else limit)
     complete = enc.table_range is None and limit is not None and half < MAX_TABLE_NODES
-    weight = enc.weight.to(dtype).T
-    each = [table_basis(enc.frequencies, d, step, half, dtype) @ weight for d in (range(directions) if enc.reciprocal else [None])]
-    return Table(each[0][None] if len(each) == 1 else torch.stack(each), complete)
+    weight = enc.weight.to(dtype)
+    each = [table_basis(enc.frequencies, d, step, half, dtype) @ weight.T for d in (range(directions) if enc.reciprocal else [None])]
+    return Table(each[0][None] if len(each) == 1 else torch.stack(each), None if complete else weight)
 
 
 def grid_step(enc: Fourier) -> int | None:
