@@ -377,6 +377,26 @@ void attend_backward(Tensor grad, Tensor grad_sums, Tensor out, Tensor sums, Ten
   differentiate(p, compute, grads, weights);
 }
 
+// Bytes that a call takes beside its tensors: [shared, for each worker, of the call, most workers]. Tensors count by their shapes: nothing
+// is read from them. shape: as of attend, then the columns of q and v; empty for the others.
+Ints workspace(Tensors weights, Tensors xs, Tensors params, Tensor table, Tensor topology, Ints program, int64_t compute, Ints shape,
+               int64_t rows, bool backward) {
+  Problem p(weights, xs, params, table, topology, program);
+  Call& c = p.call;
+  c.out_rows = rows;
+  if (c.combine == ATTEND) {
+    STD_TORCH_CHECK(shape.size() == 5 && shape[0] >= 1 && c.message_start >= 1, "ngkernels: malformed attention");
+    c.heads = static_cast<int>(shape[0]);
+    c.summed = shape[2] != 0;
+    c.d = static_cast<int>(shape[3]);
+    c.d_v = static_cast<int>(shape[4]);
+    c.d_e = c.instrs[static_cast<size_t>(c.message_start - 1)].n_out;
+  }
+  if (backward) c.grad_table = const_cast<void*>(c.table);  // wanted: its place is not used
+  const Workspace w = kernels(p, compute).workspace(c, backward);
+  return {w.shared, w.worker, w.call, w.items};
+}
+
 }  // namespace
 }  // namespace ngk
 
@@ -392,6 +412,7 @@ STABLE_TORCH_LIBRARY(ngkernels_C, m) {
   m.def("attend(" NGK_EXPRESSION ", " NGK_ATTENTION ", Tensor(a!) out, Tensor(b!) sums, Tensor(c!) lse) -> ()");
   m.def("attend_backward(Tensor grad, Tensor grad_sums, Tensor out, Tensor sums, Tensor lse, " NGK_EXPRESSION ", " NGK_ATTENTION
         ", Tensor(a!)[] grads) -> ()");
+  m.def("workspace(" NGK_EXPRESSION ", int[] shape, int rows, bool backward) -> int[]");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
 }
@@ -403,6 +424,7 @@ STABLE_TORCH_LIBRARY_IMPL(ngkernels_C, CPU, m) {
   m.impl("attend_backward", TORCH_BOX(&ngk::attend_backward));
   m.impl("evaluate", TORCH_BOX(&ngk::evaluate));
   m.impl("evaluate_backward", TORCH_BOX(&ngk::evaluate_backward));
+  m.impl("workspace", TORCH_BOX(&ngk::workspace));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ngkernels_C, CompositeExplicitAutograd, m) {

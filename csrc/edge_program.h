@@ -99,6 +99,11 @@ struct Call {
 // Runs body(ctx, begin, end) over [0, n) on the caller's threads.
 using Parallel = void (*)(int64_t n, void* ctx, void (*body)(void* ctx, int64_t begin, int64_t end));
 
+// Bytes that a call takes beside its tensors: once, and for each worker. Kept by the threads for later calls, but for `call`.
+struct Workspace {
+  int64_t shared, worker, call, items;  // items: at most so many workers
+};
+
 struct Kernels {
   void (*aggregate)(const Call&, Parallel, int threads);
   void (*evaluate)(const Call&, Parallel, int threads);
@@ -106,6 +111,7 @@ struct Kernels {
   void (*backward)(const Call&, Parallel, int threads);  // of any, by Call::combine
   void (*node_map)(const NodeCall&, Parallel, int threads);
   void (*node_gradients)(const NodeCall&, Parallel, int threads);
+  Workspace (*workspace)(const Call&, bool backward);    // reads no tensor's values
 };
 
 struct Isa {

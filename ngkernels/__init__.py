@@ -10,6 +10,10 @@ from .ops.aggregate import aggregate
 from .ops.attend import attend
 from .ops.checkpoint import checkpoint
 from .ops.readout import readout
+from .planner import BudgetError, Plan, plan
 
 __version__ = "0.1.0"
-__all__ = ["Block", "EdgeState", "Message", "NeuralGraph", "NodeTerm", "Norm", "aggregate", "attend", "checkpoint", "encoders", "readout", "use_backend"]
+__all__ = [
+    "Block", "BudgetError", "EdgeState", "Message", "NeuralGraph", "NodeTerm", "Norm", "Plan", "aggregate", "attend", "checkpoint", "encoders", "plan",
+    "readout", "use_backend",
+]  # fmt: skip

@@ -75,6 +75,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+def kind_of(device: torch.device) -> str:
+    """The type of a device; "cpu" for "meta", whose tensors stand for those of a CPU while a plan is made."""
+    return "cpu" if device.type == "meta" else device.type
+
+
 def choose(op: str, device: torch.device) -> int:
     """The backend for `op` on `device`, as an index into BACKENDS: it is part of the op's arguments, so that a
     backward pass runs where its forward ran.
@@ -83,6 +88,7 @@ def choose(op: str, device: torch.device) -> int:
         NotImplementedError: the forced backend cannot run; lists every backend with its reason.
     """
     global _warned
+    device = torch.device(kind_of(device)) if device.type == "meta" else device
     forced = _forced[-1] if _forced else os.environ.get("NGKERNELS_BACKEND")
     if forced:
         reason = why_not(_check_name(forced), device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 MAX_TABLE_NODES = 1 << 14  # beyond this |w|, weights take the direct path one by one
-ASSUMED_RANGE = 2.0  # of weights that cannot be looked at
+ASSUMED_RANGE = 2.0  # of weights that cannot be looked at: in compiled code, in plans
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,15 @@ def grid_basis(frequencies: torch.Tensor, direction: int | None, k: int, half: i
     return basis
 
 
+def forget_plans() -> None:
+    """Drops what plans (tensors without values) left among the kept grids."""
+    for key in [key for key, (_, basis) in _basis_cache.items() if basis.is_meta]:
+        del _basis_cache[key]
+
+
 def measured_range(weights: tuple[torch.Tensor, ...], affine) -> float | None:
-    """The largest |scale w + shift|; None where that is not finite, and under torch.compile."""
-    if torch.compiler.is_compiling():
+    """The largest |scale w + shift|; None where that is not finite, under torch.compile and in plans."""
+    if torch.compiler.is_compiling() or weights[0].is_meta:
         return None
     scale, shift = affine or ((1.0,) * len(weights), (0.0,) * len(weights))
     ends = [(w.detach().aminmax(), a, c) for w, a, c in zip(weights, scale, shift, strict=True) if w.numel()]

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from .backends import kind_of
 from .edges import ACTIVATIONS, Activate, Affine, EdgeState, Mark, Message, NodeTerm, Update
 from .encoders import Fourier, Linear, Table, expansion, grid_step, make_table
 from .fold import Fold, Matrix
@@ -283,7 +284,9 @@ class _Builder:
         xs = [(x if x.dtype == self.dtype else x.to(self.dtype)).contiguous() for x in self.xs]
         weights = [self.edges.weights[k] for k in self.topology.used_weights]
         carriers = list(self.carriers) if self.edges.graph.packed else [self.carriers[k] for k in self.topology.used_blocks if self.carriers]
-        topology = self.topology.table if self.topology.table.device == self.table.device else self.topology.table.to(self.table.device)
+        topology = self.topology.table  # a plan (device meta) reads it
+        if topology.device != self.table.device and not self.table.is_meta:
+            topology = topology.to(self.table.device)
         return Expression(weights, xs, self.fold.leaves, self.table, carriers, topology, program)
 
 
@@ -299,7 +302,8 @@ def _dtype(edges: EdgeState) -> torch.dtype:
 
 def full_precision(device: torch.device) -> AbstractContextManager:
     """Autocast is for the edges' matrix products (the op's `compute`), not for the small matrices folded here."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    kind = kind_of(device)
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def build_state(

@@ -12,7 +12,8 @@ from test_build_files import sparse_file
 from test_build_llama import llama
 
 from neural_graphs import build, cli
-from neural_graphs.report.inspect import bytes_text, inspect
+from neural_graphs.report.inspect import inspect
+from ngkernels.planner import size_text
 
 
 def ngk(capsys, *arguments) -> tuple[int, str, str]:
@@ -99,4 +100,4 @@ def test_errors_are_one_sentence(tmp_path, capsys):
 
 
 def test_sizes_as_text():
-    assert [bytes_text(n) for n in (0, 1023, 1536, 13476831232)] == ["0 bytes", "1,023 bytes", "1.5 KiB", "12.6 GiB"]
+    assert [size_text(n) for n in (0, 1023, 1536, 13476831232)] == ["0 bytes", "1,023 bytes", "1.5 KiB", "12.6 GiB"]

@@ -150,7 +150,7 @@ def test_graphs_that_do_not_fit_the_model():
         ({"layout": [2]}, ValueError, r"expected layout of at least 2 layers"),
         ({"layout": [2, 0, 3]}, ValueError, r"at least 1 neuron"),
         ({"layout": [2, 1.5, 3]}, TypeError, r"expected layout of integers"),
-        ({"edge_memory": "some"}, ValueError, r"edge_memory: expected recompute, store, hybrid, every:k .* got 'some'"),
+        ({"edge_memory": "some"}, ValueError, r"edge_memory: expected auto, auto:SIZE, recompute, store, hybrid, every:k .* got 'some'"),
         ({"edge_memory": 0}, ValueError, r"got 0"),
         ({"encoder": "mlp"}, ValueError, r"expected kind fourier or linear, got 'mlp'"),
         ({"input_layers": 0}, ValueError, r"at least 1 layer"),

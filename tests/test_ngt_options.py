@@ -194,7 +194,7 @@ def test_inputs_that_do_not_fit():
             r"expected edge_memory='recompute' with attention='all' .*, got 'store'; use attention='edges'",
         ),
         ({"edge_memory": "hybrid"}, ValueError, r"with attention='all' .*, got 'hybrid'"),
-        ({"attention": "edges", "edge_memory": "some"}, ValueError, r"edge_memory: expected recompute, store, hybrid, every:k"),
+        ({"attention": "edges", "edge_memory": "some"}, ValueError, r"edge_memory: expected auto, auto:SIZE, recompute, store, hybrid, every:k"),
         ({"num_heads": 3}, ValueError, r"RelationalAttention: expected heads to divide hidden, got heads=3, hidden=8"),
         ({"num_heads": 0}, ValueError, r"got heads=0"),
         ({"num_layers": 0}, ValueError, r"NGT: expected .*num_layers.* of at least 1"),

@@ -26,7 +26,7 @@ LAYERS = (
     {"reference", "_triton"},
     {"ops"},
     {"nn"},
-    {"planner", "stream", "distributed", "pyg", "env"},
+    {"trace", "planner", "stream", "distributed", "pyg", "env"},
 )
 # The backends are reached through the ops alone; `backends` is where the library is loaded.
 ONLY_FROM = {

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 
 from neural_graphs import cli
-from neural_graphs.commands import parse_bytes
 from neural_graphs.models import NGT
 from neural_graphs.scaling import measure as measuring
 from neural_graphs.scaling import show, study
 from neural_graphs.scaling.methods import METHODS, parameters, select, width_for
 from neural_graphs.scaling.study import Records, Settings, Study, edges_of, fits, gap, layout_of
+from ngkernels.planner import parse_size
 
 MIB = 1 << 20
 SETTINGS = Settings(budgets=(8 * MIB,), refine=3)
@@ -334,7 +334,7 @@ def test_errors_are_one_sentence(tmp_path, capsys):
 
 
 def test_sizes_of_memory():
-    assert [parse_bytes(t) for t in ("8GiB", "512 MiB", "1.5GB", "100", "2KB", "1tib")] == [
+    assert [parse_size(t) for t in ("8GiB", "512 MiB", "1.5GB", "100", "2KB", "1tib")] == [
         8 << 30,
         512 << 20,
         1_500_000_000,
@@ -344,4 +344,4 @@ def test_sizes_of_memory():
     ]
     for text in ("", "GiB", "8 apples", "-1GiB"):
         with pytest.raises(ValueError, match="expected a size such as 8GiB"):
-            parse_bytes(text)
+            parse_size(text)

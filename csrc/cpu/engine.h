@@ -14,8 +14,7 @@ class Engine {
   static constexpr int NODES = 48 * V::MR;  // of all nodes, that a worker projects at a time: whole blocks of rows
 
   Engine(const Call& c, Parallel parallel, int threads, bool backward)
-      : call(c), prepared(c, backward), plan(make_plan(c)), slots(c.mask), parallel(parallel), threads(threads), backward(backward) {
-    ldm = padded<V>(c.width);
+      : Engine(c, backward, parallel, threads, false) {
     const int64_t n = static_cast<int64_t>(plan.items.size());
     workers.resize(static_cast<size_t>(threads < n ? threads : n > 0 ? n : 1));
     ready.assign(workers.size(), 0);
@@ -24,7 +23,23 @@ class Engine {
     if (sparse) run_nodes(this, [](void* e, int w, const Item& item) { static_cast<Engine*>(e)->project(w, item); }, nullptr);
   }
 
+  static Workspace workspace(const Call& c, bool backward) {
+    Engine e(c, backward, nullptr, 1, true);
+    const size_t terms = e.node_term_values() * sizeof(T) * (backward ? 4 : 2);
+    Worker<V> w;
+    Arena a;
+    e.layout(a, w);
+    const size_t rows = static_cast<size_t>(c.out_rows) * 2 * (c.combine == ATTEND ? c.heads * sizeof(T) : sizeof(int32_t));
+    const size_t plan = e.plan.pieces.size() * sizeof(Piece) + e.plan.items.size() * sizeof(Item);
+    return {static_cast<int64_t>(e.prepared.bytes), static_cast<int64_t>(a.used), static_cast<int64_t>(terms + rows + plan),
+            static_cast<int64_t>(e.plan.items.size())};
+  }
+
  protected:
+  Engine(const Call& c, bool backward, Parallel parallel, int threads, bool measured)
+      : call(c), prepared(c, backward, measured), plan(make_plan(c)), slots(c.mask), parallel(parallel), threads(threads), ldm(padded<V>(c.width)),
+        backward(backward) {}
+
   const Call& call;
   Prepared<V> prepared;
   Plan plan;
@@ -38,8 +53,8 @@ class Engine {
   bool sparse = false;  // some blocks are
   Pages node_terms[4];  // of all nodes that they join
 
-  // Where the node terms of all nodes that sparse blocks join live; their gradients start at 0.
-  void place_nodes() {
+  // Values of one table of the node terms of all nodes that sparse blocks join.
+  size_t node_term_values() {
     int64_t &first = prepared.low_node, &last = prepared.high_node;
     for (const Row& r : call.rows) {
       if (r.kind != SPARSE || !r.count) continue;
@@ -48,11 +63,16 @@ class Engine {
       last = std::max(last, high);
       sparse = true;
     }
-    if (!sparse) return;
+    if (!sparse) return 0;
     plan.max_rows = std::max(plan.max_rows, NODES);
     plan.max_cols = std::max(plan.max_cols, NODES);
     for (const Step<V>& s : prepared.steps) prepared.all_ld += s.node ? s.ld : 0;
-    const size_t size = (static_cast<size_t>(last - first) + V::MR) * prepared.all_ld;
+    return (static_cast<size_t>(last - first) + V::MR) * prepared.all_ld;
+  }
+
+  // Where they live; their gradients start at 0.
+  void place_nodes() {
+    const size_t size = node_term_values();
     if (!size) return;
     T* tables[4] = {};  // as destinations, as sources, their gradients
     for (int k = 0; k < (backward ? 4 : 2); ++k) {

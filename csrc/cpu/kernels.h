@@ -19,6 +19,7 @@ Kernels kernels_of() {
       [](const Call& c, Parallel p, int n) { Gradients<V>(c, p, n)(); },
       [](const NodeCall& c, Parallel p, int n) { NodeMap<V>(c, p, n)(); },
       [](const NodeCall& c, Parallel p, int n) { NodeGradients<V>(c, p, n)(); },
+      [](const Call& c, bool backward) { return Engine<V>::workspace(c, backward); },
   };
 }
 

@@ -44,6 +44,7 @@ struct Prepared {
   int table_step = -1, table_ld = 0, tile = 48, max_ld = 0;
   int last_pair = 0;     // the last instruction that reads partners: below it, they are evaluated
   int first_node = 0;    // the first instruction with a node term (or a checkpoint): below it, pairs without edges are all alike
+  size_t bytes = 0;      // of all of it
   size_t grad_size = 0;  // of the padded parameter gradients
   int64_t low_node = 0, high_node = 0;   // sparse blocks join nodes low_node .. high_node - 1: the rows of all_s, all_t
   T *all_s = nullptr, *all_t = nullptr;  // of each node as destination, as source: terms of all steps side by side [nodes, all_ld]
@@ -51,9 +52,13 @@ struct Prepared {
 
   bool backward;  // whether the transposes that gradients go through are wanted
 
-  Prepared(const Call& c, bool backward) : call(c), steps(c.instrs.size()), params(static_cast<const T*>(c.params)), backward(backward) {
+  // measured: finds sizes alone, reads no values.
+  Prepared(const Call& c, bool backward, bool measured)
+      : call(c), steps(c.instrs.size()), params(static_cast<const T*>(c.params)), backward(backward) {
     Arena measure;
     build(measure);
+    bytes = measure.used;
+    if (measured) return;
     Arena arena;
     arena.base = static_cast<char*>(scratch(0, measure.used));
     grad_size = 0;

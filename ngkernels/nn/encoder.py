@@ -53,7 +53,7 @@ class GaussianEncoding(nn.Module):
     @property
     def step(self) -> int:
         """Grid step of the tabulated encoder (encoders.Fourier): read from the frequencies once for each change of them."""
-        if not torch.compiler.is_compiling() and (self._step[0] is not self.b or self._step[1] != self.b._version):
+        if not torch.compiler.is_compiling() and not self.b.is_meta and (self._step[0] is not self.b or self._step[1] != self.b._version):
             self._step = self._measured()
         return self._step[2]
 

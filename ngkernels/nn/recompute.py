@@ -6,13 +6,15 @@ from collections.abc import Callable
 
 import torch
 
+from ..backends import kind_of
+
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, *tensors):
         ctx.function = function
         ctx.save_for_backward(*tensors)
-        device = tensors[0].device.type
+        device = kind_of(tensors[0].device)
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         return function(*tensors)
 

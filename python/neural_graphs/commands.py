@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from ngkernels.planner import parse_size, size_text
 
 # fmt: off
 Checkpoint = Annotated[Path, typer.Argument(metavar="FILE", help="A safetensors file, the index of a sharded one (model.safetensors.index.json), or a folder with one of them.")]
@@ -28,7 +29,45 @@ ScaleDevice = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:<n
 Seconds = Annotated[float, typer.Option("--max-seconds", min=1.0, help="Time limit of one measurement.")]
 Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Use the measurements that are there, or measure all of them again.")]
 ListMethods = Annotated[bool, typer.Option("--list-methods", help="Name the methods, and why one cannot run here.")]
+PlanSubject = Annotated[str, typer.Argument(metavar="FILE|LAYOUT", help="A checkpoint as for ngk inspect, or the widths of an MLP: 2,1024,2048,3.")]
+PlanModel = Annotated[str, typer.Option("--model", help="The model that reads it: ng-gnn, ng-t (all pairs of neurons) or ng-t-edges.")]
+PlanBudget = Annotated[str | None, typer.Option("--budget", help="Memory of a step, such as 8GiB: names the policy to use, or what is needed. [default: none]", show_default=False)]
+PlanWidth = Annotated[int, typer.Option("--width", min=1, help="Width of edge states; others in the published proportions.")]
+PlanLayers = Annotated[int, typer.Option("--layers", min=1, help="Layers of message passing, or of attention.")]
+Training = Annotated[bool, typer.Option("--training/--forward", help="A training step, or a forward pass.")]
+Streamed = Annotated[bool, typer.Option("--stream", help="Weights stay in their file, as with ngk embed --stream.")]
+PlanThreads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. [default: torch's choice]", show_default=False)]
 # fmt: on
+
+
+def plan(
+    subject: PlanSubject,
+    model: PlanModel = "ng-gnn",
+    budget: PlanBudget = None,
+    width: PlanWidth = 32,
+    layers: PlanLayers = 4,
+    training: Training = True,
+    weight_grads: Gradients = False,
+    stream: Streamed = False,
+    threads: PlanThreads = None,
+    num_heads: Heads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a step would cost before it runs: peak memory and work, for each way to keep edge states.
+
+    Nothing is computed and of a checkpoint only the headers are read. With a budget the cheapest way that fits is chosen; where none
+    does, the error says how many bytes are needed.
+    """
+    from .report import plan as report
+
+    found = report.make_plan(
+        report.subject_of(subject, num_heads), model, width, layers, budget, training=training, weight_grads=weight_grads, weights_mapped=stream,
+        threads=threads,
+    )  # fmt: skip
+    if as_json:
+        Console().print_json(json.dumps(report.facts(found)))
+        return
+    Console().print(f"{report.MODELS[model]}: {found.describe()}", highlight=False, markup=False, soft_wrap=True)
 
 
 def inspect(file: Checkpoint, num_heads: Heads = None, as_json: AsJson = False) -> None:
@@ -84,7 +123,7 @@ def scale(
     for name, reason in missing.items():
         console.print(f"[yellow]left out:[/yellow] {name}: {reason}", highlight=False, soft_wrap=True)
     settings = Settings(
-        budgets=tuple(sorted(parse_bytes(part) for part in budget.split(","))), first=first, last=last, refine=refine, parameters=parameters,
+        budgets=tuple(sorted(parse_size(part) for part in budget.split(","))), first=first, last=last, refine=refine, parameters=parameters,
         dtype=dtype, weight_grads=weight_grads, threads=threads, device=device, max_seconds=max_seconds,
     )  # fmt: skip
     _check_room(settings)
@@ -94,7 +133,6 @@ def scale(
 
 def _check_room(settings) -> None:
     """A budget that the machine does not have would measure the machine, not the method."""
-    from .report.inspect import bytes_text
     from .report.process import available_memory
     from .scaling.measure import ROOM
 
@@ -102,20 +140,17 @@ def _check_room(settings) -> None:
     needed = max(settings.budgets) * ROOM[0] + ROOM[1]
     if free is not None and needed > free:
         raise ValueError(
-            f"--budget: expected at most what is free, {bytes_text(int((free - ROOM[1]) / ROOM[0]))}, got {bytes_text(max(settings.budgets))}"
+            f"--budget: expected at most what is free, {size_text(int((free - ROOM[1]) / ROOM[0]))}, got {size_text(max(settings.budgets))}"
         )
 
 
 def _run_study(console: Console, study, chosen, folder: Path) -> None:
     """Measures with a line for every point, then writes and shows the table."""
-    from .report.inspect import bytes_text
     from .scaling import show
     from .tasks.training import Interrupted
 
     def told(row: dict, known: bool) -> None:
-        what = (
-            f"{row['seconds']:.3g} s, {bytes_text(row['peak_bytes'])}" if row["outcome"] == "ok" else f"{row['outcome']}: {row['reason']}"
-        )
+        what = f"{row['seconds']:.3g} s, {size_text(row['peak_bytes'])}" if row["outcome"] == "ok" else f"{row['outcome']}: {row['reason']}"
         text = f"{row['method']} {show.layout_text(row['layout'])} {row['edges']:,} edges: {what}{' (known)' if known else ''}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -129,19 +164,6 @@ def _run_study(console: Console, study, chosen, folder: Path) -> None:
     paths = show.publish(study.settings, results, study.records.latest(), folder)
     for found in results:
         size = "none" if found.row is None else show.layout_text(found.row["layout"])
-        text = f"{found.method} at {bytes_text(found.budget)}: {size}{show.BOUND[found.bound]}"
+        text = f"{found.method} at {size_text(found.budget)}: {size}{show.BOUND[found.bound]}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     console.print("written: " + ", ".join(map(str, paths)), highlight=False, soft_wrap=True)
-
-
-def parse_bytes(text: str) -> int:
-    """8GiB, 512MiB, 1.5GB or plain bytes as a number of bytes.
-
-    Raises:
-        ValueError: anything else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B|B)?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"expected a size such as 8GiB or 512MiB, got {text!r}")
-    power = "KMGT".index(match[2].upper()) + 1 if match[2] else 0
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

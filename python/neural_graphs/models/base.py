@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -12,13 +13,14 @@ from ngkernels.nn import diagonal_graph
 
 from .checks import CHECK_FINITE, check_batch, check_finite, check_graph, check_known, check_layout, check_tensors, check_weights
 from .embedding import GraphEmbedding
+from .planning import Planned
 from .pooling import Pooling
 from .statistics import Statistics
 
 HEADS = ("classification", "regression", "equivariant")
 
 
-class NeuralGraphModel(nn.Module):
+class NeuralGraphModel(Planned, nn.Module):
     """Encoder, layers, head: a subclass brings the layers (`layers_of`) and calls `_make_head` when it has made them.
 
     Args:
@@ -52,6 +54,8 @@ class NeuralGraphModel(nn.Module):
             activation_embedding, num_probe_features,
         )  # fmt: skip
         self._graphs: dict[int, NeuralGraph] = {}
+        self.budget: int | None = None  # of edge_memory="auto:SIZE"
+        self._policies = weakref.WeakKeyDictionary()  # what was chosen for it, by graph
 
     def _make_head(self, width: int, hidden_layers: int, out_features: int | None) -> None:
         """`hidden_layers` times (Linear, ReLU), `width` wide, then Linear; the equivariant head has its own small MLPs."""
@@ -160,6 +164,8 @@ class NeuralGraphModel(nn.Module):
         check_tensors(op, weights, listed, embed.proj_node_in.weight)
         if not torch.compiler.is_compiling():
             check_finite(op, weights, listed, self.check_finite)
+        if self.budget is not None:
+            self.choose_memory(graph, weights)
         values = self.statistics.node_values(graph, biases, self.node_channels, embed.proj_node_in.weight.dtype)
         x = embed.nodes(graph, values, self._probe(graph, weights, biases), activations)
         x, edges = self.first_states(graph, x, weights)

@@ -7,29 +7,42 @@ from dataclasses import dataclass
 import torch
 
 from ngkernels import EdgeState
+from ngkernels.backends import kind_of
+from ngkernels.planner import parse_size
 
 
 @dataclass(frozen=True)
 class EdgeMemory:
-    """`every` k: a stored state after every k-th update; 0: none. `virtual`: gradients meet after every update."""
+    """`every` k: a stored state after every k-th update; 0: none. `virtual`: gradients meet after every update.
+
+    `budget`: bytes for a step; the model asks the planner which of the policies to use, graph by graph.
+    """
 
     every: int = 0
     virtual: bool = False
+    budget: int | None = None
 
     @classmethod
     def parse(cls, policy: str | int) -> EdgeMemory:
-        """From "recompute", "store", "hybrid", "every:k" or k.
+        """From "auto", "auto:SIZE" (auto:8GiB), "recompute", "store", "hybrid", "every:k" or k.
+
+        "auto" is "recompute": it needs least memory, on the C++ kernels it is the fastest up to some eight layers, and results do not
+        depend on the machine that it runs on. With a size, the policy of least work that fits it.
 
         Raises:
             ValueError: anything else.
         """
-        named = {"recompute": cls(), "store": cls(every=1), "hybrid": cls(virtual=True)}
+        named = {"auto": cls(), "recompute": cls(), "store": cls(every=1), "hybrid": cls(virtual=True)}
         if isinstance(policy, str) and policy in named:
             return named[policy]
+        if isinstance(policy, str) and policy.startswith("auto:"):
+            return cls(budget=parse_size(policy[len("auto:") :]))
         count = policy[len("every:") :] if isinstance(policy, str) and policy.startswith("every:") else policy
         if not isinstance(count, bool) and str(count).isdecimal() and int(count) > 0:
             return cls(every=int(count))
-        raise ValueError(f"edge_memory: expected recompute, store, hybrid, every:k or an integer k of at least 1, got {policy!r}")
+        raise ValueError(
+            f"edge_memory: expected auto, auto:SIZE, recompute, store, hybrid, every:k or an integer k of at least 1, got {policy!r}"
+        )
 
     def after(self, updates: int, edges: EdgeState) -> EdgeState:
         """`edges`, the state after so many updates, which more than one consumer will read."""
@@ -41,7 +54,7 @@ class EdgeMemory:
 
 
 def _store_dtype(edges: EdgeState) -> torch.dtype:
-    device = edges.weights[0].device.type
+    device = kind_of(edges.weights[0].device)
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16:
         return torch.bfloat16
     return torch.float64 if edges.weights[0].dtype is torch.float64 else torch.float32

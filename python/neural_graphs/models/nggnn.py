@@ -29,7 +29,9 @@ class NGGNN(NeuralGraphModel):
         d_hid: width of node and edge states. num_layers: PNA layers.
         out_features: of the result; None: 10, or 1 for regression. Not used by the equivariant head.
         edge_memory: "recompute" (nothing stored), "hybrid" (nothing stored; one transient gradient buffer),
-            "store", "every:k" or k (a stored state after every k-th update). All give the same values and gradients.
+            "store", "every:k" or k (a stored state after every k-th update). All give the same values and gradients, up to
+            rounding. "auto": "recompute"; "auto:8GiB" and the like: the policy of least work that fits so many bytes
+            (ngkernels.plan; BudgetError where none does).
         encoder: "fourier" (fourier_features frequencies ~ N(0, fourier_sigma^2)) or "linear"; input_layers Linears.
         edge_channels, node_channels: C, numbers for each weight and each bias.
         norm: "layer", "graph", "batch_graph" or None, see NodeNorm. act, act_first, dropout: between the layers.
@@ -54,7 +56,7 @@ class NGGNN(NeuralGraphModel):
     """
 
     def __init__(
-        self, layout: Sequence[int], d_hid: int = 32, num_layers: int = 4, out_features: int | None = None, edge_memory: str | int = "recompute", *,
+        self, layout: Sequence[int], d_hid: int = 32, num_layers: int = 4, out_features: int | None = None, edge_memory: str | int = "auto", *,
         encoder: str = "fourier", fourier_features: int = 128, fourier_sigma: float = 3.0, input_layers: int = 1, edge_channels: int = 1,
         node_channels: int = 1, norm: str | None = "layer", act: str = "silu", act_first: bool = False, dropout: float = 0.0, pooling=("cat", "last"),
         head: str = "classification", modulate: str = "film", aggregators: Sequence[str] = ("mean", "min", "max", "std"),
@@ -77,8 +79,19 @@ class NGGNN(NeuralGraphModel):
             "aggregators": aggregators, "scalers": scalers, "histogram": histogram, "modulate": modulate, "towers": towers,
             "pre_layers": pre_layers, "post_layers": post_layers,
         }  # fmt: skip
-        self.gnn = Backbone(d_hid, num_layers, norm, act, act_first, dropout, update_edges, EdgeMemory.parse(edge_memory), conv)
+        memory = EdgeMemory.parse(edge_memory)
+        self.gnn = Backbone(d_hid, num_layers, norm, act, act_first, dropout, update_edges, memory, conv)
+        self.budget, self.num_updates = memory.budget, num_layers - 1 if update_edges else 0
         self._make_head(d_hid, 2, out_features)
+
+    @property
+    def memory(self) -> EdgeMemory:
+        """What becomes of edge states."""
+        return self.gnn.memory
+
+    @memory.setter
+    def memory(self, memory: EdgeMemory) -> None:
+        self.gnn.memory = memory
 
     @classmethod
     def from_reference(cls, state_dict: dict[str, torch.Tensor], config: dict, **options) -> NGGNN:

@@ -38,7 +38,7 @@ class NGT(NeuralGraphModel):
         out_features: of the result; None: 10, or 1 for regression. Not used by the equivariant head.
         attention: "all" (every pair of neurons of a network, joined or not: the reference's function) or "edges" (along
             and against the weights, and each neuron to itself: sparse graph attention).
-        edge_memory: see NGGNN; with attention="all" "recompute" alone: there is no room for a state of every pair.
+        edge_memory: see NGGNN; with attention="all" "recompute" and "auto" alone: there is no room for a state of every pair.
         modulate_v: edge states multiply the values too.
         encoder: "fourier" (fourier_features frequencies ~ N(0, fourier_sigma^2)) or "linear"; input_layers Linears.
         edge_channels, node_channels: C, numbers for each weight and each bias.
@@ -60,7 +60,7 @@ class NGT(NeuralGraphModel):
 
     def __init__(
         self, layout: Sequence[int], d_node: int = 64, d_edge: int = 32, d_attn_hid: int = 128, d_node_hid: int = 128, d_edge_hid: int = 64,
-        num_heads: int = 8, num_layers: int = 4, out_features: int | None = None, attention: str = "all", edge_memory: str | int = "recompute", *,
+        num_heads: int = 8, num_layers: int = 4, out_features: int | None = None, attention: str = "all", edge_memory: str | int = "auto", *,
         modulate_v: bool = True, encoder: str = "fourier", fourier_features: int = 128, fourier_sigma: float = 1.0, input_layers: int = 1,
         edge_channels: int = 1, node_channels: int = 1, norm: str | None = "layer", dropout: float = 0.0, pooling=("cat", "last"),
         head: str = "classification", d_out_hid: int = 128, out_layers: int = 2, update_edges: bool = True, reverse_edges: bool = False,
@@ -82,6 +82,7 @@ class NGT(NeuralGraphModel):
             token=head != "equivariant",
         )  # fmt: skip
         self.attention, self.norm, self.memory = attention, norm, self._memory(attention, edge_memory)
+        self.budget, self.num_updates = self.memory.budget, num_layers - 1 if update_edges else 0
         reads_edges = head == "equivariant" or self.pooling.of_edges
         if head != "equivariant" and self.pooling.method == "max_edge":
             raise NotImplementedError("NGT: pooling max_edge is not built (no op takes the maximum over pairs); use mean_edge")
@@ -99,12 +100,16 @@ class NGT(NeuralGraphModel):
     @staticmethod
     def _memory(attention: str, edge_memory: str | int) -> EdgeMemory:
         memory = EdgeMemory.parse(edge_memory)
-        if attention == "all" and memory != EdgeMemory():
+        if attention == "all" and (memory.every or memory.virtual):
             raise ValueError(
                 f"NGT: expected edge_memory='recompute' with attention='all' (others hold a state for every pair of neurons), got {edge_memory!r}; "
                 "use attention='edges'"
             )
         return memory
+
+    def policies(self) -> tuple[str, ...]:
+        """As Planned.policies."""
+        return ("recompute",) if self.attention == "all" else super().policies()
 
     def extra_repr(self) -> str:
         return (

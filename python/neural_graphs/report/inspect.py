@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
+from ngkernels.planner import size_text
+
 from ..build import Channels, Network, describe_safetensors
 
 FOLD_ABOVE = 24  # more rows than this are folded: decoder blocks that are alike become one line
@@ -91,7 +93,7 @@ def tables(facts: dict[str, Any]) -> list[Table]:
         row = rows[0]
         sizes = " x ".join(f"{n:,}" for n in row["sizes"]) + _times(rows)
         edges, size = (sum(r[key] for r in rows) for key in ("edges", "bytes"))
-        blocks.add_row(name, row["kind"], sizes, f"{edges:,}", str(row["channels"]), row["dtype"], bytes_text(size) if size else "-")
+        blocks.add_row(name, row["kind"], sizes, f"{edges:,}", str(row["channels"]), row["dtype"], size_text(size) if size else "-")
     return [layers, blocks]
 
 
@@ -99,7 +101,7 @@ def summary(facts: dict[str, Any]) -> list[str]:
     """The facts in sentences."""
     lines = [
         f"{facts['architecture']}: {facts['nodes']:,} nodes in {len(facts['layers']):,} layers, {facts['edges']:,} edges in "
-        f"{len(facts['blocks']):,} blocks, {bytes_text(facts['bytes'])} of weights and biases"
+        f"{len(facts['blocks']):,} blocks, {size_text(facts['bytes'])} of weights and biases"
     ]
     if facts["not_modelled"]:
         lines.append("not modelled: " + "; ".join(facts["not_modelled"]))
@@ -108,14 +110,6 @@ def summary(facts: dict[str, Any]) -> list[str]:
             "left out: " + ", ".join(facts["ignored"][:3]) + (f" and {len(facts['ignored']) - 3} more" * (len(facts["ignored"]) > 3))
         )
     return lines
-
-
-def bytes_text(count: int) -> str:
-    """1536 as `1.5 KiB`."""
-    value, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:,.0f} {units[0]}" if units[0] == "bytes" else f"{value:,.1f} {units[0]}"
 
 
 def _folded(rows: list[dict], alike: tuple[str, ...]) -> list[tuple[str, list[dict]]]:

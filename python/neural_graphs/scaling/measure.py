@@ -21,7 +21,7 @@ COMPILER = 1 << 30  # and so much more while torch.compile works in the same pro
 OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "Cannot allocate memory", "MemoryError", "not enough memory")
 # glibc raises its threshold for separate mappings with every large block freed, and then keeps freed blocks: peaks jump by tens of
 # percent with the order of sizes. A fixed threshold makes the peak that of live memory, for every method alike.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "OMP_WAIT_POLICY": "PASSIVE"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def measure(request: dict[str, Any], timeout: float) -> dict[str, Any]:

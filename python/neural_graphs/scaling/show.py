@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report.inspect import bytes_text
+from ngkernels.planner import size_text
+
 from ..report.plots import STYLE
 from .methods import METHODS
 from .study import Largest, Settings
@@ -39,7 +40,7 @@ def table(settings: Settings, results: Sequence[Largest], rows: Sequence[dict[st
     """Markdown: a line for each method, the largest network for each budget, its peak and time, slopes."""
     header = ["method", "parameters"]
     for budget in settings.budgets:
-        header += [f"largest at {bytes_text(budget)}", "edges", "peak", "s / step"]
+        header += [f"largest at {size_text(budget)}", "edges", "peak", "s / step"]
     header += ["bytes / edge", "memory ~ edges^", "time ~ edges^", "published limit"]
     lines = []
     for name in dict.fromkeys(result.method for result in results):
@@ -61,7 +62,7 @@ def _cells(result: Largest) -> list[str]:
     if result.row is None:
         return ["none" + BOUND[result.bound], "-", "-", "-"]
     row = result.row
-    return [layout_text(row["layout"]) + BOUND[result.bound], f"{row['edges']:,}", bytes_text(row["peak_bytes"]), f"{row['seconds']:.3g}"]
+    return [layout_text(row["layout"]) + BOUND[result.bound], f"{row['edges']:,}", size_text(row["peak_bytes"]), f"{row['seconds']:.3g}"]
 
 
 def page(settings: Settings, results: Sequence[Largest], rows: Sequence[dict[str, Any]]) -> str:
@@ -111,10 +112,10 @@ def plot(settings: Settings, rows: Sequence[dict[str, Any]], value: str, path: P
         axes.set(xscale="log", xlabel="edges (weights of the network read)", ylabel="peak memory" if value == "peak_bytes" else "seconds")
         axes.set_yscale("log", base=2 if value == "peak_bytes" else 10)
         if value == "peak_bytes":
-            axes.yaxis.set_major_formatter(lambda count, _: bytes_text(int(count)).replace(".0", ""))
+            axes.yaxis.set_major_formatter(lambda count, _: size_text(int(count)).replace(".0", ""))
             for budget in settings.budgets:
                 axes.axhline(budget, color="#7b8794", linewidth=1, linestyle=(0, (5, 3)))
-                axes.annotate(f"budget {bytes_text(budget)}", (0.99, budget), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+                axes.annotate(f"budget {size_text(budget)}", (0.99, budget), xycoords=("axes fraction", "data"), ha="right", va="bottom")
         axes.set_title(f"A training step, batch 1, {settings.dtype}, {settings.device}")
         axes.grid(True, color="#e4e7eb", linewidth=0.6)
         if axes.get_legend_handles_labels()[0]:

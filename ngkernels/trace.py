@@ -1,0 +1,171 @@
+"""What a computation allocates and how much it works, found by running it on tensors without values (device "meta")."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from . import backends
+from .topology import COLUMNS
+from .work import Work, program_flops
+
+_OPS = {f"ngkernels.{name}{back}.default" for name in ("aggregate", "attend", "evaluate") for back in ("", "_backward")}
+_FREE = {"aten.detach.default", "aten.lift_fresh.default", "ngkernels.carry.default"}
+
+
+@dataclass
+class Scratch:
+    """Bytes of memory that kernels keep from call to call: once, and for each worker."""
+
+    shared: int = 0
+    workers: int = 0
+
+
+class Trace(TorchDispatchMode):
+    """Follows the tensors of device "meta" that are alive, and counts the work of every op.
+
+    Args:
+        threads: workers of the kernels, each with memory of its own.
+        mapped: tensors that are views of files and take no memory.
+
+    Attributes: live, peak: bytes of tensors alive now and at most, what kernels need beside them included. work: Work so far.
+    """
+
+    def __init__(self, threads: int = 1, mapped: Sequence[torch.Tensor] = ()):
+        super().__init__()
+        self.threads, self.live, self.peak, self.work = threads, 0, 0, Work()
+        self.scratch = Scratch()
+        self.mapped = bool(mapped)
+        self._seen: set[int] = set()
+        for t in mapped:
+            self._register(t, 0)
+
+    def hold(self, *tensors: torch.Tensor) -> None:
+        """Counts tensors that were made elsewhere as alive."""
+        for t in tensors:
+            self._register(t)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # The engine adds gradients that meet in place, where nobody else holds the first; it would not here, because this class looks at it.
+        meets = func is torch.ops.aten.add.Tensor and _called_by_engine()
+        out = args[0] if meets and args[0].shape == args[1].shape else func(*args, **(kwargs or {}))
+        found = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_meta]
+        if not found:
+            return out
+        name, call = str(func), 0
+        in_files = self._gradients_in_files(name, args, out)
+        for t in found:
+            self._register(t, 0 if any(t is g for g in in_files) else None)
+        if name in _OPS:
+            call = self._kernel(name, args, found)
+        else:
+            self._plain(func, name, args, kwargs or {}, out, found)
+        self.peak = max(self.peak, self.live + self.scratch.shared + self.scratch.workers + call)
+        return out
+
+    def _gradients_in_files(self, name: str, args, out) -> list[torch.Tensor]:
+        """The gradients of weights among the results of an op, where weights are mapped: their gradients are too."""
+        if not self.mapped or name not in _OPS or not name.endswith("_backward.default"):
+            return []
+        return out[: len(_Call(name, args).weights)]
+
+    def _register(self, t: torch.Tensor, size: int | None = None) -> None:
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        size = storage.nbytes() if size is None else size
+        self._seen.add(key)
+        self.live += size
+        weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+    def _plain(self, func, name: str, args, kwargs, out, found) -> None:
+        """An op of PyTorch: what it reads and writes once, unless it only looks at a tensor in another way."""
+        formula = flop_registry.get(getattr(func, "overloadpacket", None))
+        flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_meta]
+        own = {t.untyped_storage()._cdata for t in inputs}
+        view = name in _FREE or (
+            func._schema.name.split("::")[0] == "aten"
+            and not func._schema.is_mutable
+            and all(t.untyped_storage()._cdata in own for t in found)
+        )
+        moved = 0 if view else sum(map(_bytes, inputs)) + sum(map(_bytes, found))
+        self.work = self.work + Work(0, flops, moved)
+
+    def _kernel(self, name: str, args, found) -> int:
+        """One of the engine's ops; returns the bytes that it takes while it runs, and notes those that it keeps."""
+        call = _Call(name, args)
+        backward = name.endswith("_backward.default")
+        flops = program_flops(call.program, call.rows, call.heads, call.summed, backward, call.need_weights)
+        inputs = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor) and t.is_meta]
+        self.work = self.work + Work(flops, 0, sum(map(_bytes, inputs)) + sum(map(_bytes, found)) * (2 if backward else 1))
+        shared, worker, during, most = call.workspace(backward)
+        self.scratch.shared = max(self.scratch.shared, shared)
+        self.scratch.workers = max(self.scratch.workers, worker * max(1, min(self.threads, most)))
+        return during
+
+
+class _Call:
+    """The arguments of one of the engine's ops."""
+
+    def __init__(self, name: str, args):
+        first = {"aggregate": 4, "evaluate": 1, "attend": 5}[name.split(".")[1].removesuffix("_backward")] if "_backward" in name else 0
+        self.weights, self.xs, self.params, self.table, self.carriers, self.topology, self.program = args[first : first + 7]
+        rest = args[first + 7 :]
+        self.shape, self.heads, self.summed, self.compute = [], 0, False, args[-1]
+        if name.split(".")[1].startswith("attend"):
+            q, _, v, shape = rest[:4]
+            self.shape, self.heads, self.summed = [*shape, q.shape[1], v.shape[1]], shape[0], bool(shape[2])
+            self.nodes = q.shape[0]
+        if "_backward" in name:
+            need, self.compute = args[-1], args[-2]
+            self.need_weights = any(need[: len(self.weights)])
+            self.out_rows = args[0].shape[0] if first > 1 else 0
+        else:
+            self.need_weights = False
+            self.out_rows = int(rest[-2]) if first == 0 and "evaluate" not in name else 0
+        count = int(self.topology[0])
+        self.rows = self.topology[1 : 1 + count * len(COLUMNS)].reshape(-1, len(COLUMNS)).tolist()
+
+    def workspace(self, backward: bool) -> tuple[int, int, int, int]:
+        """(shared, for each worker, of the call, most workers) in bytes; nothing where there are no compiled kernels."""
+        if backends.why_not("cpp") is not None:
+            return 0, 0, 0, 1
+
+        def stand_in(t: torch.Tensor) -> torch.Tensor:  # memory that nobody touches
+            return torch.empty(t.shape, dtype=t.dtype)
+
+        weights = [torch.empty((), dtype=t.dtype).expand(t.shape) for t in self.weights]
+        tensors = weights, [stand_in(x) for x in self.xs], stand_in(self.params), stand_in(self.table), self.topology
+        with torch._C._DisableTorchDispatch():
+            return tuple(
+                torch.ops.ngkernels_C.workspace(*tensors, list(self.program), self.compute & 1, self.shape, self.out_rows, backward)
+            )
+
+
+def _bytes(t: torch.Tensor) -> int:
+    """Bytes of a tensor; what is repeated (stride 0) is there once."""
+    count = t.element_size()
+    for size, stride in zip(t.shape, t.stride()):
+        count *= 1 if stride == 0 and size > 1 else size
+    return count
+
+
+def _called_by_engine() -> bool:
+    """Whether the op that is being traced was called by autograd's engine itself, and not by a backward function written in Python."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name in ("__torch_dispatch__", "_fn", "inner"):  # PyTorch's wrappers of a mode
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
