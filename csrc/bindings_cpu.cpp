@@ -39,6 +39,10 @@ EdgeTensor edge_tensor(const Tensor& t, bool packed) {
   STD_TORCH_CHECK(t.is_cpu() && (packed ? dim == 2 : dim == 3 || dim == 4), "ngkernels: expected CPU edge tensors of rank ",
                   packed ? "2" : "3 or 4", ", got rank ", dim);
   e.channels = static_cast<int>(t.size(dim - 1));
+  e.mapped = is_mapped(e.data);
+  e.extent = 1;
+  for (int64_t k = 0; k < dim; ++k) e.extent += (t.size(k) - 1) * t.stride(k);
+  e.extent *= e.dtype == F64 ? 8 : e.dtype == F32 ? 4 : 2;
   e.stride[3] = t.stride(dim - 1);
   if (packed) {
     e.stride[2] = t.stride(0);
@@ -86,7 +90,10 @@ struct Problem {
     for (const Row& r : call.rows)
       if (r.kind == SPARSE) check_lists(r, topology.numel());
     packed = !call.rows.empty() && call.rows[0].emit_offset >= 0;
-    for (const Tensor& w : weights) call.weights.push_back(edge_tensor(w, packed));
+    for (const Tensor& w : weights) {
+      call.weights.push_back(edge_tensor(w, packed));
+      call.mapped |= call.weights.back().mapped;
+    }
     for (const Tensor& x : xs) {
       call.xs.push_back(data(x, type, "x"));
       call.x_width.push_back(static_cast<int>(x.size(1)));
@@ -171,6 +178,13 @@ struct Problem {
     for (size_t k = rest + 1; k < grads.size(); ++k) call.grad_carriers.push_back(edge_tensor(grads[k], flat(grads[k])));
   }
 
+  // In the end, the pages of files that are left.
+  ~Problem() {
+    for (const auto* tensors : {&call.weights, &call.grad_weights})
+      for (const EdgeTensor& t : *tensors)
+        if (t.mapped) give_back(static_cast<const char*>(t.data), static_cast<const char*>(t.data) + t.extent);
+  }
+
   // Whether values by edge come as one tensor; a table without blocks does not say.
   bool flat(const Tensor& t) const { return call.rows.empty() ? t.dim() == 2 : packed; }
 
@@ -208,7 +222,14 @@ struct Problem {
         carried[packed ? 0 : static_cast<size_t>(row.partner_block)] += row.copies * row.edges();
     }
     const auto zero = [&](const Tensor& g, const EdgeTensor& e, int64_t edges) {
-      if (e.data && edges * e.channels < g.numel()) torch::stable::zero_(const_cast<Tensor&>(g));
+      if (!e.data || edges * e.channels >= g.numel()) return;
+      if (!e.mapped) return void(torch::stable::zero_(const_cast<Tensor&>(g)));
+      char *p = static_cast<char*>(e.data), *last = p + e.extent;
+      for (constexpr int64_t step = int64_t(1) << 22; p < last; p += step) {  // pages go back on the way
+        const int64_t n = std::min<int64_t>(step, last - p);
+        std::memset(p, 0, static_cast<size_t>(n));
+        give_back(p, p + n);
+      }
     };
     for (size_t k = 0; k < covered.size(); ++k) zero(grads[k], call.grad_weights[k], covered[k]);
     const size_t first = grads.size() - carried.size();
@@ -249,6 +270,12 @@ const Isa& isa_for(int64_t compute) {
 namespace {
 
 std::string isa() { return forced.empty() ? isa_for(0).name : forced; }
+
+void map_pages(Tensor bytes, bool on) { map_range(bytes.const_data_ptr(), bytes.numel(), on); }
+void drop_pages(Tensor bytes) {
+  const char* p = static_cast<const char*>(bytes.const_data_ptr());
+  give_back(p, p + bytes.numel());
+}
 
 // "" chooses again; anything else is used from now on.
 void set_isa(std::string name) {
@@ -377,8 +404,8 @@ void attend_backward(Tensor grad, Tensor grad_sums, Tensor out, Tensor sums, Ten
   differentiate(p, compute, grads, weights);
 }
 
-// Bytes that a call takes beside its tensors: [shared, for each worker, of the call, most workers]. Tensors count by their shapes: nothing
-// is read from them. shape: as of attend, then the columns of q and v; empty for the others.
+// Bytes that a call takes beside its tensors: [shared, for each worker, of the call, most workers]. Tensors count by their shapes: only
+// small matrices are read. shape: as of attend, then the columns of q and v; empty for the others.
 Ints workspace(Tensors weights, Tensors xs, Tensors params, Tensor table, Tensor topology, Ints program, int64_t compute, Ints shape,
                int64_t rows, bool backward) {
   Problem p(weights, xs, params, table, topology, program);
@@ -393,7 +420,7 @@ Ints workspace(Tensors weights, Tensors xs, Tensors params, Tensor table, Tensor
     c.d_e = c.instrs[static_cast<size_t>(c.message_start - 1)].n_out;
   }
   if (backward) c.grad_table = const_cast<void*>(c.table);  // wanted: its place is not used
-  const Workspace w = kernels(p, compute).workspace(c, backward);
+  const Workspace w = p.kernels(compute).workspace(c, backward);
   return {w.shared, w.worker, w.call, w.items};
 }
 
@@ -413,6 +440,8 @@ STABLE_TORCH_LIBRARY(ngkernels_C, m) {
   m.def("attend_backward(Tensor grad, Tensor grad_sums, Tensor out, Tensor sums, Tensor lse, " NGK_EXPRESSION ", " NGK_ATTENTION
         ", Tensor(a!)[] grads) -> ()");
   m.def("workspace(" NGK_EXPRESSION ", int[] shape, int rows, bool backward) -> int[]");
+  m.def("map_pages(Tensor bytes, bool on) -> ()");
+  m.def("drop_pages(Tensor bytes) -> ()");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
 }
@@ -425,6 +454,8 @@ STABLE_TORCH_LIBRARY_IMPL(ngkernels_C, CPU, m) {
   m.impl("evaluate", TORCH_BOX(&ngk::evaluate));
   m.impl("evaluate_backward", TORCH_BOX(&ngk::evaluate_backward));
   m.impl("workspace", TORCH_BOX(&ngk::workspace));
+  m.impl("map_pages", TORCH_BOX(&ngk::map_pages));
+  m.impl("drop_pages", TORCH_BOX(&ngk::drop_pages));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ngkernels_C, CompositeExplicitAutograd, m) {

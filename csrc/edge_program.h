@@ -67,6 +67,8 @@ struct EdgeTensor {
   Dtype dtype = F32;
   int64_t stride[4] = {0, 0, 0, 0};  // copy, d0, d1, channel (diagonal, sparse: d1 unused); packed: edge in d1
   int channels = 0;
+  int64_t extent = 0;   // bytes from the first value to behind the last
+  bool mapped = false;  // lies in a file (cpu/mapped.h)
 };
 
 struct Call {
@@ -93,6 +95,7 @@ struct Call {
   int64_t seed = 0;
   const void *q = nullptr, *k = nullptr, *v = nullptr, *grad_sums = nullptr;
   void *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr, *sums = nullptr, *lse = nullptr;
+  bool mapped = false;  // any of weights
   bool need_weights = false, need_nodes = false;  // any of grad_weights, any of grad_xs
 };
 
@@ -120,6 +123,12 @@ struct Isa {
   void (*fold)(const FoldCall&);  // the parameters of the others
   void (*fold_gradients)(const FoldCall&);
 };
+
+// Files in memory: ranges of addresses whose pages kernels give back once they are done with them. What was in a page stays in its
+// file, and the next reader gets it from there.
+void map_range(const void* begin, int64_t bytes, bool on);
+bool is_mapped(const void* p);
+void give_back(const char* begin, const char* end);  // the pages that hold any of it
 
 const Isa& isa_scalar();
 #if defined(__x86_64__)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from . import mapped
+
 MAX_TABLE_NODES = 1 << 14  # beyond this |w|, weights take the direct path one by one
 ASSUMED_RANGE = 2.0  # of weights that cannot be looked at: in compiled code, in plans
 
@@ -142,12 +144,18 @@ def forget_plans() -> None:
         del _basis_cache[key]
 
 
+def _extremes(w: torch.Tensor):
+    """Smallest and largest value."""
+    file = mapped.find(w)
+    return w.detach().aminmax() if file is None else file.extremes(w)
+
+
 def measured_range(weights: tuple[torch.Tensor, ...], affine) -> float | None:
     """The largest |scale w + shift|; None where that is not finite, under torch.compile and in plans."""
     if torch.compiler.is_compiling() or weights[0].is_meta:
         return None
     scale, shift = affine or ((1.0,) * len(weights), (0.0,) * len(weights))
-    ends = [(w.detach().aminmax(), a, c) for w, a, c in zip(weights, scale, shift, strict=True) if w.numel()]
+    ends = [(_extremes(w), a, c) for w, a, c in zip(weights, scale, shift, strict=True) if w.numel()]
     limit = max((abs(float(v) * a + c) for pair, a, c in ends for v in pair), default=0.0)
     return limit if math.isfinite(limit) else None
 

@@ -48,7 +48,7 @@ def program_flops(
     A backward pass evaluates everything again and then makes two products for each: the gradient of the matrix and that of the input; the
     latter not where nothing below wants it.
     """
-    records = [program[k : k + RECORD] for k in range(HEADER, len(program), RECORD)]
+    records = [program[k : k + RECORD] for k in range(HEADER, HEADER + RECORD * program[1], RECORD)]
     marked = max((k for k, r in enumerate(records) if r[0] == MARK), default=-1)  # gradients stop there
     last_pair = max((k for k, r in enumerate(records) if r[0] == LIN and r[9] >= 0), default=0)
     total = 0

@@ -218,7 +218,37 @@ class Engine {
   void run(Op* op) {
     run_items(
         plan, parallel, threads, op, [](void* e, int w, const Item& item) { (static_cast<Op*>(e)->*process)(w, item); },
-        [](void* e, int w, const Item& item) { (static_cast<Op*>(e)->*commit)(w, item); });
+        [](void* e, int w, const Item& item) {
+          (static_cast<Op*>(e)->*commit)(w, item);
+          if (static_cast<Op*>(e)->call.mapped) static_cast<Op*>(e)->done(item);
+        });
+  }
+
+  // Pages of files that nobody reads once an item and those before it are committed.
+  void done(const Item& item) {
+    for (int64_t at = item.first; at < item.last; ++at)
+      for (const bool partner : {false, true}) {
+        const Piece& piece = plan.pieces[static_cast<size_t>(at)];
+        const Side side = side_of(*piece.row, partner);
+        if (side.weight < 0) continue;
+        done(call.weights[side.weight], piece, side);
+        if (!call.grad_weights.empty()) done(call.grad_weights[side.weight], piece, side);
+      }
+  }
+
+  // Whole rows of a matrix, since a piece in their middle leaves pages to the next. What is no such block (sparse, packed) waits for the
+  // end of the call.
+  static void done(const EdgeTensor& t, const Piece& piece, const Side& side) {
+    const Row& row = *piece.row;
+    if (!t.mapped || piece.at || side.offset >= 0) return;
+    const View v = view(t, row, side, piece.copy, false);
+    const int64_t size = dtype_size(t.dtype), channels = (t.channels - 1) * v.channel + 1;
+    const auto rows = [&](int64_t first, int64_t last, int64_t stride, int64_t inner) {
+      give_back(v.base + first * stride * size, v.base + ((last - 1) * stride + inner + channels) * size);
+    };
+    if (row.kind == DIAGONAL || (row.flags & SPARSE_RAW)) return rows(piece.j0, piece.j1, v.src, 0);
+    if (v.dst < v.src) return rows(piece.j0, piece.j1, v.src, (row.n_dst - 1) * v.dst);
+    if (piece.j1 == row.n_src) rows(piece.i0, piece.i1, v.dst, (row.n_src - 1) * v.src);
   }
 };
 

@@ -69,7 +69,7 @@ def _autograd(ctx, need, grad, _aux, _ties):
         return [None] * len(need)
     e, (out, aux, ties) = ex.load(ctx)
     need = need[:-1]  # all but the topology
-    return [*ex.wanted(_run_backward(grad, out, aux, ties, *e, ctx.compute, need), need), None]
+    return [*ex.gradients(e, _run_backward(grad, out, aux, ties, *e, ctx.compute, need), need), None]
 
 
 _run = register("aggregate", _forward, _autograd, _setup)

@@ -89,9 +89,8 @@ def _autograd(ctx, need, grad, grad_sums, _lse):
     need = [*need[:-4], *need[-3:]]  # all but the topology
     grad = torch.zeros_like(out) if grad is None else grad
     grad_sums = torch.zeros_like(sums) if grad_sums is None else grad_sums
-    found = ex.wanted(
-        _run_backward(grad, grad_sums, out, sums, lse, *e, q, k, v, *ctx.constants, ctx.compute, need), need
-    )
+    found = _run_backward(grad, grad_sums, out, sums, lse, *e, q, k, v, *ctx.constants, ctx.compute, need)
+    found = ex.gradients(e, found, need)
     return [*found[:-3], None, *found[-3:]]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import journal
 from .expression import library
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -81,6 +82,6 @@ def register(name: str, implementation: Callable, backward: Callable, setup: Cal
 
     def run(*arguments):
         tensors = _tensors(arguments)
-        return differentiable(implementation, arguments, tensors, bare) if _eager(tensors) else op(*arguments)
+        return differentiable(journal.kept(name, implementation), arguments, tensors, bare) if _eager(tensors) else op(*arguments)
 
     return run

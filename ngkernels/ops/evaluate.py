@@ -87,7 +87,7 @@ def _autograd(ctx, need, *grads):
     need = need[:-1]  # all but the topology
     # a block that nothing read has no gradient: an empty tensor, and the kernels skip it
     grads = [e.table.new_empty(0) if g is None else g for g in grads]
-    return [*ex.wanted(_run_backward(grads, *e, ctx.shapes, ctx.compute, need), need), None]
+    return [*ex.gradients(e, _run_backward(grads, *e, ctx.shapes, ctx.compute, need), need), None]
 
 
 run = register("evaluate", _forward, _autograd, _setup)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from .. import backends
+from .. import backends, mapped
 from ..program import Expression as E
 from ..program import cut
 
@@ -45,10 +45,16 @@ def room(tensors: Sequence[torch.Tensor], need: Sequence[bool]) -> list[torch.Te
 
 
 def empty_gradients(e: E, need: list[bool]) -> list[torch.Tensor]:
-    """Uninitialised gradients: of weights with their strides (a transposed view gets a transposed gradient), else contiguous."""
+    """Uninitialised gradients: of weights with their strides (a transposed view gets a transposed gradient) and, if those lie in files, in
+    files too; else contiguous."""
     w, tensors = len(e.weights), e.differentiable
-    like = [torch.empty_like(t) if n else t.new_empty(0) for t, n in zip(tensors[:w], need[:w], strict=True)]
+    like = [_like(t) if n else t.new_empty(0) for t, n in zip(tensors[:w], need[:w], strict=True)]
     return like + room(tensors[w:], need[w:])
+
+
+def _like(weight: torch.Tensor) -> torch.Tensor:
+    in_file = mapped.gradient_like(weight)
+    return torch.empty_like(weight) if in_file is None else in_file
 
 
 @contextlib.contextmanager
@@ -84,6 +90,12 @@ def reference_gradients(forward: Callable, e: E, grads: list[torch.Tensor], need
 def wanted(grads: list[torch.Tensor], need: list[bool]) -> list[torch.Tensor | None]:
     """None for those that are not needed."""
     return [g if n else None for g, n in zip(grads, need, strict=True)]
+
+
+def gradients(e: E, found: list[torch.Tensor], need: list[bool]) -> list[torch.Tensor | None]:
+    """What autograd gets of an op's gradients: None for those that are not needed, and for weights whose gradients go to files."""
+    found = wanted(found, need)
+    return [*map(mapped.take, e.weights, found), *found[len(e.weights) :]]
 
 
 def save(ctx, e: E, *extra: torch.Tensor) -> None:

@@ -40,6 +40,7 @@ train_app = typer.Typer(no_args_is_help=True, help="Train a model on one task.")
 app.add_typer(train_app, name="train")
 app.command()(commands.inspect)
 app.command()(commands.plan)
+app.command()(commands.embed)
 app.command()(commands.scale)
 
 

@@ -28,6 +28,8 @@ ScaleThreads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads
 ScaleDevice = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:<number>.")]
 Seconds = Annotated[float, typer.Option("--max-seconds", min=1.0, help="Time limit of one measurement.")]
 Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Use the measurements that are there, or measure all of them again.")]
+Others = Annotated[str, typer.Option("--others", help="Other networks that are measured too: all, or some of mnist-inrs, nerf, siren-video, vit-blocks.")]
+Project = Annotated[bool, typer.Option("--project", help="Where a step would outlast --max-seconds: the planner's peak and a projected time, marked, instead of an end by time.")]
 ListMethods = Annotated[bool, typer.Option("--list-methods", help="Name the methods, and why one cannot run here.")]
 PlanSubject = Annotated[str, typer.Argument(metavar="FILE|LAYOUT", help="A checkpoint as for ngk inspect, or the widths of an MLP: 2,1024,2048,3.")]
 PlanModel = Annotated[str, typer.Option("--model", help="The model that reads it: ng-gnn, ng-t (all pairs of neurons) or ng-t-edges.")]
@@ -37,7 +39,59 @@ PlanLayers = Annotated[int, typer.Option("--layers", min=1, help="Layers of mess
 Training = Annotated[bool, typer.Option("--training/--forward", help="A training step, or a forward pass.")]
 Streamed = Annotated[bool, typer.Option("--stream", help="Weights stay in their file, as with ngk embed --stream.")]
 PlanThreads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. [default: torch's choice]", show_default=False)]
+EmbedOut = Annotated[Path | None, typer.Option("--out", help="Write the result here, as JSON.", show_default=False)]
+EmbedParameters = Annotated[Path | None, typer.Option("--parameters", help="A state dict of the model (torch.save). [default: random, by --seed]", show_default=False)]
+EmbedGradients = Annotated[Path | None, typer.Option("--gradients", help="Also the gradients of the weights: a safetensors file of the same names, or a folder for shards.", show_default=False)]
+EmbedState = Annotated[Path | None, typer.Option("--state", help="Folder for finished parts: the same command continues an interrupted run. Removed in the end.", show_default=False)]
+EmbedModel = Annotated[str, typer.Option("--model", help="The model that reads it: ng-gnn or ng-t-edges.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of random parameters.")]
 # fmt: on
+
+
+def embed(
+    file: Checkpoint,
+    model: EmbedModel = "ng-gnn",
+    out: EmbedOut = None,
+    parameters: EmbedParameters = None,
+    gradients: EmbedGradients = None,
+    state: EmbedState = None,
+    budget: PlanBudget = None,
+    width: PlanWidth = 32,
+    layers: PlanLayers = 4,
+    seed: Seed = 0,
+    threads: PlanThreads = None,
+    num_heads: Heads = None,
+) -> None:
+    """Run a model over a checkpoint of any size: its weights stay in their files and take memory only while they are read.
+
+    The result is bit by bit that of weights in memory. Ctrl-C or a kill at any time; with --state, the same command continues.
+    """
+    import torch
+
+    from .report import plan as report
+    from .report.process import held_bytes
+    from .tasks import embedding
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if model == "ng-t":
+        raise ValueError("--model: expected ng-gnn or ng-t-edges, got 'ng-t': a checkpoint has too many pairs of neurons")
+    subject = report.subject_of(str(file), num_heads)
+    console = Console()
+    torch.manual_seed(seed)
+    reader = report.model_for(model, subject, width, layers)
+    found = report.plan_of(reader, subject, budget, training=gradients is not None, weight_grads=gradients is not None, weights_mapped=True)
+    console.print(f"{report.MODELS[model]}: {found.describe()}", highlight=False, markup=False, soft_wrap=True)
+    if parameters is not None:
+        reader.load_state_dict(torch.load(parameters, weights_only=True))
+    result = embedding.embed(file, reader, gradients, state, num_heads)
+    if result.replayed:
+        console.print(f"continued: {result.replayed} parts were finished already", highlight=False)
+    if out is not None:
+        embedding.write(result, out)
+    shown = ", ".join(f"{v:.4g}" for v in result.values[:8].tolist()) + (", ..." if len(result.values) > 8 else "")
+    console.print(f"result: {shown}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"peak of the process: {size_text(held_bytes('VmHWM'))}", highlight=False)
 
 
 def plan(
@@ -102,6 +156,8 @@ def scale(
     device: ScaleDevice = "cpu",
     max_seconds: Seconds = 600.0,
     resume: Resume = True,
+    others: Others = "",
+    project: Project = False,
     list_methods: ListMethods = False,
 ) -> None:
     """Find the largest input network that each method trains within a memory budget.
@@ -111,7 +167,7 @@ def scale(
     scale.md (table), scale-memory.png, scale-time.png. Ctrl-C at any time; the same command continues.
     """
     from .scaling.methods import METHODS, select
-    from .scaling.study import Settings, Study, device_of
+    from .scaling.study import OTHERS, Settings, Study, device_of
 
     console = Console()
     if list_methods:
@@ -125,6 +181,7 @@ def scale(
     settings = Settings(
         budgets=tuple(sorted(parse_size(part) for part in budget.split(","))), first=first, last=last, refine=refine, parameters=parameters,
         dtype=dtype, weight_grads=weight_grads, threads=threads, device=device, max_seconds=max_seconds,
+        others=tuple(OTHERS if others == "all" else (n.strip() for n in others.split(",") if n.strip())), project=project,
     )  # fmt: skip
     _check_room(settings)
     folder = (out or Path("benchmarks/results" if Path("benchmarks/results").is_dir() else "ngk-scale")) / device_of(device)["slug"]
@@ -156,7 +213,9 @@ def _run_study(console: Console, study, chosen, folder: Path) -> None:
 
     with console.status("measuring") as status:
         study.told = told
-        study.starting = lambda method, hidden: status.update(f"{method.name} {show.layout_text((2, hidden, 2 * hidden, 3))}")
+        study.starting = lambda method, hidden: status.update(
+            f"{method.name} {hidden if isinstance(hidden, str) else show.layout_text((2, hidden, 2 * hidden, 3))}"
+        )
         try:
             results = [found for method in chosen for found in study.search(method)]
         except KeyboardInterrupt:

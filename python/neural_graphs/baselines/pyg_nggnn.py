@@ -13,6 +13,7 @@ Both may list edges source-major (reference order) or target-major (better local
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch_geometric.nn import LayerNorm, MessagePassing
 from torch_geometric.nn.aggr import DegreeScalerAggregation
 
@@ -72,6 +73,7 @@ class EdgeMLP(nn.Module):
         self.lin_t = nn.Linear(d_hid, d_hid)
         self.lin1 = nn.Linear(d_hid, d_hid)
         self.act = nn.SiLU()
+        self.checkpointed = False  # True: layers are evaluated again in backward, torch.utils.checkpoint
 
     def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> Tensor:
         source, target = edge_index
@@ -96,8 +98,12 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> tuple[Tensor, Tensor]:
         """Node states and the last edge states."""
         for conv, norm, update in zip(self.convs, self.norms, self.edge_update):
-            x = self.act(norm(conv(x, edge_index, edge_attr)))
-            edge_attr = update(x, edge_index, edge_attr)
+
+            def layer(x, edge_attr, conv=conv, norm=norm, update=update):
+                x = self.act(norm(conv(x, edge_index, edge_attr)))
+                return x, update(x, edge_index, edge_attr)
+
+            x, edge_attr = checkpoint(layer, x, edge_attr, use_reentrant=False) if self.checkpointed else layer(x, edge_attr)
         return self.convs[-1](x, edge_index, edge_attr), edge_attr
 
 

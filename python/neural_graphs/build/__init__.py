@@ -6,6 +6,7 @@ from .llama import from_llama
 from .module import from_module
 from .network import Channels, Network, Origin, from_layers
 from .state import describe_safetensors, from_safetensors, from_state_dict
+from .streamed import stream_safetensors
 
 __all__ = [
     "Channels",
@@ -19,4 +20,5 @@ __all__ = [
     "from_safetensors",
     "from_state_dict",
     "pad_kernel",
+    "stream_safetensors",
 ]

@@ -61,7 +61,11 @@ def make_plan(subject: Subject, name: str = "ng-gnn", width: int = 32, layers: i
     """
     if name not in MODELS:
         raise ValueError(f"--model: expected {', '.join(MODELS)}, got {name!r}")
-    model = model_for(name, subject, width, layers)
+    return plan_of(model_for(name, subject, width, layers), subject, budget, **options)
+
+
+def plan_of(model, subject: Subject, budget: str | None = None, **options) -> Plan:
+    """The plan of a step of a model that `model_for` made."""
     return plan(model, subject.graph, budget, weight_dtype=subject.dtype, **options)
 
 

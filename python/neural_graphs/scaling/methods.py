@@ -22,6 +22,7 @@ class Method:
         name: for the command line and the records. text: for people.
         make: (layout, width) -> model. width: the published one. step: widths are multiples of it.
         compiled: the model goes through torch.compile. needs: packages besides torch.
+        policy: of a model on ngkernels, its edge memory: the planner knows such models. backend: one that is forced.
         published: the largest layout of the published study (batch 1, one GPU), if the method was in it.
     """
 
@@ -31,6 +32,8 @@ class Method:
     width: int = 32
     step: int = 8
     compiled: bool = False
+    policy: str | None = None
+    backend: str | None = None
     needs: tuple[str, ...] = ()
     published: tuple[int, ...] | None = None
 
@@ -55,6 +58,12 @@ def _edge_list(layout: Sequence[int], width: int) -> nn.Module:
     return PyGNGGNN(list(layout), d_hid=width, out_features=CLASSES, style="published", order="source")
 
 
+def _checkpointed(layout: Sequence[int], width: int) -> nn.Module:
+    model = _edge_list(layout, width)
+    model.gnn.checkpointed = True
+    return model
+
+
 def _dense(layout: Sequence[int], width: int) -> nn.Module:
     from ..baselines.dense_nggnn import DenseNGGNN
 
@@ -73,8 +82,8 @@ def _ngt_sizes(width: int) -> dict[str, int]:
     }
 
 
-def _ngt(attention: str) -> Callable[[Sequence[int], int], nn.Module]:
-    return lambda layout, width: NGT(layout, out_features=CLASSES, attention=attention, **_ngt_sizes(width))
+def _ngt(attention: str, edge_memory: str = "recompute") -> Callable[[Sequence[int], int], nn.Module]:
+    return lambda layout, width: NGT(layout, out_features=CLASSES, attention=attention, edge_memory=edge_memory, **_ngt_sizes(width))
 
 
 def _dense_ngt(layout: Sequence[int], width: int) -> nn.Module:
@@ -88,15 +97,19 @@ _NG_GNN, _NG_T = (2, 1024, 2048, 3), (2, 512, 1024, 3)
 METHODS = {
     m.name: m
     for m in (
-        Method("ng-gnn", "NG-GNN, ngkernels, edge states recomputed", _ours("recompute"), published=_NG_GNN),
-        Method("ng-gnn-hybrid", "NG-GNN, ngkernels, one gradient buffer", _ours("hybrid"), published=_NG_GNN),
-        Method("ng-gnn-every2", "NG-GNN, ngkernels, every second edge state stored", _ours("every:2"), published=_NG_GNN),
-        Method("ng-gnn-store", "NG-GNN, ngkernels, edge states stored", _ours("store"), published=_NG_GNN),
+        Method("ng-gnn", "NG-GNN, ngkernels, edge states recomputed", _ours("recompute"), policy="recompute", published=_NG_GNN),
+        Method("ng-gnn-hybrid", "NG-GNN, ngkernels, one gradient buffer", _ours("hybrid"), policy="hybrid", published=_NG_GNN),
+        Method("ng-gnn-every2", "NG-GNN, ngkernels, every second edge state stored", _ours("every:2"), policy="every:2", published=_NG_GNN),
+        Method("ng-gnn-store", "NG-GNN, ngkernels, edge states stored", _ours("store"), policy="store", published=_NG_GNN),
+        Method("ng-gnn-reference", "NG-GNN, ngkernels, plain PyTorch backend", _ours("recompute"), backend="reference", published=_NG_GNN),
         Method("ng-gnn-published", "NG-GNN as published: dense front end, PyG", _dense, needs=_PYG, published=_NG_GNN),
         Method("ng-gnn-pyg", "NG-GNN on PyG, edge list", _edge_list, needs=_PYG, published=_NG_GNN),
+        Method("ng-gnn-pyg-checkpoint", "NG-GNN on PyG, edge list, layers checkpointed", _checkpointed, needs=_PYG, published=_NG_GNN),
         Method("ng-gnn-pyg-compile", "NG-GNN on PyG, edge list, compiled", _edge_list, compiled=True, needs=_PYG, published=_NG_GNN),
-        Method("ng-t", "NG-T, ngkernels, all pairs of neurons", _ngt("all"), published=_NG_T),
-        Method("ng-t-edges", "NG-T along edges, ngkernels", _ngt("edges")),
+        Method("ng-t", "NG-T, ngkernels, all pairs of neurons", _ngt("all"), policy="recompute", published=_NG_T),
+        Method("ng-t-edges", "NG-T along edges, ngkernels", _ngt("edges"), policy="recompute"),
+        Method("ng-t-edges-hybrid", "NG-T along edges, ngkernels, one gradient buffer", _ngt("edges", "hybrid"), policy="hybrid"),
+        Method("ng-t-edges-store", "NG-T along edges, ngkernels, edge states stored", _ngt("edges", "store"), policy="store"),
         Method("ng-t-published", "NG-T as published: dense pairs", _dense_ngt, published=_NG_T),
         Method("nfn", "NFN (NP)", lambda layout, width: NFN(layout, (width,) * 3, CLASSES), 512, published=(2, 1024, 2048, 3)),
         Method("dws", "DWS", lambda layout, width: DWS(layout, width, 4, CLASSES), 32, published=(2, 2048, 4096, 3)),

@@ -11,8 +11,9 @@ from ngkernels.planner import size_text
 
 from ..report.plots import STYLE
 from .methods import METHODS
-from .study import Largest, Settings
+from .study import OTHERS, Largest, Settings
 
+PROJECTED = " ‡"
 TAIL = 4  # points that slopes are fitted to: the largest, where what does not grow with the network matters least
 BOUND = {"memory": "", "time": ", stopped by time", "error": ", stopped by an error", "study": ", the largest tried"}
 
@@ -44,7 +45,7 @@ def table(settings: Settings, results: Sequence[Largest], rows: Sequence[dict[st
     header += ["bytes / edge", "memory ~ edges^", "time ~ edges^", "published limit"]
     lines = []
     for name in dict.fromkeys(result.method for result in results):
-        own = [row for row in rows if row["method"] == name and row["outcome"] == "ok"]
+        own = [row for row in rows if row["method"] == name and row["outcome"] == "ok" and isinstance(row["hidden"], int)]
         line = [METHODS[name].text, f"{own[0]['parameters']:,}" if own else "-"]
         for budget in settings.budgets:
             line += _cells(next(result for result in results if (result.method, result.budget) == (name, budget)))
@@ -62,7 +63,28 @@ def _cells(result: Largest) -> list[str]:
     if result.row is None:
         return ["none" + BOUND[result.bound], "-", "-", "-"]
     row = result.row
-    return [layout_text(row["layout"]) + BOUND[result.bound], f"{row['edges']:,}", size_text(row["peak_bytes"]), f"{row['seconds']:.3g}"]
+    mark = PROJECTED * (row["outcome"] == "projected")
+    return [
+        layout_text(row["layout"]) + BOUND[result.bound], f"{row['edges']:,}", size_text(row["peak_bytes"]) + mark, f"{row['seconds']:.3g}{mark}",
+    ]  # fmt: skip
+
+
+def others(settings: Settings, rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: peak and time of the other networks, a line for each method; empty where none was measured."""
+    named = {(row["method"], row["hidden"]): row for row in rows if isinstance(row["hidden"], str)}
+    names = [name for name in settings.others if any(key[1] == name for key in named)]
+    if not names:
+        return ""
+    text = {name: layout_text(OTHERS[name][0]) + (f" x {OTHERS[name][1]}" if OTHERS[name][1] > 1 else "") for name in names}
+    lines = [["method", *text.values()], ["---"] + ["---:"] * len(names)]
+    for method in dict.fromkeys(key[0] for key in named):
+        found = [named.get((method, name)) for name in names]
+        lines.append([METHODS[method].text, *("-" if r is None else _measured(r) for r in found)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
+
+
+def _measured(row: dict[str, Any]) -> str:
+    return f"{size_text(row['peak_bytes'])}, {row['seconds']:.3g} s" if row["outcome"] == "ok" else row["outcome"]
 
 
 def page(settings: Settings, results: Sequence[Largest], rows: Sequence[dict[str, Any]]) -> str:
@@ -70,16 +92,18 @@ def page(settings: Settings, results: Sequence[Largest], rows: Sequence[dict[str
     last = max(rows, key=lambda row: row["time"])
     device, versions = last["machine"], last["versions"]
     commits = sorted({row["git"][:9] + ("+" if row["git"].endswith("+") else "") for row in rows})
+    projected = any(result.row is not None and result.row["outcome"] == "projected" for result in results)
+    note = f"\n{PROJECTED.strip()}: a step of so many seconds was not run; the peak is the planner's, the time that of smaller networks carried on." if projected else ""
     sizes = "published sizes" if settings.parameters is None else f"widths for about {settings.parameters:,} parameters"
     return f"""# The largest input network that trains
 
 {table(settings, results, rows)}
 
-A training step is forward, cross-entropy, backward and AdamW (amsgrad) on one network [2, h, 2h, 3], batch 1, {settings.dtype}, gradients of the
+{others(settings, rows)}A training step is forward, cross-entropy, backward and AdamW (amsgrad) on one network [2, h, 2h, 3], batch 1, {settings.dtype}, gradients of the
 input weights {"on" if settings.weight_grads else "off"}, {sizes}. Every size ran in a process of its own with a hard limit; the peak is what is resident above
 the process after a warm-up on a tiny network: raw weights, parameters, gradients, optimiser state, activations. Widths were doubled until one
 did not fit, then the gap was halved {settings.refine} times. Published limits are those of the paper's discussion, on one GPU of unnamed size.
-Exponents are fitted to the {TAIL} largest networks; bytes / edge is the difference of the two largest.
+Exponents are fitted to the {TAIL} largest networks; bytes / edge is the difference of the two largest.{note}
 
 {device["model"]}, {settings.device}, {settings.threads} thread{"s" * (settings.threads > 1)}; PyTorch {versions["torch"]}, PyG {versions["torch_geometric"]};
 commit {", ".join(commits)}; {last["time"][:10]}.
@@ -101,7 +125,8 @@ def plot(settings: Settings, rows: Sequence[dict[str, Any]], value: str, path: P
         axes = figure.add_subplot()
         colours = matplotlib.colormaps["tab10"].colors
         for k, name in enumerate(METHODS):
-            own = sorted((row["edges"], row[value]) for row in rows if row["method"] == name and row["outcome"] == "ok")
+            grid = [row for row in rows if row["method"] == name and isinstance(row["hidden"], int)]
+            own = sorted((row["edges"], row[value]) for row in grid if row["outcome"] == "ok")
             if not own:
                 continue
             exponent = slope(own)

@@ -13,8 +13,14 @@ from typing import Any
 from ..report import machine
 from .measure import measure
 from .methods import Method, width_for
+from .projection import project
 
 SCHEMA = 1
+# Networks beside [2, h, 2h, 3], by name: (layout, batch).
+OTHERS = {
+    "mnist-inrs": ((2, 32, 32, 1), 64), "nerf": ((63, *[256] * 8, 4), 1), "siren-video": ((3, *[1024] * 4, 3), 1),
+    "vit-blocks": ((768, 3072, 768, 3072, 768), 1),
+}  # fmt: skip
 GRID = 8  # hidden widths are multiples of it
 
 
@@ -37,7 +43,8 @@ class Settings:
         refine: how often the gap between a width that fits and one that does not is halved, for each budget.
         parameters: None for the published sizes; or the number that every method's width is chosen for.
         weight_grads: gradients of the input network's weights too. max_seconds: of one measurement, start included.
-        repeats: timed steps, unless one lasts longer than a second.
+        repeats: timed steps, unless one lasts longer than a second. others: names of OTHERS that are measured too.
+        project: a size whose step would not end within max_seconds is projected (scaling/projection.py) instead of being tried.
     """
 
     budgets: tuple[int, ...]
@@ -51,12 +58,17 @@ class Settings:
     device: str = "cpu"
     max_seconds: float = 600.0
     repeats: int = 3
+    others: tuple[str, ...] = ()
+    project: bool = False
 
     def __post_init__(self) -> None:
         if not self.budgets or min(self.budgets) < 1:
             raise ValueError(f"scale: expected budgets of at least 1 byte, got {self.budgets}")
         if self.dtype not in ("fp32", "bf16"):
             raise ValueError(f"scale: expected dtype fp32 or bf16, got {self.dtype!r}")
+        unknown = [name for name in self.others if name not in OTHERS]
+        if unknown:
+            raise ValueError(f"scale: expected others of {', '.join(OTHERS)}, got {unknown[0]!r}")
         if self.first < GRID or self.first % GRID or self.last < self.first:
             raise ValueError(
                 f"scale: expected a first width that is a multiple of {GRID} and not above the last, got {self.first} and {self.last}"
@@ -82,13 +94,13 @@ class Records:
         rows = _read(path) if path.exists() else []
         self.rows = [] if fresh else [row for row in rows if row["key"] == key]
 
-    def find(self, method: str, hidden: int, limit: int, max_seconds: float) -> dict[str, Any] | None:
+    def find(self, method: str, hidden: int | str, limit: int, max_seconds: float) -> dict[str, Any] | None:
         """The last measurement that answers the question; one that ran out of less memory or time does not, nor does an error."""
         for row in reversed(self.rows):
             if (row["method"], row["hidden"]) == (method, hidden):
                 if row["outcome"] == "ok" or (row["outcome"] == "out of memory" and row["limit_bytes"] >= limit):
                     return row
-                if row["outcome"] == "timeout" and row["max_seconds"] >= max_seconds:
+                if row["outcome"] in ("timeout", "projected") and row["max_seconds"] >= max_seconds:
                     return row
         return None
 
@@ -149,29 +161,33 @@ class Study:
         settings: Settings,
         path: Path,
         told: Callable[[dict, bool], None] = lambda row, known: None,
-        starting: Callable[[Method, int], None] = lambda method, hidden: None,
+        starting: Callable[[Method, int | str], None] = lambda method, hidden: None,
         fresh: bool = False,
     ):
         self.settings, self.told, self.starting = settings, told, starting
         self.records = Records(path, {**settings.key, "slug": device_of(settings.device)["slug"]}, fresh)
 
-    def point(self, method: Method, width: int, hidden: int) -> dict[str, Any]:
-        """The measurement at one size, made now or known."""
+    def point(self, method: Method, width: int, hidden: int | str) -> dict[str, Any]:
+        """The measurement at one hidden width, or of one of OTHERS; made now or known."""
+        layout, batch = OTHERS[hidden] if isinstance(hidden, str) else (layout_of(hidden), 1)
         s, limit = self.settings, max(self.settings.budgets)
         known = self.records.find(method.name, hidden, limit, s.max_seconds)
-        if known is not None:
+        if known is not None and (known["outcome"] != "projected" or s.project):
             self.told(known, True)
             return known
         self.starting(method, hidden)
         request = {
-            "method": method.name, "layout": layout_of(hidden), "width": width, "dtype": s.dtype, "weight_grads": s.weight_grads, "threads": s.threads,
-            "device": s.device, "limit_bytes": limit, "repeats": s.repeats,
+            "method": method.name, "layout": layout, "batch": batch, "width": width, "dtype": s.dtype, "weight_grads": s.weight_grads,
+            "threads": s.threads, "device": s.device, "limit_bytes": limit, "repeats": s.repeats,
         }  # fmt: skip
-        found = measure(request, s.max_seconds)
+        edges = batch * sum(i * o for i, o in zip(layout, layout[1:]))
+        own = [row for row in self.records.latest() if row["method"] == method.name and isinstance(row["hidden"], int)]
+        found = project(request, own, edges, s.max_seconds) if s.project and batch == 1 else None
+        found = measure(request, s.max_seconds) if found is None else found
         row = {
             "schema": SCHEMA, "key": self.records.key, "time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "git": machine.git_sha(),
-            "versions": machine.versions(), "machine": device_of(s.device), **request, "hidden": hidden, "edges": edges_of(hidden),
-            "nodes": sum(layout_of(hidden)), "max_seconds": s.max_seconds, **found,
+            "versions": machine.versions(), "machine": device_of(s.device), **request, "hidden": hidden, "edges": edges, "nodes": batch * sum(layout),
+            "max_seconds": s.max_seconds, **found,
         }  # fmt: skip
         self.told(self.records.append(row), False)
         return row
@@ -187,6 +203,8 @@ class Study:
             if not fits(rows[hidden], max(s.budgets)) or 2 * hidden > s.last:
                 break
             hidden *= 2
+        for name in s.others:
+            self.point(method, width, name)
         for budget in s.budgets:
             for _ in range(s.refine):
                 low, high = gap(rows, budget)
@@ -206,7 +224,7 @@ class Study:
 
 
 def fits(row: dict[str, Any], budget: int) -> bool:
-    return row["outcome"] == "ok" and row["peak_bytes"] <= budget
+    return row["outcome"] in ("ok", "projected") and row["peak_bytes"] <= budget
 
 
 def gap(rows: dict[int, dict], budget: int) -> tuple[int | None, int | None]:
