@@ -56,7 +56,9 @@ def train(folder: Path, layers: int, weight_grads: bool) -> dict:
     model = reader(STEP, layers)
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
     begin, own = time.perf_counter(), time.process_time()
-    loss = torch.nn.functional.cross_entropy(model([w.requires_grad_(weight_grads) for w in weights], biases), torch.zeros(1, dtype=torch.int64))
+    loss = torch.nn.functional.cross_entropy(
+        model([w.requires_grad_(weight_grads) for w in weights], biases), torch.zeros(1, dtype=torch.int64)
+    )
     loss.backward()
     optimiser.step()
     return {
@@ -123,13 +125,19 @@ def plan_7b(folder: Path, layers: int) -> dict:
     for k in range(LLAMA["layers"]):
         name = f"model.layers.{k}."
         shapes |= {f"{name}self_attn.{n}_proj.weight": (d, d) for n in "qkvo"}
-        shapes |= {f"{name}mlp.gate_proj.weight": (hidden, d), f"{name}mlp.up_proj.weight": (hidden, d), f"{name}mlp.down_proj.weight": (d, hidden)}
+        shapes |= {
+            f"{name}mlp.gate_proj.weight": (hidden, d),
+            f"{name}mlp.up_proj.weight": (hidden, d),
+            f"{name}mlp.down_proj.weight": (d, hidden),
+        }
         shapes |= {f"{name}input_layernorm.weight": (d,), f"{name}post_attention_layernorm.weight": (d,)}
     write_header(path, {**shapes, "model.norm.weight": (d,), "lm_head.weight": (LLAMA["vocabulary"], d)})
     subject = plan.subject_of(str(path))
     begin = time.perf_counter()
     options = {"layers": layers, "weights_mapped": True}
-    found = {name: plan.make_plan(subject, training=name == "train", weight_grads=name == "train", **options) for name in ("forward", "train")}
+    found = {
+        name: plan.make_plan(subject, training=name == "train", weight_grads=name == "train", **options) for name in ("forward", "train")
+    }
     size = path.stat().st_size
     path.unlink()
     return {
@@ -154,7 +162,9 @@ def child(name: str, folder: Path, layers: int, threads: int) -> dict:
 
 def main(
     runs: Annotated[str, typer.Option(help=f"Some of {', '.join(RUNS)}.")] = "train-1e8,train-1e8-weight-grads,stream-1e9,plan-7b",
-    folder: Annotated[Path, typer.Option(help="Where files go: 2 GB for stream-1e9. What is there already is used, and an interrupted run goes on.")] = Path(tempfile.gettempdir()) / "ngk-large",
+    folder: Annotated[
+        Path, typer.Option(help="Where files go: 2 GB for stream-1e9. What is there already is used, and an interrupted run goes on.")
+    ] = Path(tempfile.gettempdir()) / "ngk-large",
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 4,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     request: Annotated[str, typer.Option("--child", hidden=True)] = "",
@@ -172,7 +182,19 @@ def main(
     run, over = records.new_run(), []
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
     for name in names:
-        command = [sys.executable, "-m", "benchmarks.large", "--child", name, "--folder", str(folder), "--layers", str(layers), "--threads", str(threads)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.large",
+            "--child",
+            name,
+            "--folder",
+            str(folder),
+            "--layers",
+            str(layers),
+            "--threads",
+            str(threads),
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, **MALLOC["fixed"]})
         if done.returncode != 0:
             raise SystemExit(f"large: {name} failed: {(done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]}")

@@ -46,7 +46,8 @@ def main(
 ) -> None:
     """Fills the tables between `<!-- results:NAME -->` and `<!-- /results -->` in README.md and benchmarks/README.md.
 
-    NAME is train_step or memory (NG-GNN), train_step_ngt or memory_ngt (NG-T), or attention (the op). The numbers come from benchmarks/results/<device>/*.jsonl: of each setting the last run that
+    NAME is train_step or memory (NG-GNN), train_step_ngt or memory_ngt (NG-T), attention (the op), scale (the memory study)
+    or large. The numbers come from benchmarks/results/<device>/*.jsonl: of each setting the last run that
     measured this project, and the baselines of that same run. Nothing is left out where a baseline is faster.
     """
     paths = stale(list(READMES))

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import memory, records
+from benchmarks.large import RUNS
 from benchmarks.models import MODELS, Model
 from benchmarks.providers import PROVIDERS
 
@@ -231,10 +232,40 @@ def attention_rows(ours: dict, others: dict[str, dict]) -> list[list[str]]:
     return [rows[0], *([""] * len(first) + row[len(first) :] for row in rows[1:])]
 
 
+def scale(results: Path = records.RESULTS) -> str:
+    """The table of the memory-scaling study, by device: what `ngk scale` wrote beside its records."""
+    parts = []
+    for path in sorted(results.glob("*/scale.md")):
+        text = path.read_text()
+        parts.append(text.split("\n", 2)[2].split("\n![")[0].strip())  # without title and plots
+    return "\n\n".join(parts) if parts else EMPTY
+
+
+def large(results: Path = records.RESULTS) -> str:
+    """Peak of resident bytes of the large runs, the last of each."""
+    parts = []
+    for lines in records.load("large", results).values():
+        last = {line["case"]: line for line in lines}
+        body = [
+            [
+                RUNS[name].text, f"{r['edges']:,}" if "edges" in r else f"{sum(a * b for a, b in zip(r['layout'], r['layout'][1:])):,}",
+                str(r["layers"]), memory.mebibytes(r["resident_bytes"]), memory.mebibytes(r["limit_bytes"]),
+                "-" if "plans" not in r else ", ".join(f"{k} {memory.mebibytes(p['peak_bytes'])}" for k, p in r["plans"].items()),
+            ]
+            for name, r in last.items()
+        ]  # fmt: skip
+        header = ["run", "edges", "layers", "resident at its peak", "limit", "planned"]
+        parts.append(f"{about(list(last.values()))}\n\n{markdown(header, body)}")
+    note = "Everything resident in the process counts: interpreter, libraries, file pages. Plans: peak of tensors and kernels, above the process."
+    return "\n\n".join([*parts, note]) if parts else EMPTY
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "train_step": train_step,
     "train_step_ngt": partial(train_step, model="ng-t"),
     "memory": memory_table,
     "attention": attention,
+    "scale": scale,
+    "large": large,
     "memory_ngt": partial(memory_table, models=("ng-t", "ng-t-edges"), row_of=memory_ngt),
 }

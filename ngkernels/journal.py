@@ -35,7 +35,9 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "identity.json"
         if path.exists() and path.read_text() != self.identity:
-            raise ValueError(f"journal: expected one of this computation in {str(self.folder)!r}, got that of another; choose another folder or remove it")
+            raise ValueError(
+                f"journal: expected one of this computation in {str(self.folder)!r}, got that of another; choose another folder or remove it"
+            )
         if not path.exists():
             self._write(path, lambda p: p.write_text(self.identity))
 

@@ -41,7 +41,9 @@ class MappedFile:
     def __init__(self, path: str | os.PathLike, size: int | None = None):
         reason = backends.why_not("cpp")
         if reason is not None or not hasattr(os, "posix_fallocate"):
-            raise NotImplementedError(f"MappedFile: expected Linux and the C++ kernels, which give pages back, got none: {reason or os.name}")
+            raise NotImplementedError(
+                f"MappedFile: expected Linux and the C++ kernels, which give pages back, got none: {reason or os.name}"
+            )
         self.path, self.written = Path(path), size is not None
         if size is not None:
             _take_room(self.path, size)
@@ -82,7 +84,7 @@ class MappedFile:
         key = (t.data_ptr(), t.dtype, extent(t))
         if key not in self._extremes:
             low, high = math.inf, -math.inf
-            for chunk in pieces(t):
+            for chunk in pieces(t.detach()):
                 a, b = (float(v) for v in chunk.aminmax())
                 low, high = (a, b) if a != a else (min(low, a), max(high, b)) if low == low else (low, high)
                 drop(chunk)
@@ -181,7 +183,9 @@ def _check_room(path: Path, size: int) -> None:
     free = shutil.disk_usage(path.parent).free
     there = sum(p.stat().st_blocks * 512 for p in (path, path.with_name(path.name + ".next")) if p.exists())
     if size > free + there:
-        raise OSError(errno.ENOSPC, f"stream: expected {size} bytes free in {str(path.parent)!r}, got {free}; make room or choose another folder")
+        raise OSError(
+            errno.ENOSPC, f"stream: expected {size} bytes free in {str(path.parent)!r}, got {free}; make room or choose another folder"
+        )
 
 
 def _take_room(path: Path, size: int) -> None:
@@ -194,5 +198,8 @@ def _take_room(path: Path, size: int) -> None:
         except OSError as error:
             path.unlink(missing_ok=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise OSError(error.errno, f"stream: expected room for {size} bytes in {str(path.parent)!r}, got {error.strerror}; make room or choose another folder") from error
+                raise OSError(
+                    error.errno,
+                    f"stream: expected room for {size} bytes in {str(path.parent)!r}, got {error.strerror}; make room or choose another folder",
+                ) from error
             raise

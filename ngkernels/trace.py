@@ -17,6 +17,7 @@ from .topology import COLUMNS
 from .work import Work, program_flops
 
 _OPS = {f"ngkernels.{name}{back}.default" for name in ("aggregate", "attend", "evaluate") for back in ("", "_backward")}
+_NODE_MAPS = ("ngkernels.node_map.default", "ngkernels.node_map_backward.default")
 _FREE = {"aten.detach.default", "aten.lift_fresh.default", "ngkernels.carry.default"}
 
 
@@ -96,12 +97,10 @@ class Trace(TorchDispatchMode):
         flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_meta]
         own = {t.untyped_storage()._cdata for t in inputs}
-        view = name in _FREE or (
-            func._schema.name.split("::")[0] == "aten"
-            and not func._schema.is_mutable
-            and all(t.untyped_storage()._cdata in own for t in found)
-        )
-        moved = 0 if view else sum(map(_bytes, inputs)) + sum(map(_bytes, found))
+        view = not func._schema.is_mutable and all(t.untyped_storage()._cdata in own for t in found)
+        moved = 0 if view or name in _FREE else sum(map(_bytes, inputs)) + sum(map(_bytes, found))
+        if name in _NODE_MAPS:
+            flops = _node_map_flops(args, name == _NODE_MAPS[1])
         self.work = self.work + Work(0, flops, moved)
 
     def _kernel(self, name: str, args, found) -> int:
@@ -148,11 +147,23 @@ class _Call:
             return torch.empty(t.shape, dtype=t.dtype)
 
         weights = [torch.empty((), dtype=t.dtype).expand(t.shape) for t in self.weights]
-        tensors = weights, [stand_in(x) for x in self.xs], stand_in(self.params), stand_in(self.table), self.topology
+        tensors = (
+            weights,
+            [stand_in(x) for x in self.xs],
+            [torch.zeros(p.shape, dtype=p.dtype) for p in self.params],
+            stand_in(self.table),
+            self.topology,
+        )
         with torch._C._DisableTorchDispatch():
             return tuple(
                 torch.ops.ngkernels_C.workspace(*tensors, list(self.program), self.compute & 1, self.shape, self.out_rows, backward)
             )
+
+
+def _node_map_flops(args, backward: bool) -> int:
+    """Products of a row with [W_x | W_s ..]; a backward pass makes them again, and two more for each."""
+    x, maps = args[2 * backward], args[2 * backward + 2]
+    return 2 * x.shape[0] * maps[0].numel() * (3 if backward else 1)
 
 
 def _bytes(t: torch.Tensor) -> int:

@@ -23,7 +23,7 @@ const Isa& isa_avx512() { return isa_avx2(); }
 const Isa& isa_avx512_bf16() { return isa_avx2(); }
 }
 """
-SOURCES = ("bindings_cpu.cpp", "bindings_fold.cpp", "cpu/schedule.cpp", "cpu/isa_scalar.cpp", "cpu/isa_avx2.cpp", "cpu/stubs.cpp")
+SOURCES = ("bindings_cpu.cpp", "bindings_fold.cpp", "cpu/schedule.cpp", "cpu/mapped.cpp", "cpu/isa_scalar.cpp", "cpu/isa_avx2.cpp", "cpu/stubs.cpp")
 TESTS = (
     "test_attend.py",
     "test_attend_torch.py",

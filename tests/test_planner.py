@@ -23,7 +23,9 @@ from ngkernels.planner import parse_size, size_text
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parent.parent
-cpp = pytest.mark.skipif("cpp" not in DECLARED or not Path("/proc/self/clear_refs").exists(), reason="needs the cpp backend and Linux's /proc")
+cpp = pytest.mark.skipif(
+    "cpp" not in DECLARED or not Path("/proc/self/clear_refs").exists(), reason="needs the cpp backend and Linux's /proc"
+)
 
 
 def predicted(method: str, hidden: int, weight_grads: bool, threads: int = 1) -> int:
@@ -113,7 +115,9 @@ def test_a_stored_state_is_chosen_where_it_pays(monkeypatch):
 
 def test_refusal_says_what_is_needed():
     model = model_of()
-    with pytest.raises(ngk.BudgetError, match=r"plan: expected a budget of at least \d+ bytes \(.*'recompute'\) for NeuralGraph.*, got 1.0 KiB") as refused:
+    with pytest.raises(
+        ngk.BudgetError, match=r"plan: expected a budget of at least \d+ bytes \(.*'recompute'\) for NeuralGraph.*, got 1.0 KiB"
+    ) as refused:
         ngk.plan(model, model.graph(1), 1024)
     assert ngk.plan(model, model.graph(1), refused.value.needed).peak_bytes == refused.value.needed
     with pytest.raises(ngk.BudgetError):

@@ -10,7 +10,7 @@ import pytest
 from neural_graphs import cli
 from neural_graphs.models import NGT
 from neural_graphs.scaling import measure as measuring
-from neural_graphs.scaling import show, study
+from neural_graphs.scaling import projection, show, study
 from neural_graphs.scaling.methods import METHODS, parameters, select, width_for
 from neural_graphs.scaling.study import Records, Settings, Study, edges_of, fits, gap, layout_of
 from ngkernels.planner import parse_size
@@ -79,6 +79,49 @@ def test_what_ends_the_search(fake, tmp_path):
 def test_a_width_beyond_one_that_does_not_fit_does_not_count():
     rows = {h: {"outcome": "ok", "peak_bytes": peak} for h, peak in {16: 1, 32: 9, 64: 2}.items()}
     assert gap(rows, 5) == (16, 32) and gap(rows, 10) == (64, None) and gap(rows, 0) == (None, 16)
+
+
+def test_sizes_that_take_too_long_are_projected(fake, tmp_path):
+    """Beyond the time limit: the planner's peak, the time of smaller networks carried on; they count, and are measured if time allows."""
+    fake.per_edge, fake.seconds = 8.0, 1e-3
+    settings = replace(SETTINGS, budgets=(64 * MIB,), last=512, refine=0, max_seconds=30.0, project=True)
+    (found,) = Study(settings, tmp_path / "scale.jsonl").search(METHODS["ng-gnn"])
+    rows = [json.loads(line) for line in (tmp_path / "scale.jsonl").read_text().splitlines()]
+    assert [row["hidden"] for row in rows if row["outcome"] == "ok"] == [16, 32, 64] == [hidden for _, hidden in fake.asked]
+    assert [row["hidden"] for row in rows if row["outcome"] == "projected"] == [128, 256, 512] and found.row["hidden"] == 512
+    assert found.row["seconds"] == pytest.approx(1e-3 * edges_of(512), rel=0.01) and 4 * edges_of(512) < found.row["peak_bytes"] < 64 * MIB
+    text = show.page(settings, [found], rows)
+    assert f"{found.row['seconds']:.3g} ‡" in text and "was not run" in text
+    longer = replace(settings, max_seconds=1e6)
+    (found,) = Study(longer, tmp_path / "scale.jsonl").search(METHODS["ng-gnn"])
+    assert found.row["outcome"] == "ok" and 512 in [hidden for _, hidden in fake.asked]
+    (alone,) = Study(replace(settings, project=False, last=128), tmp_path / "other.jsonl").search(METHODS["ng-gnn"])
+    assert (alone.row["hidden"], alone.bound) == (64, "time")
+
+
+def test_what_is_not_projected():
+    rows = [{"outcome": "ok", "edges": e, "seconds": 2e-3 * e} for e in (1000, 2000)]
+    request = {"method": "dws", "layout": layout_of(64), "width": 32, "weight_grads": False, "threads": 1, "device": "cpu"}
+    assert projection.project(request, rows, 10**6, 10.0) is None  # the planner does not know it
+    assert projection.project({**request, "method": "ng-gnn"}, rows, 1000, 10.0) is None and projection.seconds_at(rows[:1], 10) is None
+    assert projection.seconds_at(rows, 4000) == pytest.approx(8.0)
+    flat = [{"outcome": "ok", "edges": e, "seconds": 1.0} for e in (1000, 2000)]
+    assert projection.seconds_at(flat, 4000) == pytest.approx(2.0)  # what does not grow yet grows in the end
+
+
+def test_other_networks(fake, tmp_path):
+    settings = replace(SETTINGS, last=16, refine=0, others=("mnist-inrs", "nerf"))
+    made = Study(settings, tmp_path / "scale.jsonl")
+    found = made.search(METHODS["dws"])
+    rows = {row["hidden"]: row for row in made.records.latest()}
+    assert rows["mnist-inrs"]["edges"] == 71_680 and rows["mnist-inrs"]["batch"] == 64 and rows["nerf"]["layout"][0] == 63
+    text = show.page(settings, found, list(rows.values()))
+    assert "| method | [2, 32, 32, 1] x 64 | [63, 256," in text and "| DWS |" in text
+    count = len(fake.asked)
+    Study(settings, tmp_path / "scale.jsonl").search(METHODS["dws"])
+    assert len(fake.asked) == count
+    with pytest.raises(ValueError, match="scale: expected others of mnist-inrs, .*, got 'x'"):
+        replace(settings, others=("x",))
 
 
 # ---- records ----

@@ -41,8 +41,14 @@ def checkpoint(folder: Path, layout=LAYOUT, dtype=torch.float32, seed: int = 0) 
 
 def reader(layout=LAYOUT, cls=NGGNN, **options):
     torch.manual_seed(1)
-    sizes = {"d_hid": 16} if cls is NGGNN else {"d_node": 16, "d_edge": 16, "d_attn_hid": 32, "d_node_hid": 16, "d_edge_hid": 16, "num_heads": 4}
-    return cls(list(layout), num_layers=3, fourier_features=16, positional=False, pooling=("mean", "all"), out_features=5, **sizes, **options)
+    sizes = (
+        {"d_hid": 16}
+        if cls is NGGNN
+        else {"d_node": 16, "d_edge": 16, "d_attn_hid": 32, "d_node_hid": 16, "d_edge_hid": 16, "num_heads": 4}
+    )
+    return cls(
+        list(layout), num_layers=3, fourier_features=16, positional=False, pooling=("mean", "all"), out_features=5, **sizes, **options
+    )
 
 
 def step(model, network, backward: bool = True):
@@ -104,9 +110,14 @@ def test_a_sharded_decoder(tmp_path):
     generator = torch.Generator().manual_seed(3)
     draw = lambda *shape: (torch.randn(shape, generator=generator) / 6).bfloat16()  # noqa: E731
     block = {f"model.layers.0.self_attn.{n}_proj.weight": draw(*s) for n, s in sizes.items()}
-    block |= {f"model.layers.0.mlp.{n}_proj.weight": draw(96, 32) for n in ("gate", "up")} | {"model.layers.0.mlp.down_proj.weight": draw(32, 96)}
+    block |= {f"model.layers.0.mlp.{n}_proj.weight": draw(96, 32) for n in ("gate", "up")} | {
+        "model.layers.0.mlp.down_proj.weight": draw(32, 96)
+    }
     block |= {f"model.layers.0.{n}_layernorm.weight": 1 + draw(32) for n in ("input", "post_attention")}
-    shards = {"a.safetensors": {"model.embed_tokens.weight": draw(500, 32)}, "b.safetensors": {**block, "model.norm.weight": 1 + draw(32), "lm_head.weight": draw(500, 32)}}
+    shards = {
+        "a.safetensors": {"model.embed_tokens.weight": draw(500, 32)},
+        "b.safetensors": {**block, "model.norm.weight": 1 + draw(32), "lm_head.weight": draw(500, 32)},
+    }
     for name, state in shards.items():
         save_file(state, tmp_path / name)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {k: name for name, s in shards.items() for k in s}}))
@@ -116,7 +127,7 @@ def test_a_sharded_decoder(tmp_path):
     found = embedding.embed(tmp_path, model, gradients=tmp_path / "grads")
     assert torch.equal(found.values, value[0])
     written = {name: t for shard in shards for name, t in load_file(tmp_path / "grads" / shard).items()}
-    for (name,), w, g in ((n, w, g) for n, w, g in zip(network.origin.tensors, network.weights, weights) if n):
+    for (name,), g in ((n, g) for n, g in zip(network.origin.tensors, weights) if n):
         assert torch.equal(written[name].flatten().sort().values, g.flatten().sort().values) and written[name].any(), name
     assert (tmp_path / "grads" / "model.safetensors.index.json").exists()
 
@@ -147,7 +158,9 @@ def test_memory_is_that_of_a_few_panels(tmp_path, backward):
     size = path.stat().st_size
     gradients = str(tmp_path / "g.safetensors") if backward else ""
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
-    done = subprocess.run([sys.executable, "-c", PEAK, str(path), gradients, repr(layout), str(small)], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(path), gradients, repr(layout), str(small)], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-1500:]
     assert size > 32 << 20 and int(done.stdout) < size * (0.5 if backward else 0.3), f"{int(done.stdout) >> 20} MiB"
 
@@ -231,8 +244,6 @@ def test_broken_files_are_named_before_anything_is_computed(tmp_path, monkeypatc
     path.write_bytes(data[:20] + bytes([data[20] ^ 0x40]) + data[21:])
     with pytest.raises(CheckpointError):
         embedding.embed(path, reader())
-    values = bytearray(data)
-    values[-4:] = b"\x00\x00\xc0\x7f"  # NaN in the last bias or weight
     state = load_file(checkpoint(tmp_path))
     state["2.weight"][3, 4] = float("inf")
     save_file(state, path)
@@ -281,7 +292,12 @@ def test_command(tmp_path, capsys):
 
     path = checkpoint(tmp_path)
     status, out, _ = ngk(path, "--out", tmp_path / "e.json", "--budget", "1GiB")
-    assert status == 0 and "result: " in out and "peak of the process" in out and len(json.loads((tmp_path / "e.json").read_text())["values"]) == 10
+    assert (
+        status == 0
+        and "result: " in out
+        and "peak of the process" in out
+        and len(json.loads((tmp_path / "e.json").read_text())["values"]) == 10
+    )
     status, _, err = ngk(path, "--budget", "1KiB")
     assert status == 1 and "expected a budget of at least" in err
     status, _, err = ngk(path, "--model", "ng-t")

@@ -80,7 +80,9 @@ def _open_gradients(network: Network, stored: dict[str, Stored], files: dict[str
     used = [name for names in network.origin.tensors for name in names]
     twice = sorted({name for name in used if used.count(name) > 1})
     if twice:
-        raise NotImplementedError(f"{op}: expected every tensor to be the weights of one block, got {twice[0]!r} twice; pass gradients=None")
+        raise NotImplementedError(
+            f"{op}: expected every tensor to be the weights of one block, got {twice[0]!r} twice; pass gradients=None"
+        )
     if len(files) > 1:
         path.mkdir(parents=True, exist_ok=True)
     else:

@@ -93,7 +93,11 @@ def page(settings: Settings, results: Sequence[Largest], rows: Sequence[dict[str
     device, versions = last["machine"], last["versions"]
     commits = sorted({row["git"][:9] + ("+" if row["git"].endswith("+") else "") for row in rows})
     projected = any(result.row is not None and result.row["outcome"] == "projected" for result in results)
-    note = f"\n{PROJECTED.strip()}: a step of so many seconds was not run; the peak is the planner's, the time that of smaller networks carried on." if projected else ""
+    note = (
+        f"\n{PROJECTED.strip()}: a step of so many seconds was not run; the peak is the planner's, the time that of smaller networks carried on."
+        if projected
+        else ""
+    )
     sizes = "published sizes" if settings.parameters is None else f"widths for about {settings.parameters:,} parameters"
     return f"""# The largest input network that trains
 
