@@ -26,6 +26,7 @@ from benchmarks.memory import MALLOC
 from neural_graphs.report.process import held_bytes
 
 GIB = 1 << 30
+FILES = Path(tempfile.gettempdir()) / "ngk-large"
 CHUNK = 1 << 24  # numbers that are drawn at a time
 STEP = (2, 7072, 14144, 3)  # 1e8 edges
 CHECKPOINT = (4096, 17000, 17000, 17000, 17000, 4096)  # 1e9
@@ -164,7 +165,7 @@ def main(
     runs: Annotated[str, typer.Option(help=f"Some of {', '.join(RUNS)}.")] = "train-1e8,train-1e8-weight-grads,stream-1e9,plan-7b",
     folder: Annotated[
         Path, typer.Option(help="Where files go: 2 GB for stream-1e9. What is there already is used, and an interrupted run goes on.")
-    ] = Path(tempfile.gettempdir()) / "ngk-large",
+    ] = FILES,
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 4,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     request: Annotated[str, typer.Option("--child", hidden=True)] = "",
