@@ -43,6 +43,7 @@ class Journal:
 
     def __enter__(self) -> Journal:
         self.number, self.stage, self.replayed = -1, -1, 0
+        self.continued = any(self.folder.glob("*.pt"))
         _open.append(self)
         return self
 
@@ -99,6 +100,16 @@ class Journal:
         part = path.with_name(path.name + ".part")
         write(part)
         os.replace(part, path)
+
+
+def is_open() -> bool:
+    """Whether what is done now may be continued by another run."""
+    return bool(_open)
+
+
+def is_continued() -> bool:
+    """Whether this run continues another."""
+    return bool(_open) and _open[-1].continued
 
 
 def kept(name: str, implementation: Callable) -> Callable:

@@ -20,7 +20,7 @@ import torch
 
 from . import backends, journal
 
-CHUNK = 1 << 22  # bytes that are looked at or added at a time
+CHUNK = 1 << 20  # bytes that are looked at or added at a time
 _files: dict[int, MappedFile] = {}  # by the address where each begins
 _starts: list[int] = []
 
@@ -60,14 +60,14 @@ class MappedFile:
         _files[self.begin] = self
         bisect.insort(_starts, self.begin)
 
-    def close(self) -> None:
-        """From now on, pages stay. Tensors remain valid."""
+    def close(self, finished: bool = True) -> None:
+        """From now on, pages stay. Tensors remain valid. `finished`: gradients are complete; what an interrupted run needs may go."""
         if self.begin in _files:
             torch.ops.ngkernels_C.map_pages(self.bytes, False)
             del _files[self.begin]
             _starts.remove(self.begin)
             if self.gradients is not None:
-                self.gradients.close()
+                self.gradients.close(finished)
 
     def view(self, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor of `shape` whose values begin at byte `begin`."""
@@ -108,11 +108,14 @@ class Gradients:
     """
 
     def __init__(self, source: MappedFile, path: Path):
-        size = source.bytes.numel()
+        size, scratch = source.bytes.numel(), path.with_name(path.name + ".next")
+        if not journal.is_continued():  # all zeros
+            path.unlink(missing_ok=True)
+            scratch.unlink(missing_ok=True)
         _check_room(path, 2 * size)
         self.source, self.sums = source, MappedFile(path, size)
         try:
-            self.next = MappedFile(path.with_name(path.name + ".next"), size)
+            self.next = MappedFile(scratch, size)
         except OSError:
             self.sums.close()
             raise
@@ -131,11 +134,12 @@ class Gradients:
         journal.once(new, [a.copy_ for a, _ in parts], lambda k: [drop(t) for t in parts[k]])
         self.seen.add(at)
 
-    def close(self) -> None:
-        """The file of sums stays, the other goes."""
+    def close(self, finished: bool) -> None:
+        """The file of sums stays; the other goes, unless the next run continues with it."""
         self.sums.close()
         self.next.close()
-        self.next.path.unlink(missing_ok=True)
+        if finished or not journal.is_open():
+            self.next.path.unlink(missing_ok=True)
 
 
 def find(t: torch.Tensor) -> MappedFile | None:

@@ -194,7 +194,7 @@ def test_every_place_of_interruption(tmp_path, monkeypatch):
         monkeypatch.setattr(Journal, "_write", staticmethod(counted))
         while True:
             model.zero_grad(set_to_none=True)
-            left[0] = 3
+            left[0] = 1
             runs += 1
             try:
                 found = embedding.embed(path, model, tmp_path / "g.safetensors", tmp_path / "state")

@@ -42,6 +42,7 @@ def stream_safetensors(
     op = "stream_safetensors"
     stored = read_headers(path, op)
     files = {name: MappedFile(name) for name in sorted({place.file for place in stored.values() if place.end > place.begin})}
+    finished = False
     try:
         state = {name: _view(files, place, op, name) for name, place in stored.items()}
         network = from_state_dict(state, reverse, _heads(path, state, num_heads, op), "parallel", op)
@@ -49,9 +50,10 @@ def stream_safetensors(
             _open_gradients(network, stored, files, Path(gradients), op)
         check_values(network, files, op)
         yield network
+        finished = True
     finally:
         for file in files.values():
-            file.close()
+            file.close(finished)
 
 
 def _view(files: dict[str, MappedFile], place: Stored, op: str, name: str) -> torch.Tensor:

@@ -59,12 +59,9 @@ def embed(
     Raises:
         CheckpointError, OSError, NotImplementedError: see build.stream_safetensors. ValueError: `state` is of another computation.
     """
-    journal = (
-        None
-        if state is None
-        else Journal(state, {**fingerprint(path, model), "gradients": None if gradients is None else os.fspath(gradients)})
-    )
-    with stream_safetensors(path, gradients, model.reverse_blocks, num_heads) as network, journal or contextlib.nullcontext():
+    identity = {**fingerprint(path, model), "gradients": None if gradients is None else os.fspath(gradients)}
+    journal = None if state is None else Journal(state, identity)
+    with journal or contextlib.nullcontext(), stream_safetensors(path, gradients, model.reverse_blocks, num_heads) as network:
         with torch.set_grad_enabled(gradients is not None):
             found = model.forward_graph(network.graph, network.weights, [b.float() for b in network.biases])
             if gradients is not None:
