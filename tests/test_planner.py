@@ -44,7 +44,7 @@ POLICY = {"ng-gnn-hybrid": "hybrid", "ng-gnn-store": "store", "ng-gnn-every2": "
     [
         ("ng-gnn", 1024, True), ("ng-gnn-hybrid", 256, False), ("ng-t-edges", 256, False),
         *(pytest.param(*p, marks=pytest.mark.slow) for p in (
-            ("ng-gnn", 1024, False), ("ng-gnn", 1024, True), ("ng-gnn-store", 256, True), ("ng-gnn-every2", 256, False), ("ng-t", 256, True)
+            ("ng-gnn", 1024, False), ("ng-gnn-store", 256, True), ("ng-gnn-every2", 256, False), ("ng-t", 256, True)
         )),
     ],
 )  # fmt: skip
