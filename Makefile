@@ -7,10 +7,11 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-full demo bench lint format wheel clean distclean FORCE
+.PHONY: help venv build test test-full gpu gpu-long demo bench lint format wheel clean distclean FORCE
 
 PYTHON ?= python3
 VENV ?= .venv
+OUT ?= out/gpu
 LIBRARY := ngkernels/_C.abi3.so
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
@@ -74,6 +75,12 @@ endef
 
 lint: build  ## check Python with ruff
 	$(PY) -m ruff check .
+
+gpu: build  ## on a machine with a GPU: tests of the Triton kernels, compute-sanitizer, timings; logs into $(OUT)
+	@PY="$(PY)" OUT="$(OUT)" benchmarks/gpu.sh
+
+gpu-long: build  ## the same with the whole matrix of tests and of timings
+	@LONG=1 PY="$(PY)" OUT="$(OUT)" benchmarks/gpu.sh
 
 demo: build  ## the main job, small: real images, INRs, neural graphs, training with fused kernels, report and plots
 	$(BIN)ngk demo

@@ -7,12 +7,12 @@ import importlib
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 OPS = ("aggregate", "attend", "readout", "checkpoint", "node_map")
 BACKENDS = ("reference", "cpp", "triton", "cuda")
-_NOT_BUILT = {"triton": "the Triton kernels are not built yet", "cuda": "the CUDA kernels are not built yet"}
 
 _forced: list[str] = []
 _load_error: str | None = None
@@ -32,6 +32,22 @@ def _library() -> str | None:
     return _load_error
 
 
+def _triton(device: torch.device | None) -> str | None:
+    """None when the Triton kernels run on `device` (None: on some device of this machine), else the reason why not."""
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton is not there ({error}); install with: pip install triton"
+    if triton.knobs.runtime.interpret:
+        return None if device is None or device.type == "cpu" else f"TRITON_INTERPRET=1 is set: its interpreter runs on cpu tensors, got {device}"
+    if device is not None and device.type != "cuda":
+        return f"it runs on cuda tensors (on cpu tensors in a process with TRITON_INTERPRET=1 only), got {device}"
+    if not torch.cuda.is_available():
+        return "no CUDA device is there; a process with TRITON_INTERPRET=1 runs its kernels on cpu tensors, slowly"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"it needs compute capability 8.0 or newer, the device has {capability[0]}.{capability[1]}"
+
+
 def why_not(backend: str, device: torch.device | None = None) -> str | None:
     """None when `backend` can run on `device`, else the reason why not."""
     if backend == "reference":
@@ -40,12 +56,19 @@ def why_not(backend: str, device: torch.device | None = None) -> str | None:
         if device is not None and device.type != "cpu":
             return f"it runs on cpu tensors, got {device}"
         return _library()
-    return _NOT_BUILT[backend]
+    if backend == "cuda":
+        return "the CUDA kernels are not built yet"
+    return _triton(device)
 
 
 def availability() -> dict[str, dict[str, str | None]]:
     """For each op and backend: None when it runs on this machine, else the reason why not."""
     return {op: {b: why_not(b) for b in BACKENDS} for op in OPS}
+
+
+def tiles_path() -> Path:
+    """The file of measured tile sizes (python -m ngkernels.tune): NGKERNELS_TILES, else in the user's cache folder."""
+    return Path(os.environ.get("NGKERNELS_TILES") or Path.home() / ".cache" / "ngkernels" / "tiles.json")
 
 
 def isa() -> str:
@@ -96,11 +119,13 @@ def choose(op: str, device: torch.device) -> int:
             table = "; ".join(f"{b}: {why_not(b, device) or 'runs'}" for b in BACKENDS)
             raise NotImplementedError(f"{op}: backend {forced!r} was forced but {reason} ({table})")
         return BACKENDS.index(forced)
-    if device.type == "cpu":
-        reason = _library()
-        if reason is None:
-            return BACKENDS.index("cpp")
-        if not _warned:
-            _warned = True
-            warnings.warn(f"ngkernels runs on its reference backend, slowly and with [E, d] tensors: {reason}", RuntimeWarning, stacklevel=3)
+    best = {"cpu": "cpp", "cuda": "triton"}.get(device.type)
+    if best is None:
+        return BACKENDS.index("reference")
+    reason = why_not(best, device)
+    if reason is None:
+        return BACKENDS.index(best)
+    if not _warned:
+        _warned = True
+        warnings.warn(f"ngkernels runs on its reference backend, slowly and with [E, d] tensors: {reason}", RuntimeWarning, stacklevel=3)
     return BACKENDS.index("reference")

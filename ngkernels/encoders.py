@@ -28,7 +28,7 @@ class Fourier:
 
     frequencies b [m, C] (frozen), weight [D, 2m], bias [D]. With one channel the map w -> e0 is tabulated
     (float32; float64 evaluates it directly): quintic Hermite on a grid of step 2^-k, built from `frequencies` in float64;
-    `table_range` is the largest |w| in the table (None: measured; under torch.compile, 2.0), `step` is k (None: from
+    `table_range` is the largest |w| in the table (None: measured; under torch.compile and on GPUs, 2.0), `step` is k (None: from
     the frequencies, which reads them: give it under torch.compile, or every edge is evaluated directly).
 
     Reference: Tancik et al., NeurIPS 2020, as used by Kofinas et al., ICLR 2024.
@@ -151,8 +151,9 @@ def _extremes(w: torch.Tensor):
 
 
 def measured_range(weights: tuple[torch.Tensor, ...], affine) -> float | None:
-    """The largest |scale w + shift|; None where that is not finite, under torch.compile and in plans."""
-    if torch.compiler.is_compiling() or weights[0].is_meta:
+    """The largest |scale w + shift|; None where that is not finite, under torch.compile, in plans, and on GPUs, which would have to be
+    waited for."""
+    if torch.compiler.is_compiling() or weights[0].is_meta or weights[0].is_cuda:
         return None
     scale, shift = affine or ((1.0,) * len(weights), (0.0,) * len(weights))
     ends = [(_extremes(w), a, c) for w, a, c in zip(weights, scale, shift, strict=True) if w.numel()]

@@ -284,10 +284,8 @@ class _Builder:
         xs = [(x if x.dtype == self.dtype else x.to(self.dtype)).contiguous() for x in self.xs]
         weights = [self.edges.weights[k] for k in self.topology.used_weights]
         carriers = list(self.carriers) if self.edges.graph.packed else [self.carriers[k] for k in self.topology.used_blocks if self.carriers]
-        topology = self.topology.table  # a plan (device meta) reads it
-        if topology.device != self.table.device and not self.table.is_meta:
-            topology = topology.to(self.table.device)
-        return Expression(weights, xs, self.fold.leaves, self.table, carriers, topology, program)
+        # The topology stays on the host: backends read it there, and keep what they need of it on their device.
+        return Expression(weights, xs, self.fold.leaves, self.table, carriers, self.topology.table, program)
 
 
 def _float_bits(value: float) -> int:

@@ -29,6 +29,11 @@ import torch  # noqa: E402
 
 from ngkernels import backends  # noqa: E402
 
+if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in DECLARED:
+    from interpreter import quicken  # noqa: E402
+
+    quicken()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--mutants", action="store_true", help="also the seeded bugs of the C++ kernels, each compiled apart (some minutes)")

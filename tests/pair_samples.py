@@ -11,7 +11,7 @@ import torch
 from oracle import Network, mlp
 from sample import Sample, Tensors, frequencies, pairs, weights_of
 from sample import leaves as leaves_of_edges
-from samples import cast, edge_state, graph_of, head, message_of, remember, run
+from samples import cast, device_of, edge_state, graph_of, head, message_of, remember, run
 
 import ngkernels as ngk
 
@@ -193,11 +193,12 @@ def oracle(s: PairSample, t: Tensors, low: bool = False) -> list[torch.Tensor]:
 
 # ---- outputs and gradients ----
 def run_engine(s: PairSample, t: Tensors, backend: str, wanted: set[str] | None = None, autocast: torch.dtype | None = None) -> Tensors:
-    """With `autocast`, the forward alone runs under it, as PyTorch asks."""
+    """On the backend's device. With `autocast`, the forward alone runs under it, as PyTorch asks."""
+    device = device_of(backend)
 
     def forward(live: Tensors) -> list[torch.Tensor]:
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            return engine(s, live)
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            return [o.cpu() for o in engine(s, {name: v.to(device) for name, v in live.items()})]
 
     with ngk.use_backend(backend):
         return run(forward, t, wanted)

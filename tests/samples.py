@@ -49,7 +49,7 @@ def edge_state(s: Sample, t: Tensors, graph: ngk.NeuralGraph | None = None) -> n
         encoder = encoders.Linear(t["encoder.weight"], t["encoder.bias"], s.reciprocal)
     else:
         encoder = encoders.Fourier(
-            frequencies(s, t["encoder.weight"].dtype),
+            frequencies(s, t["encoder.weight"].dtype).to(t["encoder.weight"].device),
             t["encoder.weight"],
             t["encoder.bias"],
             s.reciprocal,
@@ -172,15 +172,20 @@ def run(f: Callable[[Tensors], list[torch.Tensor]], t: Tensors, wanted: set[str]
     return result
 
 
+def device_of(backend: str) -> str:
+    return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def engine_on(backend: str, s: Sample, t: Tensors, autocast: torch.dtype | None = None) -> list[torch.Tensor]:
+    """`engine` on the backend's device, there and back."""
+    device = device_of(backend)
+    with ngk.use_backend(backend), torch.autocast(device, autocast, enabled=autocast is not None):
+        return [o.cpu() for o in engine(s, {name: v.to(device) for name, v in t.items()})]
+
+
 def run_engine(s: Sample, t: Tensors, backend: str, wanted: set[str] | None = None, autocast: torch.dtype | None = None) -> Tensors:
     """With `autocast`, the forward alone runs under it, as PyTorch asks."""
-
-    def forward(live: Tensors) -> list[torch.Tensor]:
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            return engine(s, live)
-
-    with ngk.use_backend(backend):
-        return run(forward, t, wanted)
+    return run(lambda live: engine_on(backend, s, live, autocast), t, wanted)
 
 
 def run_oracle(s: Sample, t: Tensors, low: bool = False) -> Tensors:

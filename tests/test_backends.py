@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from ngkernels import backends
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
-REASON = {"triton": "not built yet", "cuda": "not built yet"}
+REASON = {name: reason for name in backends.BACKENDS if (reason := backends.why_not(name, torch.device("cpu")))}  # of what cannot run here
 
 
 # ---- instruction sets ----
@@ -170,7 +171,7 @@ def test_unknown_backends_are_refused(name):
 
 @pytest.mark.parametrize("name", sorted(REASON))
 def test_an_unavailable_backend_lists_the_reasons_of_all(name: str):
-    text = f"backend '{name}' was forced but .*{REASON[name]}.*reference: runs; cpp: .*; triton: .*; cuda: "
+    text = f"backend '{name}' was forced but {re.escape(REASON[name])}.*reference: runs; cpp: .*; triton: .*; cuda: "
     with ngk.use_backend(name):
         for call in (
             lambda: engine(PLAIN.but("a", head=0), leaves(PLAIN)),
@@ -184,7 +185,24 @@ def test_an_unavailable_backend_lists_the_reasons_of_all(name: str):
 def test_availability_names_every_op_and_backend():
     table = backends.availability()
     assert set(table) == set(backends.OPS) and all(set(row) == set(backends.BACKENDS) for row in table.values())
-    assert all(row["reference"] is None and REASON["triton"] in row["triton"] for row in table.values())
+    assert all(row["reference"] is None and "not built yet" in row["cuda"] for row in table.values())
+    assert len({row["triton"] for row in table.values()}) == 1
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_triton_needs_a_gpu_that_it_compiles_for(capability: tuple[int, int], runs: bool, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed, and this run does not declare its backend")
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = backends.why_not("triton", torch.device("cuda"))
+    assert reason is None if runs else "it needs compute capability 8.0 or newer, the device has 7.5" in reason
+    assert "it runs on cuda tensors" in backends.why_not("triton", torch.device("cpu"))
+
+
+def test_without_triton_the_reason_is_kept(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "Triton is not there" in backends.why_not("triton") and "pip install triton" in backends.why_not("triton", torch.device("cuda"))
 
 
 STEP = """
@@ -211,8 +229,8 @@ def test_the_environment_forces_a_backend(name: str):
 
 
 def test_the_environment_never_falls_back():
-    done = in_a_process(NGKERNELS_BACKEND="triton")
-    assert done.returncode and "NotImplementedError: aggregate: backend 'triton' was forced but" in done.stderr
+    done = in_a_process(NGKERNELS_BACKEND="cuda")
+    assert done.returncode and "NotImplementedError: aggregate: backend 'cuda' was forced but" in done.stderr
     done = in_a_process(NGKERNELS_BACKEND="fortran")
     assert done.returncode and "ValueError" in done.stderr and "expected one of reference, cpp, triton, cuda, got 'fortran'" in done.stderr
 

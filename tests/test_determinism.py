@@ -10,7 +10,7 @@ import torch
 from compare import assert_bitwise
 from oracle import Network, mlp
 from sample_list import LOOPS, PLAIN, RESIDUAL, SPARSE_UNEQUAL, UNEQUAL, UNEQUAL_REVERSED
-from samples import Sample, Tensors, cast, coefficients, edge_state, engine, leaves, message_of, named, run_engine
+from samples import Sample, Tensors, cast, coefficients, edge_state, engine_on, leaves, message_of, named, run_engine
 
 import ngkernels as ngk
 
@@ -64,7 +64,7 @@ def test_the_reference_is_deterministic(one_thread):
 
 
 # ---- alone or in a batch ----
-def alone(sample: Sample, t: Tensors, batch: Tensors, network: int, copy: int) -> tuple[Tensors, Tensors]:
+def alone(sample: Sample, t: Tensors, batch: Tensors, network: int, copy: int, backend: str = "cpp") -> tuple[Tensors, Tensors]:
     """One network of a batch by itself, its outputs and gradients; and the batch's rows of the same."""
     nets = sample.networks
     net = nets[network]
@@ -75,8 +75,7 @@ def alone(sample: Sample, t: Tensors, batch: Tensors, network: int, copy: int) -
     own = {name: v[rows] if name.startswith("x") else v for name, v in t.items() if not name.startswith("weights.")}
     own.update({f"weights.{k}": t[f"weights.{first + k}"][one] for k in range(len(net.blocks))})
     live = {name: v.clone().requires_grad_() for name, v in own.items()}
-    with ngk.use_backend("cpp"):
-        out = engine(replace(sample, networks=(replace(net, copies=1),)), live)
+    out = engine_on(backend, replace(sample, networks=(replace(net, copies=1),)), live)
     weighted = coefficients([v for name, v in batch.items() if name.startswith("out.")])
     parts = [out[0] * weighted[0][rows], *(o * weighted[1 + outputs + k][one] for k, o in enumerate(out[1:]))]
     local = [name for name in live if name.startswith(("weights.", "x"))]

@@ -10,6 +10,7 @@ from functools import partial
 
 import mutants
 import mutants_cpp
+import mutants_triton
 import pair_list
 import pytest
 import test_aggregate
@@ -110,3 +111,21 @@ def test_every_bug_of_the_kernels_is_caught(patch: mutants_cpp.Patch, workshop: 
     done = workshop.test()
     assert done.returncode != 0, "the tests passed"
     assert done.returncode < 0 or " failed" in done.stdout, done.stdout[-3000:]  # a crash, or an assertion
+
+
+@pytest.fixture(scope="session")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> mutants_triton.Copy:
+    """A copy of the project whose Triton kernels can be broken; as it is, its tests pass."""
+    pytest.importorskip("triton", reason="Triton is not installed, and this run does not declare its backend")
+    copy = mutants_triton.Copy(tmp_path_factory.mktemp("triton"))
+    done = copy.test(None)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return copy
+
+
+@pytest.mark.mutants
+@pytest.mark.parametrize("patch", mutants_triton.PATCHES, ids=lambda p: p.name)
+def test_every_bug_of_the_triton_kernels_is_caught(patch: mutants_cpp.Patch, copied: mutants_triton.Copy):
+    done = copied.test(patch)
+    assert done.returncode != 0, "the tests passed"
+    assert " failed" in done.stdout, done.stdout[-3000:]

@@ -19,14 +19,19 @@ SCHEMA = "Tensor[] weights, Tensor[] xs, Tensor[] params, Tensor table, Tensor[]
 library = torch.library.Library("ngkernels", "DEF")
 
 
+LOW, TF32 = 1, 8  # bits of the `compute` argument; between them the backend
+
+
 def compute_mode(backend: int) -> int:
-    """The `compute` argument: the backend, and whether bf16 operands are allowed (autocast to bfloat16)."""
+    """The `compute` argument: the backend, and whether matrix products may round their operands to bfloat16 (autocast
+    to it) or to tf32 (on GPUs, where PyTorch's own products may)."""
     low = any(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) is torch.bfloat16 for d in ("cpu", "cuda"))
-    return int(low) + 2 * backend
+    gpu = backends.BACKENDS[backend] in ("triton", "cuda")
+    return LOW * low + 2 * backend + TF32 * (gpu and torch.get_float32_matmul_precision() != "highest")
 
 
 def backend_of(compute: int) -> str:
-    return backends.BACKENDS[compute >> 1]
+    return backends.BACKENDS[compute >> 1 & 3]
 
 
 def split_shapes(shapes: list[int]) -> list[list[int]]:

@@ -172,7 +172,8 @@ def node_map(
         ValueError: shapes that do not fit, an unknown activation or norm. NotImplementedError: a forced backend that cannot run.
 
     Note: kept for backward: the arguments, and two numbers a segment; y is computed again, some rows at a time. Sums over rows have one
-        order: bitwise the same for any number of threads. Never rounded to bfloat16. Double backward works.
+        order: bitwise the same for any number of threads. Never rounded to bfloat16. Double backward works. On GPUs (backend "triton") it is
+        PyTorch's own operations: nodes are few.
 
     Reference: Corso et al., NeurIPS 2020 (PNA).
     """

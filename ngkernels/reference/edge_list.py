@@ -59,7 +59,7 @@ class EdgeList:
         n_src, n_dst, kind = row["n_src"], row["n_dst"], KINDS[row["kind"]]
         device = self.like.device
         if kind == SPARSE:
-            return read_lists(self.topology[row["lists"] :], row["count"])
+            return tuple(t.to(device) for t in read_lists(self.topology[row["lists"] :], row["count"]))
         if kind == DIAGONAL:
             return torch.arange(n_src, device=device), torch.arange(n_src, device=device)
         if kind == TRIANGLE:

@@ -1,0 +1,164 @@
+"""Training steps on a GPU: the Triton kernels beside the published baselines, eager and compiled, in one run.
+
+`python -m benchmarks.gpu` appends one record for each measurement to results/<device>/gpu.jsonl: raw times of single steps by CUDA
+events, peak bytes of the allocator, what was measured and on what. Before anything is timed its logits must agree with the oracle's in
+float64. Nothing is estimated; a provider that fails is written down with its error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor, nn
+
+import ngkernels as ngk
+from benchmarks import machine, records
+from benchmarks.cases import Case
+from benchmarks.models import MODELS, Model
+from benchmarks.providers import PROVIDERS, Provider, Runner
+
+LIMITS = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # relative error of logits against float64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of a model: layouts, a few of them for a first look, and its rivals."""
+
+    model: Model
+    layouts: str
+    quick: str
+    rivals: tuple[str, ...]
+
+
+PLANS = (
+    Plan(MODELS["ng-gnn"], "2x32x32x3@64,2x32x32x3@4096,2x256x512x3,2x1024x2048x3,2x4096x8192x3", "2x32x32x3@64,2x256x512x3", ("pyg-tuned", "pyg-tuned-compile")),
+    Plan(MODELS["ng-t"], "2x32x32x1@16,2x64x128x3,2x256x512x3", "2x32x32x1@16", ("dense", "dense-compile")),
+)
+
+
+@dataclass(frozen=True)
+class Contender:
+    provider: Provider
+    precision: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.provider.name}-{self.precision}"
+
+
+TRITON = Provider("ngk-triton", "ngkernels, Triton kernels", backend="triton")
+
+
+def contenders(plan: Plan, quick: bool) -> list[Contender]:
+    """Every provider in every precision; for a first look the Triton kernels in each, rivals in one."""
+    found = [Contender(TRITON, precision) for precision in LIMITS]
+    return found + [Contender(PROVIDERS[name], precision) for precision in (["tf32"] if quick else LIMITS) for name in plan.rivals]
+
+
+def step_of(model: Model, contender: Contender, case: Case, oracle: nn.Module, device: torch.device) -> Callable[[], Tensor]:
+    """A training step (forward, cross-entropy, backward, weight gradients included) that gives the logits."""
+    runner = Runner(model, contender.provider, case, oracle)
+    runner.model.to(device)
+    weights, biases, labels = case.inputs()
+    weights = [w.to(device).requires_grad_() for w in weights]
+    biases, labels = [b.to(device) for b in biases], labels.to(device)
+    low = contender.precision == "bf16"
+
+    def step() -> Tensor:
+        torch.set_float32_matmul_precision("high" if contender.precision == "tf32" else "highest")
+        runner.model.zero_grad(set_to_none=True)
+        for w in weights:
+            w.grad = None
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            logits = runner.call(weights, biases)
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+        loss.backward()
+        return logits.detach()
+
+    def forced() -> Tensor:
+        with ngk.use_backend(contender.provider.backend) if contender.provider.ours else contextlib.nullcontext():
+            return step()
+
+    return forced
+
+
+def truth(model: Model, case: Case, oracle: nn.Module, device: torch.device) -> Tensor:
+    """Logits of the oracle in float64."""
+    name = PLANS[[p.model for p in PLANS].index(model)].rivals[0]
+    baseline = Runner(model, replace(PROVIDERS[name], compiled=False), case, oracle).model.double().to(device)
+    weights, biases, _ = case.inputs()
+    with torch.no_grad():
+        return baseline([w.double().to(device) for w in weights], [b.double().to(device) for b in biases])
+
+
+def timed(step: Callable[[], Tensor], device: torch.device, samples: int) -> tuple[list[float], int]:
+    """Seconds of single steps after three to warm up, and the peak of allocated bytes in one."""
+    for _ in range(3):
+        step()
+    torch.cuda.reset_peak_memory_stats(device)
+    seconds = []
+    for _ in range(samples):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return seconds, torch.cuda.max_memory_allocated(device)
+
+
+def measure(model: Model, contender: Contender, case: Case, oracle: nn.Module, true: Tensor | None, device: torch.device, samples: int) -> dict:
+    """One measurement, or the error that prevented it."""
+    found = {"model": model.name, "contender": contender.name, "precision": contender.precision, "layout": list(case.layout), "batch": case.batch, "edges": case.edges}
+    try:
+        step = step_of(model, contender, case, oracle, device)
+        logits = step()
+        if true is not None:
+            error = ((logits.double() - true).norm() / true.norm()).item()
+            found["error"] = error
+            if not error <= LIMITS[contender.precision]:
+                raise RuntimeError(f"gate: expected a relative error of at most {LIMITS[contender.precision]}, got {error}")
+        seconds, peak = timed(step, device, samples)
+        found |= {"seconds": seconds, "median": statistics.median(seconds), "peak_bytes": peak}
+    except Exception as reason:  # written down, so that nothing is missing without a word
+        found["failed"] = f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0][:300]}"
+    finally:
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+    return found
+
+
+def main(
+    samples: Annotated[int, typer.Option(help="Steps timed of each.")] = 20,
+    quick: Annotated[bool, typer.Option("--quick", help="A few layouts, rivals in one precision.")] = False,
+) -> None:
+    """Measures every contender on every layout, one after the other, and appends the results."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("a CUDA device is needed, and there is none")
+    device, run, lines = torch.device("cuda"), records.new_run(), []
+    properties = torch.cuda.get_device_properties(device)
+    place = {"slug": machine.slug(properties.name), "model": properties.name, "capability": [properties.major, properties.minor], "memory_bytes": properties.total_memory}
+    for plan in PLANS:
+        for text in (plan.quick if quick else plan.layouts).split(","):
+            case = Case.parse(text)
+            oracle = plan.model.new_oracle(case)
+            true = truth(plan.model, case, oracle, device) if plan.model.oracle_bytes(case) < 8 << 30 else None
+            for contender in contenders(plan, quick):
+                found = measure(plan.model, contender, case, oracle, true, device, samples)
+                records.append("gpu", run, {**found, "device": place})
+                result = found.get("failed") or f"{found['median'] * 1e3:10.3f} ms {found['peak_bytes'] / 2**20:8.0f} MiB"
+                lines.append(f"{plan.model.name:8} {case.label:24} {contender.name:24} {result}")
+                typer.echo(lines[-1])
+    failures = sum("failed" in line or "Error" in line for line in lines)
+    if failures:
+        raise SystemExit(f"{failures} not measured, reasons above and in benchmarks/results/{place['slug']}/gpu.jsonl")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# What a machine with a GPU can tell about the Triton kernels: what it is, tests, compute-sanitizer, timings; logs go into $OUT, timings into
+# benchmarks/results/<device>. A step that fails does not stop the next one; the exit status says whether all passed. Needs no network.
+# PY: the Python to use. LONG=1: the whole matrix of tests and of timings (hours: every sample is compiled).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PY=${PY:-python3}
+OUT=${OUT:-out/gpu}
+export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" NGKERNELS_TEST_BACKENDS=triton
+mkdir -p "$OUT"
+failed=()
+step() {
+    local name=$1
+    shift
+    echo "== $name"
+    "$@" >"$OUT/$name.txt" 2>&1 || failed+=("$name")
+    tail -n "${LINES_SHOWN:-3}" "$OUT/$name.txt"
+}
+# Tests in several processes: most of their time is compilation, which they share through Triton's cache.
+tests_of() {
+    "$PY" -m pytest -q --collect-only -p no:cacheprovider "$@" | grep '::' >"$OUT/collected" || return 1
+    xargs -d '\n' -P "$(($(nproc) / 2 + 1))" -n 4 "$PY" -m pytest -q -p no:cacheprovider <"$OUT/collected"
+}
+
+step device nvidia-smi
+step environment "$PY" -m ngkernels.env
+step device-tests tests_of -m 'not big' tests/test_triton_device.py
+step large "$PY" -m pytest -q -p no:cacheprovider -m big tests/test_triton_device.py
+sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+for tool in memcheck racecheck; do
+    step "sanitizer-$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 "$PY" -m pytest -q -p no:cacheprovider tests/test_triton_device.py -k sanitizer
+done
+if [ -n "${LONG:-}" ]; then
+    for name in aggregate readout checkpoint attend sparse random_expressions determinism; do
+        step "values-$name" tests_of -m 'not big' "tests/test_$name.py"
+    done
+    step others env NGKERNELS_TEST_BACKENDS=reference,cpp,triton "$PY" -m pytest -q -p no:cacheprovider -m 'not slow and not big'
+fi
+LINES_SHOWN=60 step timings "$PY" -m benchmarks.gpu $([ -n "${LONG:-}" ] || echo --quick)
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "failed: ${failed[*]}; see $OUT"
+    exit 1
+fi

@@ -1,0 +1,102 @@
+"""Sizes of tiles by kind of kernel and architecture: a small table, and what was measured on a device (`python -m ngkernels.tune`)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .. import backends
+from .. import program as prog
+from .lower import Lowered
+
+WIDTHS = (32, 64, 128, 1 << 30)  # classes of registers
+FIELDS = ("capability", "width", "exact", "paired", "edges", "warps")  # of a record of the file
+
+
+class Kind(NamedTuple):
+    """What the best size of a tile depends on: columns of the widest register, up to; exact products; partners evaluated too."""
+
+    width: int
+    exact: bool
+    paired: bool
+
+
+class Size(NamedTuple):
+    """Edges of a tile, warps of a program."""
+
+    edges: int
+    warps: int
+
+
+_forced: list[Size] = []
+
+
+def widest(low: Lowered) -> int:
+    """Columns of the widest register; of FiLM's, its scales alone."""
+    halved = low.start - 1 if low.combine == prog.FILM else -1
+    return max(sum(low.chunks[c][2] for c in range(s.first, s.first + s.count)) // (2 if k == halved else 1) for k, s in enumerate(low.steps))
+
+
+def kind_of(low: Lowered, precision: str) -> Kind:
+    width = widest(low)
+    return Kind(next(w for w in WIDTHS if width <= w), precision in ("ieee", "float64"), low.paired)
+
+
+def usual(kind: Kind) -> Size:
+    """Chosen by what compiles to few spilled registers and few instructions an edge for sm_80 to sm_100 (tests/test_triton_aot.py), not by
+    measurements."""
+    return Size(16, 2 if kind.width <= 32 else 4 if kind.width <= 64 and not kind.exact else 8)
+
+
+@lru_cache(maxsize=8)
+def measured(path: Path) -> dict[tuple[int, int], dict[Kind, Size]]:
+    """The records of a file, by compute capability; none where there is no file.
+
+    Raises:
+        ValueError: a file that does not hold them.
+    """
+    if not path.exists():
+        return {}
+    found: dict[tuple[int, int], dict[Kind, Size]] = {}
+    try:
+        for record in json.loads(path.read_text()):
+            (major, minor), width, exact, paired, edges, warps = (record[name] for name in FIELDS)
+            if edges not in (16, 32, 64, 128) or warps not in (1, 2, 4, 8, 16):
+                raise ValueError(f"{edges} edges and {warps} warps")
+            found.setdefault((major, minor), {})[Kind(width, exact, paired)] = Size(edges, warps)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"ngkernels: expected records of {', '.join(FIELDS)} in {path}, got {error}; write it with python -m ngkernels.tune") from error
+    return found
+
+
+def write(path: Path, capability: tuple[int, int], sizes: dict[Kind, Size]) -> None:
+    """Puts the sizes measured on one architecture beside those of others."""
+    records = [] if not path.exists() else [r for r in json.loads(path.read_text()) if tuple(r["capability"]) != capability]
+    records += [dict(zip(FIELDS, (list(capability), *kind, *size), strict=True)) for kind, size in sizes.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(json.dumps(r) for r in records) + "\n]\n")
+    measured.cache_clear()
+
+
+@contextlib.contextmanager
+def forced(size: Size) -> Iterator[None]:
+    """One size for all kernels inside the context: forward and backward must both be in it."""
+    _forced.append(size)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def size_for(low: Lowered, precision: str, device: torch.device) -> Size:
+    kind = kind_of(low, precision)
+    if _forced:
+        return _forced[-1]
+    known = measured(backends.tiles_path()).get(torch.cuda.get_device_capability(device), {}) if device.type == "cuda" else {}
+    return known.get(kind) or usual(kind)

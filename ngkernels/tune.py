@@ -1,0 +1,99 @@
+"""Measures sizes of tiles for the Triton kernels: `python -m ngkernels.tune` writes the best of each kind for the GPU at hand.
+
+Ops read the file, never write it: nothing is measured behind anybody's back. It lies at NGKERNELS_TILES, else in the user's cache folder,
+and can be copied to other machines with the same architecture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+import ngkernels as ngk
+from ngkernels import backends
+
+EDGES, WARPS, WIDTHS = (16, 32, 64), (2, 4, 8), (32, 64, 128)
+
+
+def step_of(width: int, paired: bool, device: torch.device) -> Callable[[], None]:
+    """A training step over about a million edges: messages after one update, or attention along edges after a pair update."""
+    g = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=g) / shape[-1] ** 0.5).to(device).requires_grad_()
+
+    graph = ngk.NeuralGraph.mlp([64, 512, 256] if paired else [64, 1024, 1024])
+    weights, n = [leaf(1, a, b, 1) for a, b in zip(graph.parts[0].layers, graph.parts[0].layers[1:])], graph.num_nodes
+    half = width // 2 if paired else width  # attention's registers are wider than its states
+    x, square = leaf(n, half), [leaf(half, half) for _ in range(6)]
+    edges = ngk.EdgeState(graph, weights, ngk.encoders.Linear(leaf(half, 1), leaf(half)))
+    more = {"weight_reverse": square[4], "residual": True} if paired else {}
+    edges = edges.update(x, square[0], square[1], square[2], None, square[3], None, activation="silu", **more)
+
+    def step() -> None:
+        if paired:
+            out = ngk.attend(edges, x, x, x, square[0], square[1], square[2], heads=8, over="edges")
+        else:
+            out = ngk.aggregate(edges, ngk.Message.gate(x, square[4], None, square[1], square[2]), ("mean", "max"))
+        torch.autograd.grad(out.sum(), [*weights, x, *square], allow_unused=True)
+
+    return step
+
+
+def seconds(step: Callable[[], None], repeat: int = 5) -> float:
+    """The quickest of some runs, after two to warm up; infinite where the kernels do not compile."""
+    try:
+        for _ in range(2):
+            step()
+        found = []
+        for _ in range(repeat):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            found.append(start.elapsed_time(end) / 1e3)
+        return min(found)
+    except Exception as error:
+        if "resources" not in str(error).lower():  # what a tile of this size does not have
+            raise
+        return float("inf")
+
+
+def best(candidates: Iterable, measure: Callable[[object], float]):
+    """The candidate of least time; the first among equals."""
+    return min(candidates, key=measure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=backends.tiles_path())
+    out = parser.parse_args().out
+    device = torch.device("cuda")
+    reason = backends.why_not("triton", device)
+    if reason:
+        parser.error(f"the Triton kernels do not run on a GPU here: {reason}")
+    from ngkernels._triton import sizes
+
+    found = {}
+    for width, exact, paired in itertools.product(WIDTHS, (False, True), (False, True)):
+        step = step_of(width, paired, device)
+        torch.set_float32_matmul_precision("highest")
+
+        def measure(size, step=step, exact=exact) -> float:
+            with ngk.use_backend("triton"), sizes.forced(size), torch.autocast("cuda", torch.bfloat16, enabled=not exact):
+                return seconds(step)
+
+        kind = sizes.Kind(width, exact, paired)
+        found[kind] = best([sizes.usual(kind), *map(sizes.Size._make, itertools.product(EDGES, WARPS))], measure)
+        print(f"{kind}: {found[kind]}", flush=True)
+    sizes.write(out, torch.cuda.get_device_capability(device), found)
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()

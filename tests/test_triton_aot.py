@@ -1,0 +1,64 @@
+"""Every kernel of the Triton backend compiles for every GPU it is meant for, within limits, without such a GPU being there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HAVE_TRITON = find_spec("triton") is not None
+pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed, and this run does not declare its backend")
+
+SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may use
+TENSOR_MEMORY = 512  # columns of sm_100; beyond, compilers have been seen to emit empty kernels
+SMALLEST = {"aggregate_kernel": 300, "evaluate_kernel": 200, "gradient_kernel": 600, "merge_kernel": 60, "project_kernel": 100, "node_gradient_kernel": 100, "fold_kernel": 40, "cells_kernel": 100, "attend_kernel": 400, "softmax_kernel": 60, "delta_kernel": 60}  # fmt: skip
+# Bytes that a thread may spill. Most variants spill little; the others are listed with what they need, so that a change for the worse shows.
+SPILLED, SPILLING = 256, {"layer-8": 512, "layer-2-double": 512, "width-64-exact": 768, "width-130-exact": 1024, "width-128": 512, "width-256": 1024}
+QUICK = ("layer-2", "attend-small")
+
+
+def compiled(variant: str, *capabilities: int) -> list[dict]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), str(ROOT / "tests"), env.get("PYTHONPATH", "")])
+    command = [sys.executable, "tests/aot.py", variant, *map(str, capabilities)]
+    done = subprocess.run(command, cwd=ROOT, env={**env, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(variant: str, *capabilities: int) -> None:
+    kernels = compiled(variant, *capabilities)
+    main = "evaluate_kernel" if variant.startswith("readout") else "attend_kernel" if variant.startswith("attend") else "aggregate_kernel"
+    for capability in capabilities:
+        assert {main, "gradient_kernel", "fold_kernel"} <= {k["kernel"] for k in kernels if k["capability"] == capability}
+    for k in kernels:
+        assert k["instructions"] >= SMALLEST[k["kernel"]], f"a kernel without content: {k}"
+        assert k["shared"] <= SHARED[k["capability"]] and k["tensor_memory"] <= TENSOR_MEMORY, k
+        assert k["spilled"] <= SPILLING.get(variant, SPILLED), k
+        if k["kernel"] in (main, "gradient_kernel") and "exact" not in variant and "double" not in variant:
+            assert k["mma"] > 0 or variant == "layer-1" and k["kernel"] == main, f"no matrix instructions: {k}"
+
+
+def variants() -> list:
+    if not HAVE_TRITON:
+        return []
+    names = [line.split('"')[1] for line in (ROOT / "tests" / "aot.py").read_text().splitlines() if line.startswith('    "') and ": Variant(" in line]
+    assert set(QUICK) | set(SPILLING) <= set(names)
+    return names
+
+
+@pytest.mark.parametrize("variant", QUICK)
+def test_kernels_compile_for_hopper(variant: str):
+    check(variant, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", variants())
+def test_every_variant_compiles_for_every_architecture(variant: str):
+    check(variant, *SHARED)
