@@ -77,7 +77,8 @@ def table_back(regs, g, at, to, table, table_nodes, STEP: tl.constexpr, CHUNKS: 
                 value = tl.load(table + (row * (3 * STEP[N_OUT]) + k * STEP[N_OUT])[:, None] + column[None, :], mask=mask, other=0)
                 total = total + (rise_weight(u, k) * (1 << STEP[ARG0]) * tl.sum(g[c] * value, 1))[:, None]
     total = tl.where(inside[:, None], total, float("nan") if STEP[W] < 0 else 0)
-    if STEP[W] >= 0 and tl.sum(beyond.to(tl.int32)) > 0:
-        for c in tl.static_range(STEP[COUNT]):
-            total = beyond_back(x, g[c], at, to, beyond, total, NEED, STEP, CHUNKS[STEP[FIRST] + c], PRECISION)
+    if STEP[W] >= 0:
+        if tl.sum(beyond.to(tl.int32)) > 0:
+            for c in tl.static_range(STEP[COUNT]):
+                total = beyond_back(x, g[c], at, to, beyond, total, NEED, STEP, CHUNKS[STEP[FIRST] + c], PRECISION)
     return total
