@@ -16,7 +16,8 @@ from .evaluator import PADDED, column_of, columns, live, used
 from .rows import add_rows, by_edge, row_max, row_sum, rows_of
 from .tiles import ITSELF, LOCAL_I, LOCAL_J, NODE_I, NODE_J, OK
 
-HEADS, DK, DV, GROUPS, OF_GROUP, MULTIPLY, SUMMED, DE, KEYS, VALUES, STATES = (tl.constexpr(k) for k in range(11))  # fields of lower.Heads
+# Of SHAPE, lower.Heads.flat; from CHUNKS on: of queries and keys by group, of values by group, of states.
+HEADS, DK, DV, GROUPS, OF_GROUP, MULTIPLY, SUMMED, DE, STATES, CHUNKS = (tl.constexpr(k) for k in range(10))
 LSE, DELTA, GRAD, GRAD_SUMS = (tl.constexpr(k) for k in range(4))  # of what backward has saved
 
 
@@ -40,18 +41,18 @@ def spread(p, P: tl.constexpr):
 
 @triton.jit
 def query(regs, at, nodes, g: tl.constexpr, SHARE: tl.constexpr, SHAPE: tl.constexpr):
-    return by_node(nodes[0], at[NODE_I], at[LOCAL_I], at[OK], SHAPE[KEYS][g], SHAPE[HEADS] * SHAPE[DK]) + regs[SHARE + g]
+    return by_node(nodes[0], at[NODE_I], at[LOCAL_I], at[OK], SHAPE[CHUNKS + g], SHAPE[HEADS] * SHAPE[DK]) + regs[SHARE + g]
 
 
 @triton.jit
 def key(regs, at, nodes, g: tl.constexpr, SHARE: tl.constexpr, SHAPE: tl.constexpr):
-    return by_node(nodes[1], at[NODE_J], at[LOCAL_J], at[OK], SHAPE[KEYS][g], SHAPE[HEADS] * SHAPE[DK]) + regs[SHARE + SHAPE[GROUPS] + g]
+    return by_node(nodes[1], at[NODE_J], at[LOCAL_J], at[OK], SHAPE[CHUNKS + g], SHAPE[HEADS] * SHAPE[DK]) + regs[SHARE + SHAPE[GROUPS] + g]
 
 
 @triton.jit
 def value(at, nodes, g: tl.constexpr, SHAPE: tl.constexpr):
     """v_j."""
-    return by_node(nodes[2], at[NODE_J], at[LOCAL_J], at[OK], SHAPE[VALUES][g], SHAPE[HEADS] * SHAPE[DV])
+    return by_node(nodes[2], at[NODE_J], at[LOCAL_J], at[OK], SHAPE[CHUNKS + SHAPE[GROUPS] + g], SHAPE[HEADS] * SHAPE[DV])
 
 
 @triton.jit
@@ -110,14 +111,14 @@ def join_group(partial, regs, at, nodes, seed, first, last, g: tl.constexpr, EDG
     tl.store(here + head[None, :], top, mask=exists)
     tl.store(totals, total, mask=exists)
     p = dropped(p, at, seed, g, SHAPE, DROPOUT)
-    v = spread(p, SHAPE[VALUES][g][PADDED]) * factor(value(at, nodes, g, SHAPE), regs, g, SHARE, SHAPE)
-    shrink_join(here + 2 * SHAPE[HEADS], v, spread(shrink, SHAPE[VALUES][g][PADDED]), mask, SHAPE[VALUES][g], PARTNERS, BI, BJ, SPARSE)
+    v = spread(p, SHAPE[CHUNKS + SHAPE[GROUPS] + g][PADDED]) * factor(value(at, nodes, g, SHAPE), regs, g, SHARE, SHAPE)
+    shrink_join(here + 2 * SHAPE[HEADS], v, spread(shrink, SHAPE[CHUNKS + SHAPE[GROUPS] + g][PADDED]), mask, SHAPE[CHUNKS + SHAPE[GROUPS] + g], PARTNERS, BI, BJ, SPARSE)
     if SHAPE[SUMMED]:
         for h in tl.static_range(SHAPE[OF_GROUP]):
             if g * SHAPE[OF_GROUP] + h < SHAPE[HEADS]:
                 to = here + (2 + SHAPE[DV]) * SHAPE[HEADS] + (g * SHAPE[OF_GROUP] + h) * SHAPE[DE]
-                for c in tl.static_range(len(SHAPE[STATES])):
-                    shrink_join(to, column_of(p, h) * regs[EDGE + c], column_of(shrink, h), mask, SHAPE[STATES][c], PARTNERS, BI, BJ, SPARSE)
+                for c in tl.static_range(SHAPE[STATES]):
+                    shrink_join(to, column_of(p, h) * regs[EDGE + c], column_of(shrink, h), mask, SHAPE[CHUNKS + 2 * SHAPE[GROUPS] + c], PARTNERS, BI, BJ, SPARSE)
 
 
 @triton.jit
@@ -149,9 +150,9 @@ def from_sums(s, regs, w, saved, row, ok, state, g: tl.constexpr, EDGE: tl.const
         if g * SHAPE[OF_GROUP] + h < SHAPE[HEADS]:
             along = tl.zeros((s.shape[0], 1), s.dtype)
             new = ()
-            for c in tl.static_range(len(SHAPE[STATES])):
+            for c in tl.static_range(SHAPE[STATES]):
                 place = (row * SHAPE[HEADS] + (g * SHAPE[OF_GROUP] + h)) * SHAPE[DE]
-                grad = tl.load(saved[GRAD_SUMS] + place[:, None] + columns(SHAPE[STATES][c])[None, :], mask=live(ok, SHAPE[STATES][c]), other=0)
+                grad = tl.load(saved[GRAD_SUMS] + place[:, None] + columns(SHAPE[CHUNKS + 2 * SHAPE[GROUPS] + c])[None, :], mask=live(ok, SHAPE[CHUNKS + 2 * SHAPE[GROUPS] + c]), other=0)
                 along += tl.sum(grad * regs[EDGE + c], 1)[:, None]
                 new = new + (state[c] + column_of(w, h) * grad,)
             state = new
@@ -168,15 +169,15 @@ def group_gradients(regs, at, nodes, saved, seed, to, ends, out_shift, state, g:
     logit = by_head(q * k, SHAPE) * SCALE
     p = tl.where(ok[:, None], tl.exp(logit - of_row(saved[LSE], row, ok, head, SHAPE)), 0)
     w = dropped(p, at, seed, g, SHAPE, DROPOUT)
-    grad = by_node(saved[GRAD], out_shift + at[NODE_I], at[LOCAL_I], ok, SHAPE[VALUES][g], SHAPE[HEADS] * SHAPE[DV])
+    grad = by_node(saved[GRAD], out_shift + at[NODE_I], at[LOCAL_I], ok, SHAPE[CHUNKS + SHAPE[GROUPS] + g], SHAPE[HEADS] * SHAPE[DV])
     s = by_head(grad * factor(v, regs, g, SHARE, SHAPE), SHAPE)
     if SHAPE[SUMMED]:
         s, state = from_sums(s, regs, w, saved, row, ok, state, g, EDGE, SHAPE)
-    slope = spread((w * s - p * of_row(saved[DELTA], row, ok, head, SHAPE)) * SCALE, SHAPE[KEYS][g][PADDED])
-    of_value = spread(w, SHAPE[VALUES][g][PADDED]) * grad
-    add_rows(to, slope * k, at, ends[0], ends[1], COLUMN, SHAPE[KEYS][g], SUMS, not PARTNERS, BI, BJ, SPARSE)
-    add_rows(to, slope * q, at, ends[2], ends[3], COLUMN, SHAPE[KEYS][g], SUMS, PARTNERS, BI, BJ, SPARSE)
-    add_rows(to, factor(of_value, regs, g, SHARE, SHAPE), at, ends[2], ends[3], COLUMN + SHAPE[HEADS] * SHAPE[DK], SHAPE[VALUES][g], SUMS, PARTNERS, BI, BJ, SPARSE)
+    slope = spread((w * s - p * of_row(saved[DELTA], row, ok, head, SHAPE)) * SCALE, SHAPE[CHUNKS + g][PADDED])
+    of_value = spread(w, SHAPE[CHUNKS + SHAPE[GROUPS] + g][PADDED]) * grad
+    add_rows(to, slope * k, at, ends[0], ends[1], COLUMN, SHAPE[CHUNKS + g], SUMS, not PARTNERS, BI, BJ, SPARSE)
+    add_rows(to, slope * q, at, ends[2], ends[3], COLUMN, SHAPE[CHUNKS + g], SUMS, PARTNERS, BI, BJ, SPARSE)
+    add_rows(to, factor(of_value, regs, g, SHARE, SHAPE), at, ends[2], ends[3], COLUMN + SHAPE[HEADS] * SHAPE[DK], SHAPE[CHUNKS + SHAPE[GROUPS] + g], SUMS, PARTNERS, BI, BJ, SPARSE)
     return slope * k, slope * q, of_value * v, state
 
 
@@ -188,8 +189,8 @@ def share_gradients(regs, at, nodes, saved, seed, to, ends, out_shift, EDGE: tl.
     its output row. COLUMN: first column of q's gradients (destinations), and of k's and v's (sources).
     """
     queries, keys, factors, state = (), (), (), ()
-    for c in tl.static_range(len(SHAPE[STATES])):
-        state = state + (tl.zeros((BI * BJ, SHAPE[STATES][c][PADDED]), regs[EDGE].dtype),)
+    for c in tl.static_range(SHAPE[STATES]):
+        state = state + (tl.zeros((BI * BJ, SHAPE[CHUNKS + 2 * SHAPE[GROUPS] + c][PADDED]), regs[EDGE].dtype),)
     for g in tl.static_range(SHAPE[GROUPS]):
         a, b, c, state = group_gradients(regs, at, nodes, saved, seed, to, ends, out_shift, state, g, EDGE, SHARE, SHAPE, COLUMN, SUMS, SCALE, DROPOUT, PARTNERS, BI, BJ, SPARSE)
         queries, keys = queries + (a,), keys + (b,)

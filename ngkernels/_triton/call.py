@@ -42,7 +42,7 @@ class Call:
         self.size, self.warps = launch.tile(self.low, self.precision, self.params.device)
         self.steps, self.chunks = launch.constants(self.low.steps), launch.constants(self.low.chunks)
         self.message_chunks = () if attention else launch.constants(tuple(cut(0, self.low.width)))
-        self.heads = launch.constants(tuple(self.low.attention)) if attention else ()
+        self.heads = launch.constants(self.low.attention.flat) if attention else ()
         self.n_nodes = self.xs[0].shape[0] if self.xs else nodes
         self.table_nodes = self.table.shape[1] if self.table.numel() else 0
         w, x = len(e.weights), len(e.xs)

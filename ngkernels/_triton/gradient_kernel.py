@@ -92,9 +92,9 @@ def attended_back(regs, others, at, to, pair_at, pair_to, nodes, saved, seed, ro
     g, h = backpropagate(regs, others, g, h, at, to, pair_at, pair_to, same, table, table_nodes, SHARE_BACK, LIVE, STEPS, CHUNKS, NEED, SUMS, PRECISION, BI, BJ, SPARSE)
     if len(BACK) > 0:
         if SHAPE[SUMMED]:
-            g = added(g, state, len(SHAPE[STATES]))
+            g = added(g, state, SHAPE[STATES])
             if LIVE == len(STEPS):
-                h = added(h, pair_state, len(SHAPE[STATES]))
+                h = added(h, pair_state, SHAPE[STATES])
         backpropagate(regs, others, g, h, at, to, pair_at, pair_to, same, table, table_nodes, BACK, LIVE, STEPS, CHUNKS, NEED, SUMS, PRECISION, BI, BJ, SPARSE)
 
 

@@ -71,6 +71,11 @@ class Heads(NamedTuple):
         """Columns of a partial result: largest logits, sums of exponentials, values, edge states."""
         return self.heads * (2 + self.dv + self.summed * self.de)
 
+    @property
+    def flat(self) -> tuple:
+        """Tuples in tuples in tuples are no constants for Triton 3.6."""
+        return (*self[:8], len(self.states), *self.keys, *self.values, *self.states)
+
 
 class Lowered(NamedTuple):
     steps: tuple[Step, ...]
