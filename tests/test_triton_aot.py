@@ -19,7 +19,10 @@ SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may use
 TENSOR_MEMORY = 512  # columns of sm_100; beyond, compilers have been seen to emit empty kernels
 SMALLEST = {"aggregate_kernel": 300, "evaluate_kernel": 200, "gradient_kernel": 600, "merge_kernel": 60, "project_kernel": 100, "node_gradient_kernel": 100, "fold_kernel": 40, "cells_kernel": 100, "attend_kernel": 400, "softmax_kernel": 60, "delta_kernel": 60}  # fmt: skip
 # Bytes that a thread may spill. Most variants spill little; the others are listed with what they need, so that a change for the worse shows.
-SPILLED, SPILLING = 256, {"layer-8": 512, "layer-2-double": 512, "width-64-exact": 768, "width-130-exact": 1024, "width-128": 512, "width-256": 1024}
+SPILLED, SPILLING = 256, {
+    "layer-8": 512, "layer-2-double": 512, "width-64-exact": 768, "width-130-exact": 1024, "width-128": 512, "width-256": 1024, "messages-of-pairs": 768,
+    "attend": 1280, "attend-exact": 1536, "attend-odd": 768, "attend-sparse": 896, "attend-dropout": 640, "attend-edges-table": 1280,
+}  # fmt: skip
 QUICK = ("layer-2", "attend-small")
 
 

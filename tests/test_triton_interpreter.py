@@ -17,7 +17,7 @@ import pytest
 import torch
 from compare import assert_bitwise, assert_budget, assert_close
 from oracle import Network, mlp
-from pair_list import DIAGONALS, GRID, OPTIONS
+from pair_list import GRID, OPTIONS
 from pair_list import PLAIN as PAIR
 from pair_list import TABLES as PAIR_TABLES
 from pair_samples import PairSample
@@ -116,7 +116,7 @@ else:
         monkeypatch.setattr("ngkernels._triton.launch.MOST_TILES", 0)
         assert_close(pair_samples.run_engine(sample, pair_samples.leaves(sample), "triton"), pair_samples.float64_oracle(sample), 1e-10)
 
-    @pytest.mark.parametrize("sample", **named((PAIR.but("edges", over="edges", networks=(DIAGONALS,)),)))
+    @pytest.mark.parametrize("sample", **named((PAIR.but("edges", over="edges", networks=(mlp(2, 5, 3),)),)))
     def test_attention_run_to_run(sample: PairSample):
         t = cast(pair_samples.leaves(sample), torch.float32)
         assert_bitwise(pair_samples.run_engine(sample, t, "triton"), pair_samples.run_engine(sample, t, "triton"))
@@ -143,7 +143,6 @@ else:
     HUB = Network((3, 60), (("sparse", 1, 0, tuple((k, 1) for k in range(60)) + ((3, 0), (9, 0), (3, 2))), ("dense", 1, 0)))  # a neuron with many edges beside two with few
     GPU_TILES = (
         PLAIN.but("film", reduce=("sum", "mean", "min", "max", "std", "var")),
-        PLAIN.but("narrow", networks=(mlp(3, 9, 4, 20),)),
         PLAIN.but("diagonal", networks=(RESIDUAL,), memory=("virtual", None)),
         PLAIN.but("table", networks=UNEQUAL_REVERSED, encoder="fourier", packed=True, reciprocal=True),
         PLAIN.but("sparse", networks=SPARSE_UNEQUAL, memory=("virtual", None)),
@@ -282,3 +281,19 @@ else:
                 grads = torch.autograd.grad((out * coefficients([out])[0]).sum(), wanted)
             results.append({"out": out.detach(), **{str(k): v for k, v in enumerate(grads)}})
         assert_close(results[1], results[0], 1e-10)
+
+    # ---- whole models ----
+    @slow
+    @pytest.mark.parametrize("name", ["NGGNN", "NGT-all", "NGT-edges"])
+    def test_whole_models_agree_with_the_reference(name: str):
+        from neural_graphs.models import NGGNN, NGT
+
+        layout = [2, 4, 3]
+        model = NGGNN(layout=layout, d_hid=16, num_layers=2, out_features=5) if name == "NGGNN" else NGT(layout=layout, out_features=5, attention=name[4:])
+        weights = [torch.randn(2, a, b, 1, requires_grad=True) for a, b in zip(layout, layout[1:])]
+        biases, results = [torch.randn(2, b, 1) for b in layout[1:]], []
+        for backend in ("reference", "triton"):
+            with ngk.use_backend(backend):
+                logits = model(weights, biases)
+                results.append({str(k): v for k, v in enumerate([logits.detach(), *torch.autograd.grad(logits.square().sum(), weights)])})
+        assert_close(results[1], results[0], 1e-4)
