@@ -89,7 +89,7 @@ VARIANTS = {
     "sparse": Variant(ng_gnn(32, 2, networks=(PRUNED,))),
     "attend": Variant(ng_t(64, 2)),
     "attend-small": Variant(ng_t(16, 0, heads=2, add=False, over="edges")),
-    "attend-edges-table": Variant(ng_t(32, 2, over="edges", encoder="fourier", table="auto", table_range=2.0, frequencies=64)),
+    "attend-edges-table": Variant(ng_t(16, 1, heads=2, over="edges", encoder="fourier", table="auto", table_range=2.0, frequencies=64)),
     "attend-exact": Variant(ng_t(32, 1), "ieee"),
     "attend-odd": Variant(ng_t(17, 1, dk=5, dv=12, heads=3, multiply=False)),
     "attend-dropout": Variant(ng_t(32, 1, dropout=0.1, over="in")),
