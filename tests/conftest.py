@@ -40,14 +40,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The seeded bugs of the C++ kernels are asked for by name."""
-    if not config.getoption("--mutants"):
-        left_out = [item for item in items if item.get_closest_marker("mutants")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    """The seeded bugs of the C++ kernels are asked for by name; tests of a GPU are for machines that have one."""
+    absent = {"mutants"} if not config.getoption("--mutants") else set()
+    absent |= {"gpu"} if backends.why_not("triton", torch.device("cuda")) is not None else set()
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(map(id, left_out))
+    items[:] = [item for item in items if id(item) not in gone]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU that Triton runs on; elsewhere left out, and so counted")
     config.addinivalue_line("markers", "mutants: a seeded bug that has to be compiled; runs with --mutants only")
     unknown = [name for name in DECLARED if name not in backends.BACKENDS]
     if unknown or not DECLARED:

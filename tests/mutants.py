@@ -102,7 +102,7 @@ AGGREGATE = tuple(one(name, "aggregate", *rest) for name, *rest in (
     ("table-one-cell-off", "ngkernels.encoders:grid_basis", "torch.arange(-half, half + 1,", "torch.arange(-half + 1, half + 2,", "cpp"),
     ("table-too-coarse", "ngkernels.encoders:table_step", "max(0, ", "max(0, -2 + ", "cpp"),
     ("table-that-is-not-complete", "ngkernels.program:make_table", "enc.table_range is None and limit is not None and half", "half", "cpp"),
-    ("autocast-reaches-the-folding", "ngkernels.program:full_precision", "torch.autocast(device.type, enabled=False)", "nullcontext()"),
+    ("autocast-reaches-the-folding", "ngkernels.program:full_precision", "torch.autocast(kind, enabled=False)", "nullcontext()"),
 ))  # fmt: skip
 
 READOUT = tuple(one(name, "readout", *rest) for name, *rest in (

@@ -20,7 +20,7 @@ from test_determinism import AGAIN, LARGE, alone
 import ngkernels as ngk
 from ngkernels import backends
 
-pytestmark = pytest.mark.skipif(backends.why_not("triton", torch.device("cuda")) is not None, reason="no GPU that Triton runs on; the run does not declare one")
+pytestmark = pytest.mark.gpu
 
 RUNS = 50
 PAIR_WEB = Network((9,), (("sparse", 0, 0, ((3, 1), (0, 1), (5, 5), (8, 1), (1, 0), (2, 7), (5, 4), (4, 5), (0, 8))),), copies=2)

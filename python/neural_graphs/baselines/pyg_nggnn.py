@@ -73,7 +73,6 @@ class EdgeMLP(nn.Module):
         self.lin_t = nn.Linear(d_hid, d_hid)
         self.lin1 = nn.Linear(d_hid, d_hid)
         self.act = nn.SiLU()
-        self.checkpointed = False  # True: layers are evaluated again in backward, torch.utils.checkpoint
 
     def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> Tensor:
         source, target = edge_index
@@ -94,6 +93,7 @@ class Backbone(nn.Module):
         self.norms = nn.ModuleList(LayerNorm(d_hid, mode="graph") for _ in range(num_layers - 1))
         self.edge_update = nn.ModuleList(EdgeMLP(d_hid) for _ in range(num_layers - 1))
         self.act = nn.SiLU()
+        self.checkpointed = False  # True: layers are evaluated again in backward, torch.utils.checkpoint
 
     def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> tuple[Tensor, Tensor]:
         """Node states and the last edge states."""

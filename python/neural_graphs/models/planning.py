@@ -34,7 +34,10 @@ class Planned:
         weights = [torch.empty(shape, dtype=weight_dtype, device="meta") for shape in graph.weight_shapes(self.edge_channels)]
         weights = [w.requires_grad_(weight_grads) for w in weights]
         dtype = next(self.parameters()).dtype
-        biases = [torch.empty(p.copies, n, self.node_channels, dtype=dtype, device="meta") for p in graph.parts for n in p.layers[1:]]
+        if any(len(p.layers) == 1 for p in graph.parts):  # no layer behind the inputs: biases come as one tensor
+            biases = torch.empty(graph.num_nodes, self.node_channels, dtype=dtype, device="meta")
+        else:
+            biases = [torch.empty(p.copies, n, self.node_channels, dtype=dtype, device="meta") for p in graph.parts for n in p.layers[1:]]
         activations = None
         if self.construct_graph.act_emb is not None:
             activations = [["none"] * (len(p.layers) - 2) for p in graph.parts for _ in range(p.copies)]
@@ -45,7 +48,7 @@ class Planned:
                 [found] if isinstance(found, torch.Tensor) else [t for part in found for t in (part if isinstance(part, list) else [part])]
             )
 
-        return DryRun([*twin.parameters(), *twin.buffers(), *biases, *weights], list(twin.parameters()), weights, run)
+        return DryRun([*twin.parameters(), *twin.buffers(), *([biases] if isinstance(biases, torch.Tensor) else biases), *weights], list(twin.parameters()), weights, run)
 
     @torch.compiler.disable
     def choose_memory(self, graph: NeuralGraph, weights) -> None:

@@ -108,7 +108,7 @@ class Pooling:
 def reduce_segments(x: torch.Tensor, sizes: list[int], method: str) -> torch.Tensor:
     """Mean or max [len(sizes), F] of consecutive rows of x [sum(sizes), F]."""
     count = torch.tensor(sizes, device=x.device)
-    index = torch.repeat_interleave(torch.arange(len(sizes), device=x.device), count)
+    index = torch.repeat_interleave(torch.arange(len(sizes), device=x.device), count, output_size=x.shape[0])
     if method == "mean":
         return x.new_zeros(len(sizes), x.shape[1]).index_add(0, index, x) / count[:, None]
     return x.new_zeros(len(sizes), x.shape[1]).scatter_reduce(0, index[:, None].expand_as(x), x, "amax", include_self=False)

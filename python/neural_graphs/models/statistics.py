@@ -75,6 +75,8 @@ class Statistics:
         wanted = [(p.copies, width, channels) for p in graph.parts for width in p.layers[1:]]
         if [tuple(b.shape) for b in biases] != wanted:
             raise ValueError(f"{self.op}: expected biases of shapes {wanted}, got {[tuple(b.shape) for b in biases]}")
+        if any(len(p.layers) == 1 for p in graph.parts):
+            raise ValueError(f"{self.op}: expected biases as one tensor [N, C] for networks of one node layer, got a list of layers")
         pieces, left = [], iter(biases)
         for p in graph.parts:
             layers = [self._normalized(k, next(left).to(dtype)) for k in range(len(p.layers) - 1)]
