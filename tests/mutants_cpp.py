@@ -85,7 +85,7 @@ PATCHES = tuple(Patch(*row) for row in (
     ("statistics-not-in-the-gradient", "cpu/raw_values.h", "for (int k = 0; k < t.n * ld; ++k) g[k] *= scale;", ""),
     ("carriers-of-the-first-copy", "cpu/raw_values.h", "view(p.call.grad_carriers[at], row, side, t.piece->copy, true)", "view(p.call.grad_carriers[at], row, side, 0, true)"),
     ("last-columns-without-gradient", "cpu/gemm.h", "for (; k < K; ++k) outer_block<V, 1, NV>", "for (; k + 1 < K; ++k) outer_block<V, 1, NV>"),
-    ("uncovered-gradients-not-cleared", "bindings_cpu.cpp", "edges * e.channels >= g.numel()", "true"),
+    ("uncovered-gradients-not-cleared", "problem.h", "edges * e.channels >= g.numel()", "true"),
     ("gradient-tiles-too-narrow", "cpu/prepare.h", "if (padded<V>(in.n_in) > max_ld) max_ld = padded<V>(in.n_in);", ""),
     # small matrices
     ("last-columns-of-a-product", "cpu/fold.h", "for (; col < n; ++col)", "for (; col + 1 < n; ++col)"),
