@@ -22,6 +22,7 @@ from benchmarks import machine, records
 from benchmarks.cases import Case
 from benchmarks.models import MODELS, Model
 from benchmarks.providers import PROVIDERS, Provider, Runner
+from ngkernels.tune import event_seconds
 
 LIMITS = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # relative error of logits against float64
 
@@ -102,14 +103,7 @@ def timed(step: Callable[[], Tensor], device: torch.device, samples: int) -> tup
     for _ in range(3):
         step()
     torch.cuda.reset_peak_memory_stats(device)
-    seconds = []
-    for _ in range(samples):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
+    seconds = event_seconds(step, samples)
     return seconds, torch.cuda.max_memory_allocated(device)
 
 

@@ -8,39 +8,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from . import backends
+from .checks import check_activation, check_bias, check_matrix, check_tensor
 from .dense import dense
 from .encoders import Fourier, Identity, Linear, Table, make_table
 from .graph import CLOSE_FIRST, NeuralGraph
 
 MESSAGES = ("film", "gate", "product", "concat")
-ACTIVATIONS = ("silu", "relu", "gelu", "tanh", "sigmoid", "leaky_relu", "identity")
 Affine = tuple[torch.Tensor, torch.Tensor | None]  # weight [out, in], bias [out]
-
-
-def _check_activation(op: str, name: str) -> None:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"{op}: expected activation in {', '.join(ACTIVATIONS)}, got {name!r}")
-
-
-def _check_tensor(op: str, name: str, t: torch.Tensor, device: torch.device | None = None) -> None:
-    if not isinstance(t, torch.Tensor) or not t.is_floating_point():
-        raise TypeError(f"{op}: expected {name} to be a tensor of a floating dtype, got {t.dtype if isinstance(t, torch.Tensor) else type(t).__name__}")
-    if device is not None and t.device != device:
-        raise TypeError(f"{op}: expected {name} on {device}, got {t.device}; move it with .to({str(device)!r})")
-
-
-def _check_bias(op: str, name: str, b: torch.Tensor | None, width: int) -> None:
-    if b is None:
-        return
-    _check_tensor(op, name, b)
-    if tuple(b.shape) != (width,):
-        raise ValueError(f"{op}: expected {name} of shape ({width},), got {tuple(b.shape)}")
-
-
-def _check_matrix(op: str, name: str, w: torch.Tensor, columns: int | None, device: torch.device | None = None) -> None:
-    _check_tensor(op, name, w, device)
-    if w.dim() != 2 or (columns is not None and w.shape[1] != columns):
-        raise ValueError(f"{op}: expected {name} of shape (*, {'*' if columns is None else columns}), got {tuple(w.shape)}")
 
 
 @dataclass(frozen=True)
@@ -54,14 +28,14 @@ class NodeTerm:
 
     def check(self, op: str, graph: NeuralGraph, width: int, device: torch.device) -> None:
         for name in ("x", "weight_dst", "weight_src"):
-            _check_tensor(op, name, getattr(self, name), device)
+            check_tensor(op, name, getattr(self, name), device)
         if self.x.dim() != 2 or self.x.shape[0] != graph.num_nodes:
             raise ValueError(f"{op}: expected x of shape ({graph.num_nodes}, d) (the graph's nodes), got {tuple(self.x.shape)}")
         for name in ("weight_dst", "weight_src"):
             w = getattr(self, name)
             if tuple(w.shape) != (width, self.x.shape[1]):
                 raise ValueError(f"{op}: expected {name} of shape ({width}, {self.x.shape[1]}), got {tuple(w.shape)}")
-        _check_bias(op, "bias", self.bias, width)
+        check_bias(op, "bias", self.bias, width)
 
 
 @dataclass(frozen=True)
@@ -77,8 +51,8 @@ def _check_norm(op: str, norm: Norm, width: int, device: torch.device) -> None:
     if not isinstance(norm, Norm):
         raise TypeError(f"{op}: expected norm to be a Norm or None, got {type(norm).__name__}")
     for name, t in (("norm.weight", norm.weight), ("norm.bias", norm.bias)):
-        _check_tensor(op, name, t, device)
-        _check_bias(op, name, t, width)
+        check_tensor(op, name, t, device)
+        check_bias(op, name, t, width)
     if not norm.eps >= 0:
         raise ValueError(f"{op}: expected norm.eps of at least 0, got {norm.eps}")
 
@@ -125,12 +99,12 @@ def _encoder_width(encoder, channels: int, device: torch.device) -> int:
     if isinstance(encoder, Fourier):
         if encoder.table not in ("auto", "never"):
             raise ValueError(f"{op}: expected encoder.table to be auto or never, got {encoder.table!r}")
-        _check_matrix(op, "encoder.frequencies", encoder.frequencies, expanded, device)
+        check_matrix(op, "encoder.frequencies", encoder.frequencies, expanded, device)
         if encoder.frequencies.requires_grad:
             raise NotImplementedError(f"{op}: gradients of encoder.frequencies are not available (they are frozen in Gaussian Fourier features); detach them")
         columns = 2 * encoder.frequencies.shape[0]
-    _check_matrix(op, "encoder.weight", encoder.weight, columns, device)
-    _check_bias(op, "encoder.bias", encoder.bias, encoder.weight.shape[0])
+    check_matrix(op, "encoder.weight", encoder.weight, columns, device)
+    check_bias(op, "encoder.bias", encoder.bias, encoder.weight.shape[0])
     return encoder.weight.shape[0]
 
 
@@ -159,7 +133,7 @@ def _canonical(graph: NeuralGraph, weights) -> tuple[torch.Tensor, ...]:
     for k, (w, shape) in enumerate(zip(weights, graph.weight_shapes(channels), strict=True)):
         if tuple(w.shape) != shape:
             raise ValueError(f"EdgeState: expected weights[{k}] of shape {shape} (copies, n_src, n_dst, channels), got {tuple(w.shape)}")
-        _check_tensor("EdgeState", f"weights[{k}]", w, weights[0].device)
+        check_tensor("EdgeState", f"weights[{k}]", w, weights[0].device)
         if w.dtype == torch.float64 and weights[0].dtype != torch.float64 or w.dtype != torch.float64 and weights[0].dtype == torch.float64:
             raise TypeError(f"EdgeState: expected weights all float64 or none, got {weights[0].dtype} and {w.dtype}")
     if channels < 1:
@@ -210,9 +184,9 @@ class EdgeState:
 
     def then(self, activation: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> EdgeState:
         """e' = weight act(e) + bias: a further layer of the encoder. weight [D', D], bias [D']."""
-        _check_activation("EdgeState.then", activation)
-        _check_matrix("EdgeState.then", "weight", weight, self.width, self.weights[0].device)
-        _check_bias("EdgeState.then", "bias", bias, weight.shape[0])
+        check_activation("EdgeState.then", activation)
+        check_matrix("EdgeState.then", "weight", weight, self.width, self.weights[0].device)
+        check_bias("EdgeState.then", "bias", bias, weight.shape[0])
         return replace(self, steps=(*self.steps, Activate(activation, weight, bias)), width=weight.shape[0])
 
     def update(
@@ -251,12 +225,12 @@ class EdgeState:
         Reference: Kofinas et al., ICLR 2024, section 3 (edge updates of NG-GNN), appendix (edge updates of NG-T).
         """
         op, device = "EdgeState.update", self.weights[0].device
-        _check_activation(op, activation)
-        _check_matrix(op, "weight_edge", weight_edge, self.width, device)
+        check_activation(op, activation)
+        check_matrix(op, "weight_edge", weight_edge, self.width, device)
         hidden, width = weight_edge.shape[0], weight_out.shape[0]
-        _check_matrix(op, "weight_out", weight_out, hidden, device)
+        check_matrix(op, "weight_out", weight_out, hidden, device)
         if weight_reverse is not None:
-            _check_matrix(op, "weight_reverse", weight_reverse, self.width, device)
+            check_matrix(op, "weight_reverse", weight_reverse, self.width, device)
             if weight_reverse.shape[0] != hidden:
                 raise ValueError(f"{op}: expected weight_reverse with {hidden} rows (as weight_edge), got {weight_reverse.shape[0]}")
             self.graph.check_pairs(self.encoder.reciprocal)
@@ -269,8 +243,8 @@ class EdgeState:
         if node is not None:
             node.check(op, self.graph, hidden, device)
         else:
-            _check_bias(op, "bias", bias, hidden)
-        _check_bias(op, "bias_out", bias_out, width)
+            check_bias(op, "bias", bias, hidden)
+        check_bias(op, "bias_out", bias_out, width)
         if norm is not None:
             _check_norm(op, norm, width, device)
         step = Update(weight_edge, weight_reverse, None if node else bias, node, activation, weight_out, bias_out, residual, norm)
@@ -390,18 +364,18 @@ class Message:
         """Raises ValueError when the matrices do not fit `edges`."""
         if self.kind not in MESSAGES:
             raise ValueError(f"{op}: expected a message of kind {', '.join(MESSAGES)}, got {self.kind!r}")
-        _check_activation(op, self.activation)
+        check_activation(op, self.activation)
         device = edges.weights[0].device
-        _check_matrix(op, "weight_edge", self.weight_edge, edges.width, device)
-        _check_bias(op, "bias_edge", self.bias_edge, self.weight_edge.shape[0])
-        _check_matrix(op, "weight_dst", self.node.weight_dst, None)
+        check_matrix(op, "weight_edge", self.weight_edge, edges.width, device)
+        check_bias(op, "bias_edge", self.bias_edge, self.weight_edge.shape[0])
+        check_matrix(op, "weight_dst", self.node.weight_dst, None)
         hidden = self.node.weight_dst.shape[0]
         self.node.check(op, edges.graph, hidden, device)
         width = hidden
         for k, (w, b) in enumerate(self.mlp):
-            _check_matrix(op, f"mlp[{k}] weight", w, width, device)
+            check_matrix(op, f"mlp[{k}] weight", w, width, device)
             width = w.shape[0]
-            _check_bias(op, f"mlp[{k}] bias", b, width)
+            check_bias(op, f"mlp[{k}] bias", b, width)
         rows = {"film": 2 * width, "concat": hidden}.get(self.kind, width)
         if self.weight_edge.shape[0] != rows:
             raise ValueError(f"{op}: expected weight_edge with {rows} rows for a {self.kind} message, got {self.weight_edge.shape[0]}")

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 
 from .backends import kind_of
-from .edges import ACTIVATIONS, Activate, Affine, EdgeState, Mark, Message, NodeTerm, Update
+from .checks import ACTIVATIONS
+from .edges import Activate, Affine, EdgeState, Mark, Message, NodeTerm, Update
 from .encoders import Fourier, Linear, Table, expansion, grid_step, make_table
 from .fold import Fold, Matrix
 

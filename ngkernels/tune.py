@@ -44,20 +44,25 @@ def step_of(width: int, paired: bool, device: torch.device) -> Callable[[], None
     return step
 
 
+def event_seconds(step: Callable[[], object], repeat: int) -> list[float]:
+    """Seconds of each of some runs on the current GPU, between two events."""
+    found = []
+    for _ in range(repeat):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) / 1e3)
+    return found
+
+
 def seconds(step: Callable[[], None], repeat: int = 5) -> float:
     """The quickest of some runs, after two to warm up; infinite where the kernels do not compile."""
     try:
         for _ in range(2):
             step()
-        found = []
-        for _ in range(repeat):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            step()
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end) / 1e3)
-        return min(found)
+        return min(event_seconds(step, repeat))
     except Exception as error:
         if "resources" not in str(error).lower():  # what a tile of this size does not have
             raise

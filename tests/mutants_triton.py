@@ -47,7 +47,7 @@ PATCHES = tuple(Patch(*row) for row in (
     ("partners-give-no-gradient", "backprop.py", "below = below_linear(regs, g, h, at, True, PAIRED, STEP", "below = below_linear(regs, g, h, at, True, False, STEP"),
     ("partners-weights-overwritten", "gradients.py", "call.grad_weights[k] += t", "call.grad_weights[k].copy_(t)"),
     ("a-neuron-with-itself-twice", "attention.py", "return at[OK] & (at[ITSELF] == 0)", "return at[OK]"),
-    ("old-sums-not-scaled", "attention.py", "tl.load(to, mask=exists, other=0) * shrink + row_sum", "tl.load(to, mask=exists, other=0) + row_sum"),
+    ("old-sums-not-scaled", "attention.py", "tl.load(to, mask=exists, other=0) * shrink + by_row", "tl.load(to, mask=exists, other=0) + by_row"),
     ("panels-not-scaled", "attend.py", "total = total * tl.exp(top - base) +", "total = total +"),
     ("softmax-gradient-without-its-sum", "attention.py", "(w * s - p * of_row(", "(w * s - 0 * p * of_row("),
     ("dropout-scales-nothing", "attention.py", "p * (1 / (1 - DROPOUT))", "p"),

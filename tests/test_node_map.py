@@ -11,7 +11,7 @@ from test_backends import isa  # noqa: F401  a fixture: every instruction set, f
 from test_torch import Calls
 
 import ngkernels as ngk
-from ngkernels.edges import ACTIVATIONS
+from ngkernels.checks import ACTIVATIONS
 from ngkernels.ops.node_map import After, node_map
 
 pytestmark = pytest.mark.usefixtures("one_thread")

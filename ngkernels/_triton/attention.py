@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .evaluator import PADDED, column_of, columns, live, used
-from .rows import add_rows, by_edge, row_max, row_sum, rows_of
+from .rows import add_rows, by_edge, by_row, rows_of
 from .tiles import ITSELF, LOCAL_I, LOCAL_J, NODE_I, NODE_J, OK
 
 # Of SHAPE, lower.Heads.flat; from CHUNKS on: of queries and keys by group, of values by group, of states.
@@ -102,12 +102,12 @@ def join_group(partial, regs, at, nodes, seed, first, last, g: tl.constexpr, EDG
     exists = mask[:, None] & (head < SHAPE[HEADS])[None, :]
     logit = by_head(query(regs, at, nodes, g, SHARE, SHAPE) * key(regs, at, nodes, g, SHARE, SHAPE), SHAPE) * SCALE
     before = tl.load(here + head[None, :], mask=exists, other=-float("inf"))
-    top = tl.maximum(before, row_max(tl.where(ok, logit, -float("inf")), not PARTNERS, BI, BJ, SPARSE))
+    top = tl.maximum(before, by_row(tl.where(ok, logit, -float("inf")), True, not PARTNERS, BI, BJ, SPARSE))
     base = tl.where(top == -float("inf"), 0, top)
     shrink = tl.exp(before - base)
     p = tl.where(ok, tl.exp(logit - by_edge(base, not PARTNERS, BI, BJ, SPARSE)), 0)
     totals = here + (SHAPE[HEADS] + head)[None, :]
-    total = tl.load(totals, mask=exists, other=0) * shrink + row_sum(p, not PARTNERS, BI, BJ, SPARSE)
+    total = tl.load(totals, mask=exists, other=0) * shrink + by_row(p, False, not PARTNERS, BI, BJ, SPARSE)
     tl.store(here + head[None, :], top, mask=exists)
     tl.store(totals, total, mask=exists)
     p = dropped(p, at, seed, g, SHAPE, DROPOUT)
@@ -126,7 +126,7 @@ def shrink_join(here, x, shrink, mask, CHUNK: tl.constexpr, PARTNERS: tl.constex
     """What lies at chunk CHUNK from `here` on times `shrink`, and the sums of x [size, P]."""
     exists = mask[:, None] & used(CHUNK)[None, :]
     to = here + columns(CHUNK)[None, :]
-    tl.store(to, tl.load(to, mask=exists, other=0) * shrink + row_sum(x, not PARTNERS, BI, BJ, SPARSE), mask=exists)
+    tl.store(to, tl.load(to, mask=exists, other=0) * shrink + by_row(x, False, not PARTNERS, BI, BJ, SPARSE), mask=exists)
 
 
 @triton.jit

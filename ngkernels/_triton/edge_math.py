@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SILU, RELU, GELU, TANH, SIGMOID, LEAKY_RELU = (tl.constexpr(k) for k in range(6))  # positions in edges.ACTIVATIONS
+SILU, RELU, GELU, TANH, SIGMOID, LEAKY_RELU = (tl.constexpr(k) for k in range(6))  # positions in checks.ACTIVATIONS
 LEAKY_SLOPE = tl.constexpr(0.01)
 
 

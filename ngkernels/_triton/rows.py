@@ -14,24 +14,14 @@ from .tiles import OK
 
 
 @triton.jit
-def row_sum(x, I_SIDE: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, SPARSE: tl.constexpr):
-    """Sums [rows, P] over the edges [BI BJ, P] of each row."""
-    if I_SIDE:
-        return tl.sum(tl.reshape(x, (BI, BJ, x.shape[1])), 1)
-    elif SPARSE:
+def by_row(x, MAX: tl.constexpr, I_SIDE: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, SPARSE: tl.constexpr):
+    """Sums, or with MAX the largest, [rows, P] over the edges [BI BJ, P] of each row."""
+    if SPARSE and not I_SIDE:
         return x
     else:
-        return tl.sum(tl.reshape(x, (BI, BJ, x.shape[1])), 0)
-
-
-@triton.jit
-def row_max(x, I_SIDE: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, SPARSE: tl.constexpr):
-    if I_SIDE:
-        return tl.max(tl.reshape(x, (BI, BJ, x.shape[1])), 1)
-    elif SPARSE:
-        return x
-    else:
-        return tl.max(tl.reshape(x, (BI, BJ, x.shape[1])), 0)
+        AXIS: tl.constexpr = 1 if I_SIDE else 0
+        x = tl.reshape(x, (BI, BJ, x.shape[1]))
+        return tl.max(x, AXIS) if MAX else tl.sum(x, AXIS)
 
 
 @triton.jit
@@ -68,7 +58,7 @@ def add_rows(partial, x, at, first, last, COLUMN: tl.constexpr, CHUNK: tl.conste
     """Adds the sums of x [BI BJ, P], chunk CHUNK from column COLUMN on, to the rows of `partial` [*, WIDTH]."""
     rows, mask = rows_of(at, first, last, I_SIDE, BI, BJ, SPARSE)
     here = partial + (rows * WIDTH)[:, None] + (COLUMN + columns(CHUNK))[None, :]
-    total = row_sum(x, I_SIDE, BI, BJ, SPARSE)
+    total = by_row(x, False, I_SIDE, BI, BJ, SPARSE)
     if CHUNK[PADDED] == CHUNK[1]:
         add_to(here, total, tl.broadcast_to(mask[:, None], total.shape))
     else:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..edges import ACTIVATIONS, Affine, EdgeState, Message
+from ..checks import ACTIVATIONS
+from ..edges import Affine, EdgeState, Message
 from ..graph import NeuralGraph
 from ..ops.aggregate import aggregate
 from ..ops.node_map import node_map

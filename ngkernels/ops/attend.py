@@ -7,7 +7,8 @@ import math
 import torch
 
 from .. import backends
-from ..edges import EdgeState, _check_matrix, _check_tensor
+from ..checks import check_matrix, check_tensor
+from ..edges import EdgeState
 from ..program import HEADER, RECORD, build_attention, full_precision
 from ..reference import attend as reference
 from ..topology import OVER
@@ -193,7 +194,7 @@ def _check(edges, q, k, v, weight_q, weight_k, weight_add, weight_mul, heads, ov
     if over not in OVER:
         raise ValueError(f"{op}: expected over to be one of {', '.join(OVER)}, got {over!r}")
     for name, t in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(op, name, t, device)
+        check_tensor(op, name, t, device)
         if t.dim() != 2 or t.shape[0] != n:
             raise ValueError(f"{op}: expected {name} of shape ({n}, columns) (the graph's nodes), got {tuple(t.shape)}")
         if heads < 1 or t.shape[1] % heads or not t.shape[1]:
@@ -203,6 +204,6 @@ def _check(edges, q, k, v, weight_q, weight_k, weight_add, weight_mul, heads, ov
     for name, w, columns in (("weight_q", weight_q, q), ("weight_k", weight_k, q), ("weight_add", weight_add, v), ("weight_mul", weight_mul, v)):
         if w is None and name in ("weight_add", "weight_mul"):
             continue
-        _check_matrix(op, name, w, edges.width, device)
+        check_matrix(op, name, w, edges.width, device)
         if w.shape[0] != columns.shape[1]:
             raise ValueError(f"{op}: expected {name} with {columns.shape[1]} rows, got {w.shape[0]}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import backends
-from ..edges import ACTIVATIONS, _check_activation, _check_bias, _check_matrix
+from ..checks import ACTIVATIONS, check_activation, check_bias, check_matrix
 from ..reference import node_map as reference
 from . import _cpp
 from . import expression as ex
@@ -204,17 +204,17 @@ def _check(x, reduced, maps, factors, after: After) -> None:
         raise ValueError(f"{op}: expected maps (matrix, bias) or (matrix, bias, lin, lin_bias), got {len(maps)} tensors")
     inputs = x.shape[1] + len(factors) * reduced.shape[1]
     for name, weight, bias in zip(("matrix", "lin"), maps[::2], maps[1::2], strict=False):
-        _check_matrix(op, name, weight, inputs, x.device)
+        check_matrix(op, name, weight, inputs, x.device)
         inputs = weight.shape[0]
-        _check_bias(op, f"bias of {name}", bias, inputs)
+        check_bias(op, f"bias of {name}", bias, inputs)
     for k, f in enumerate(factors):
         if f is not None and f.numel() != x.shape[0]:
             raise ValueError(f"{op}: expected factors[{k}] with {x.shape[0]} entries (the rows of x), got {tuple(f.shape)}")
-    _check_activation(op, after.act)
+    check_activation(op, after.act)
     if after.norm not in reference.NORMS:
         raise ValueError(f"{op}: expected norm None, layer or graph, got {after.norm!r}")
     if after.norm is not None:
-        _check_bias(op, "weight of the norm", after.weight, inputs)
-        _check_bias(op, "bias of the norm", after.bias, inputs)
+        check_bias(op, "weight of the norm", after.weight, inputs)
+        check_bias(op, "bias of the norm", after.bias, inputs)
     if after.norm == "graph" and (after.bounds is None or after.bounds.dim() != 1 or after.bounds.dtype != torch.int64):
         raise ValueError(f"{op}: expected bounds, int64 [segments + 1], for a norm over segments, got {after.bounds}")

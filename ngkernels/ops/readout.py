@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from .. import backends
-from ..edges import Affine, EdgeState, NodeTerm, _check_activation, _check_bias, _check_matrix
+from ..checks import check_activation, check_bias, check_matrix
+from ..edges import Affine, EdgeState, NodeTerm
 from ..program import build_state
 from . import evaluate as ev
 from . import expression as ex
@@ -46,12 +47,12 @@ def readout(
     op = "readout"
     if not mlp:
         raise ValueError(f"{op}: expected mlp of at least one (weight, bias), got none")
-    _check_activation(op, activation)
+    check_activation(op, activation)
     width = edges.width
     for k, (w, b) in enumerate(mlp):
-        _check_matrix(op, f"mlp[{k}] weight", w, width)
+        check_matrix(op, f"mlp[{k}] weight", w, width)
         width = w.shape[0]
-        _check_bias(op, f"mlp[{k}] bias", b, width)
+        check_bias(op, f"mlp[{k}] bias", b, width)
     given = [t is not None for t in (x, weight_dst, weight_src)]
     if any(given) and not all(given):
         raise ValueError(f"{op}: expected x, weight_dst and weight_src together or none of them, got {sum(given)} of 3")

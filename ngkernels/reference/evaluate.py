@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import program as prog
-from ..edges import ACTIVATIONS
+from ..checks import ACTIVATIONS
 from ..topology import FORWARD, PARTNER
 from .edge_list import EdgeList
 from .fold import fold

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..edges import ACTIVATIONS as NAMES
+from ..checks import ACTIVATIONS as NAMES
 from .evaluate import _ACT as ACTIVATIONS
 
 NORMS = (None, "layer", "graph")
