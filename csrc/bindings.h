@@ -13,6 +13,7 @@
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
+using Bools = std::vector<bool>;
 using Tensors = std::vector<Tensor>;
 
 namespace ngk {
@@ -31,6 +32,25 @@ inline void* data(const Tensor& t, ScalarType type, const char* name) {
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type, "ngkernels: expected ", name,
                   " contiguous, on the CPU, of the compute dtype");
   return const_cast<void*>(t.const_data_ptr());
+}
+
+// Compiled code hands tensors over with any strides.
+inline Tensor in_order(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensors in_order(Tensors tensors) {
+  for (Tensor& t : tensors) t = in_order(t);
+  return tensors;
+}
+
+// Uninitialised and contiguous, on the CPU.
+inline Tensor room(const Ints& sizes, ScalarType type) { return torch::stable::empty(sizes, type); }
+
+// Adds, for each of the tensors, an uninitialised contiguous gradient, or an empty tensor where `need` does not ask for one.
+inline void add_room(Tensors& grads, const Tensors& tensors, const Bools& need) {
+  for (const Tensor& t : tensors) {
+    const size_t k = grads.size();
+    STD_TORCH_CHECK(k < need.size(), "ngkernels: expected to be told of each tensor whether its gradient is wanted");
+    grads.push_back(room(need[k] ? Ints(t.sizes().begin(), t.sizes().end()) : Ints{0}, t.scalar_type()));
+  }
 }
 
 }  // namespace ngk

@@ -1,4 +1,4 @@
-// Stable-ABI bindings of the node side of PNA.
+// Stable-ABI bindings of the node side of PNA. Their schemas stand in ngkernels/ops/node_map.py.
 #include "bindings.h"
 
 namespace ngk {
@@ -64,20 +64,44 @@ const Kernels& kernels(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? isa.f64 : isa.f32;
 }
 
-void node_map(Tensor x, Tensor reduced, Tensors maps, Tensors factors, Ints unit, Tensors affine, Tensor bounds, Ints form, double eps,
-              Tensor out, Tensor stats) {
-  const NodeCall c = node_call(x, reduced, maps, factors, unit, affine, bounds, form, eps, out, stats);
+struct Nodes {  // what both directions take, contiguous
+  Tensor x, reduced, bounds;
+  Tensors maps, factors, affine;
+  Ints unit, form;
+  double eps;
+
+  NodeCall call(const Tensor& out, const Tensor& stats) const {
+    return node_call(x, reduced, maps, factors, unit, affine, bounds, form, eps, out, stats);
+  }
+};
+
+#define NGK_NODES \
+  Tensor x, Tensor reduced, Tensors maps, Tensors factors, Ints unit, Tensors affine, Tensor bounds, Ints form, double eps
+#define NGK_NODES_GIVEN \
+  Nodes { in_order(x), in_order(reduced), bounds, in_order(maps), in_order(factors), in_order(affine), unit, form, eps }
+
+std::tuple<Tensor, Tensor> node_map(NGK_NODES, int64_t) {
+  const Nodes nodes = NGK_NODES_GIVEN;
+  STD_TORCH_CHECK(!maps.empty() && form.size() == 3, "ngkernels: malformed node map");
+  const int64_t segments = form[0] == GRAPH_NORM ? bounds.numel() - 1 : 0;
+  const Tensor out = room({x.size(0), maps.back().numel()}, x.scalar_type()), stats = room({segments, 2}, x.scalar_type());
+  const NodeCall c = nodes.call(out, stats);
   if (out.numel()) kernels(x).node_map(c, parallel, threads());
+  return {out, stats};
 }
 
-// grads: of x, reduced, the maps, gamma and beta; an empty one is not wanted
-void node_map_backward(Tensor grad, Tensor stats, Tensor x, Tensor reduced, Tensors maps, Tensors factors, Ints unit, Tensors affine,
-                       Tensor bounds, Ints form, double eps, Tensors grads) {
-  NodeCall c = node_call(x, reduced, maps, factors, unit, affine, bounds, form, eps, grad, stats);
+// Gradients of x, reduced, the maps, gamma and beta; an empty one where it is not wanted.
+Tensors node_map_backward(Tensor grad, Tensor stats, NGK_NODES, int64_t, Bools need) {
+  const Nodes nodes = NGK_NODES_GIVEN;
+  const Tensor given = in_order(grad);
+  NodeCall c = nodes.call(given, stats);
   const ScalarType type = x.scalar_type();
   c.grad = c.out;
   c.out = nullptr;
-  STD_TORCH_CHECK(grads.size() == 2 + maps.size() + affine.size(), "ngkernels: expected a gradient for each argument");
+  Tensors grads;
+  add_room(grads, {x, reduced}, need);
+  add_room(grads, maps, need);
+  add_room(grads, affine, need);
   std::vector<void*> to;
   for (const Tensor& g : grads) to.push_back(data(g, type, "gradient"));
   c.grad_x = to[0];
@@ -93,18 +117,11 @@ void node_map_backward(Tensor grad, Tensor stats, Tensor x, Tensor reduced, Tens
     c.grad_beta = to[3 + maps.size()];
   }
   kernels(x).node_gradients(c, parallel, threads());
+  return grads;
 }
 
 }  // namespace
 }  // namespace ngk
-
-#define NGK_NODES \
-  "Tensor x, Tensor reduced, Tensor[] maps, Tensor[] factors, int[] unit, Tensor[] affine, Tensor bounds, int[] form, float eps"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(ngkernels_C, m) {
-  m.def("node_map(" NGK_NODES ", Tensor(a!) out, Tensor(b!) stats) -> ()");
-  m.def("node_map_backward(Tensor grad, Tensor stats, " NGK_NODES ", Tensor(a!)[] grads) -> ()");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(ngkernels_C, CPU, m) {
   m.impl("node_map", TORCH_BOX(&ngk::node_map));

@@ -57,9 +57,12 @@ struct Problem {
   FoldCall fold;
   std::unique_ptr<double[]> folded, grad_folded;  // the parameters and their gradient
   bool f64 = false, packed = false;
+  Tensors xs;  // contiguous
+  Tensor table;
 
-  Problem(const Tensors& weights, const Tensors& xs, const Tensors& params, const Tensor& table, const Tensor& topology,
-          const Ints& program) {
+  Problem(const Tensors& weights, const Tensors& node_states, const Tensors& params, const Tensor& values, const Tensor& topology,
+          const Ints& program)
+      : xs(in_order(node_states)), table(in_order(values)) {
     const ScalarType type = table.scalar_type();
     f64 = type == ScalarType::Double;
     STD_TORCH_CHECK(program.size() >= HEADER && program[8] == RECORD && program[1] >= 0 && program[7] >= 0 &&

@@ -16,8 +16,9 @@ from . import backends
 from .topology import COLUMNS
 from .work import Work, program_flops
 
-_OPS = {f"ngkernels.{name}{back}.default" for name in ("aggregate", "attend", "evaluate") for back in ("", "_backward")}
-_NODE_MAPS = ("ngkernels.node_map.default", "ngkernels.node_map_backward.default")
+_SPACES = ("ngkernels", "ngkernels_C")
+_OPS = {f"{space}.{name}{back}.default" for space in _SPACES for name in ("aggregate", "attend", "evaluate") for back in ("", "_backward")}
+_NODE_MAPS = {f"{space}.node_map{back}.default" for space in _SPACES for back in ("", "_backward")}
 _FREE = {"aten.detach.default", "aten.lift_fresh.default", "ngkernels.carry.default"}
 
 
@@ -100,7 +101,7 @@ class Trace(TorchDispatchMode):
         view = not func._schema.is_mutable and all(t.untyped_storage()._cdata in own for t in found)
         moved = 0 if view or name in _FREE else sum(map(_bytes, inputs)) + sum(map(_bytes, found))
         if name in _NODE_MAPS:
-            flops = _node_map_flops(args, name == _NODE_MAPS[1])
+            flops = _node_map_flops(args, name.endswith("_backward.default"))
         self.work = self.work + Work(0, flops, moved)
 
     def _kernel(self, name: str, args, found) -> int:

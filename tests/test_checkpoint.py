@@ -80,7 +80,7 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
         self.gradients: list[list[tuple[int, ...]]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "ngkernels":
+        if func.namespace in ("ngkernels", "ngkernels_C"):
             self.names.append(func._opname)
         if func._opname == "evaluate_backward":
             self.gradients.append([tuple(g.shape) for g in args[0]])

@@ -108,7 +108,7 @@ class Calls(TorchDispatchMode):
         self.calls: dict[str, tuple] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "ngkernels":
+        if func.namespace in ("ngkernels", "ngkernels_C"):
             self.calls.setdefault(func._opname, (func, args))
         return func(*args, **(kwargs or {}))
 

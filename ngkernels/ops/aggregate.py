@@ -10,13 +10,13 @@ from .. import backends
 from ..edges import EdgeState, Message
 from ..program import REDUCE, aux_slots, build_message, reductions
 from ..reference import evaluate as reference
-from . import _cpp, _triton
+from . import _triton
 from . import expression as ex
 from .autograd import register
 from .double_backward import second_derivatives
 
-ex.library.define(f"aggregate({ex.SCHEMA}, SymInt rows, int compute) -> (Tensor, Tensor, Tensor)")
-ex.library.define(f"aggregate_backward(Tensor grad, Tensor out, Tensor aux, Tensor ties, {ex.SCHEMA}, int compute, bool[] need) -> Tensor[]")
+ex.define(f"aggregate({ex.SCHEMA}, SymInt rows, int compute) -> (Tensor, Tensor, Tensor)")
+ex.define(f"aggregate_backward(Tensor grad, Tensor out, Tensor aux, Tensor ties, {ex.SCHEMA}, int compute, bool[] need) -> Tensor[]")
 
 
 def _outputs(table: torch.Tensor, program: list[int], rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -26,12 +26,12 @@ def _outputs(table: torch.Tensor, program: list[int], rows: int) -> tuple[torch.
     return table.new_empty(rows, len(reductions(mask)), width), table.new_empty(rows, mean, width), table.new_empty(rows, ties, width, dtype=count)
 
 
-@torch.library.register_fake("ngkernels::aggregate", lib=ex.library)
+@ex.fake("aggregate")
 def _fake(weights, xs, params, table, carriers, topology, program, rows, compute):
     return _outputs(table, program, rows)
 
 
-@torch.library.register_fake("ngkernels::aggregate_backward", lib=ex.library)
+@ex.fake("aggregate_backward")
 def _fake_backward(grad, out, aux, ties, weights, xs, params, table, carriers, topology, program, compute, need):
     return ex.empty_gradients(ex.E(weights, xs, params, table, carriers, topology, program), need)
 
@@ -39,9 +39,8 @@ def _fake_backward(grad, out, aux, ties, weights, xs, params, table, carriers, t
 def _forward(weights, xs, params, table, carriers, topology, program, rows, compute):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
     outputs = _outputs(table, program, rows)
-    kernels = {"cpp": _cpp, "triton": _triton}.get(ex.backend_of(compute))
-    if kernels is not None:
-        kernels.aggregate(e, compute, *outputs)
+    if ex.backend_of(compute) == "triton":
+        _triton.aggregate(e, compute, *outputs)
         return outputs
     with torch.no_grad():
         out, aux, ties = reference.aggregate(*e, rows, compute & 1)
@@ -50,10 +49,9 @@ def _forward(weights, xs, params, table, carriers, topology, program, rows, comp
 
 def _backward(grad, out, aux, ties, weights, xs, params, table, carriers, topology, program, compute, need):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    kernels = {"cpp": _cpp, "triton": _triton}.get(ex.backend_of(compute))
-    if kernels is not None:
+    if ex.backend_of(compute) == "triton":
         grads = ex.empty_gradients(e, need)
-        kernels.aggregate_backward(grad.contiguous(), out, aux, ties, e, compute, grads)
+        _triton.aggregate_backward(grad.contiguous(), out, aux, ties, e, compute, grads)
         return grads
     return ex.reference_gradients(lambda f: [reference.aggregate(*f, out.shape[0], compute & 1)[0]], e, [grad], need)
 

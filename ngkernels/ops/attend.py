@@ -12,15 +12,15 @@ from ..edges import EdgeState
 from ..program import HEADER, RECORD, build_attention, full_precision
 from ..reference import attend as reference
 from ..topology import OVER
-from . import _cpp, _triton
+from . import _triton
 from . import expression as ex
 from .autograd import register
 from .node_map import node_map
 
 _NODES = "Tensor q, Tensor k, Tensor v, int[] shape, float scale, float dropout, int seed"
 # shape: heads, values multiplied (0 or 1), edge states summed (0 or 1)
-ex.library.define(f"attend({ex.SCHEMA}, {_NODES}, SymInt rows, int compute) -> (Tensor, Tensor, Tensor)")
-ex.library.define(
+ex.define(f"attend({ex.SCHEMA}, {_NODES}, SymInt rows, int compute) -> (Tensor, Tensor, Tensor)")
+ex.define(
     f"attend_backward(Tensor grad, Tensor grad_sums, Tensor out, Tensor sums, Tensor lse, {ex.SCHEMA}, {_NODES}, int compute, bool[] need) -> Tensor[]"
 )
 
@@ -35,7 +35,7 @@ def _outputs(table, program, v, shape, rows) -> tuple[torch.Tensor, torch.Tensor
     return table.new_empty(rows, v.shape[1]), sums, table.new_empty(rows, shape[0])
 
 
-@torch.library.register_fake("ngkernels::attend", lib=ex.library)
+@ex.fake("attend")
 def _fake(weights, xs, params, table, carriers, topology, program, q, k, v, shape, scale, dropout, seed, rows, compute):
     return _outputs(table, program, v, shape, rows)
 
@@ -44,7 +44,7 @@ def _empty_gradients(e: ex.E, q, k, v, need: list[bool]) -> list[torch.Tensor]:
     return [*ex.empty_gradients(e, need[:-3]), *ex.room((q, k, v), need[-3:])]
 
 
-@torch.library.register_fake("ngkernels::attend_backward", lib=ex.library)
+@ex.fake("attend_backward")
 def _fake_backward(
     grad, grad_sums, out, sums, lse, weights, xs, params, table, carriers, topology, program, q, k, v, shape, scale, dropout, seed, compute, need
 ):
@@ -53,10 +53,9 @@ def _fake_backward(
 
 def _forward(weights, xs, params, table, carriers, topology, program, q, k, v, shape, scale, dropout, seed, rows, compute):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    kernels = {"cpp": _cpp, "triton": _triton}.get(ex.backend_of(compute))
-    if kernels is not None:
+    if ex.backend_of(compute) == "triton":
         outputs = _outputs(table, program, v, shape, rows)
-        kernels.attend(e, compute, (q, k, v), shape, scale, dropout, seed, outputs)
+        _triton.attend(e, compute, (q, k, v), shape, scale, dropout, seed, outputs)
         return outputs
     with torch.no_grad():
         return reference.attend(*e, q, k, v, shape, scale, dropout, seed, rows, compute & 1)
@@ -66,10 +65,9 @@ def _backward(
     grad, grad_sums, out, sums, lse, weights, xs, params, table, carriers, topology, program, q, k, v, shape, scale, dropout, seed, compute, need
 ):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    kernels = {"cpp": _cpp, "triton": _triton}.get(ex.backend_of(compute))
-    if kernels is not None:
+    if ex.backend_of(compute) == "triton":
         grads = _empty_gradients(e, q, k, v, need)
-        kernels.attend_backward((grad, grad_sums, out, sums, lse), e, compute, (q, k, v), shape, scale, dropout, seed, grads)
+        _triton.attend_backward((grad, grad_sums, out, sums, lse), e, compute, (q, k, v), shape, scale, dropout, seed, grads)
         return grads
 
     def forward(f, *nodes):

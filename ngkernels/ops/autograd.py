@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import journal
-from .expression import library
+from .expression import backend_of, compiled, library
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
@@ -38,7 +38,7 @@ def register(name: str, implementation: Callable, backward: Callable, setup: Cal
     """Registers what an op does and its derivative; its arguments are tensors, lists of tensors and constants.
 
     Args:
-        implementation: what the op does, on every device.
+        implementation: what the op does, on every device, where no C++ kernel does it.
         backward: (ctx, need, *grads) -> a gradient or None for each tensor of the arguments, those of lists one by one; `need` says
             for each of them whether it is wanted; grads: of each tensor of the output.
         setup: (ctx, inputs, output), as for torch.library.register_autograd.
@@ -48,7 +48,14 @@ def register(name: str, implementation: Callable, backward: Callable, setup: Cal
         the kernel of a small network.
     """
     op = getattr(torch.ops.ngkernels, name).default
-    library.impl(name, implementation, "CompositeExplicitAutograd")
+    kernel = getattr(torch.ops.ngkernels_C, name).default if compiled is not None and hasattr(torch.ops.ngkernels_C, name) else None
+    compute = -2 if name.endswith("_backward") else -1  # where this argument stands
+
+    def kernel_for(arguments) -> torch._ops.OpOverload | None:
+        """The C++ kernel, if that is what the arguments ask for."""
+        return kernel if kernel is not None and backend_of(arguments[compute]) == "cpp" else None
+
+    library.impl(name, lambda *arguments: (kernel_for(arguments) or implementation)(*arguments), "CompositeExplicitAutograd")
     many = "Tensor[]" in str(op._schema).rpartition("->")[2]
 
     class Node(torch.autograd.Function):
@@ -74,14 +81,21 @@ def register(name: str, implementation: Callable, backward: Callable, setup: Cal
         output = apply(function, arguments, *tensors)
         return list(output) if many else output
 
-    def kernel(keyset, *arguments):
-        below = keyset & torch._C._after_autograd_keyset
-        return differentiable(lambda *a: op.redispatch(below, *a), arguments, _tensors(arguments), Node.apply)
+    def autograd_of(op):
+        def autograd(keyset, *arguments):
+            below = keyset & torch._C._after_autograd_keyset
+            return differentiable(lambda *a: op.redispatch(below, *a), arguments, _tensors(arguments), Node.apply)
 
-    library.impl(name, kernel, "Autograd", with_keyset=True)
+        return autograd
+
+    library.impl(name, autograd_of(op), "Autograd", with_keyset=True)
+    if kernel is not None:
+        compiled.impl(name, autograd_of(kernel), "Autograd", with_keyset=True)
 
     def run(*arguments):
-        tensors = _tensors(arguments)
-        return differentiable(journal.kept(name, implementation), arguments, tensors, bare) if _eager(tensors) else op(*arguments)
+        tensors, chosen = _tensors(arguments), kernel_for(arguments)
+        if not _eager(tensors):
+            return (chosen or op)(*arguments)
+        return differentiable(journal.kept(name, chosen or implementation), arguments, tensors, bare)
 
     return run

@@ -7,7 +7,7 @@ import torch
 from ..graph import NeuralGraph
 from ..reference import evaluate as reference
 from ..topology import DENSE
-from . import _cpp, _triton
+from . import _triton
 from . import expression as ex
 from .autograd import register
 from .double_backward import second_derivatives
@@ -15,8 +15,8 @@ from .double_backward import second_derivatives
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # shapes: rank and sizes of each output, one after the other (fakes cannot read the topology table)
-ex.library.define(f"evaluate({ex.SCHEMA}, int[] shapes, int dtype, int compute) -> Tensor[]")
-ex.library.define(f"evaluate_backward(Tensor[] grads, {ex.SCHEMA}, int[] shapes, int compute, bool[] need) -> Tensor[]")
+ex.define(f"evaluate({ex.SCHEMA}, int[] shapes, int dtype, int compute) -> Tensor[]")
+ex.define(f"evaluate_backward(Tensor[] grads, {ex.SCHEMA}, int[] shapes, int compute, bool[] need) -> Tensor[]")
 ex.library.define(f"carry({ex.SCHEMA}, int[] shapes, int compute) -> Tensor[]")
 
 
@@ -34,7 +34,7 @@ def output_shapes(graph: NeuralGraph, width: int) -> list[int]:
     return shapes
 
 
-@torch.library.register_fake("ngkernels::evaluate", lib=ex.library)
+@ex.fake("evaluate")
 def _fake(weights, xs, params, table, carriers, topology, program, shapes, dtype, compute):
     return [table.new_empty(s, dtype=DTYPES[dtype]) for s in ex.split_shapes(shapes)]
 
@@ -48,19 +48,18 @@ def _carry(weights, xs, params, table, carriers, topology, program, shapes, comp
     return [table.new_zeros(1).expand(s) for s in ex.split_shapes(shapes)]
 
 
-@torch.library.register_fake("ngkernels::evaluate_backward", lib=ex.library)
+@ex.fake("evaluate_backward")
 def _fake_backward(grads, weights, xs, params, table, carriers, topology, program, shapes, compute, need):
     return ex.empty_gradients(ex.E(weights, xs, params, table, carriers, topology, program), need)
 
 
 def _forward(weights, xs, params, table, carriers, topology, program, shapes, dtype, compute):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    kernels = {"cpp": _cpp, "triton": _triton}.get(ex.backend_of(compute))
-    if kernels is not None:
+    if ex.backend_of(compute) == "triton":
         out = _fake(*e, shapes, dtype, compute)
         if shapes and shapes[0] == 2:  # packed: a restricted graph leaves rows out
             out[0].zero_()
-        kernels.evaluate(e, compute, out)
+        _triton.evaluate(e, compute, out)
         return out
     with torch.no_grad():
         return [t.to(DTYPES[dtype], copy=True) for t in reference.emit(*e, compute & 1, ex.split_shapes(shapes))]
@@ -68,10 +67,9 @@ def _forward(weights, xs, params, table, carriers, topology, program, shapes, dt
 
 def _backward(grads, weights, xs, params, table, carriers, topology, program, shapes, compute, need):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    kernels = {"cpp": _cpp, "triton": _triton}.get(ex.backend_of(compute))
-    if kernels is not None:
+    if ex.backend_of(compute) == "triton":
         out = ex.empty_gradients(e, need)
-        kernels.evaluate_backward([g.contiguous() for g in grads], e, compute, out)
+        _triton.evaluate_backward([g.contiguous() for g in grads], e, compute, out)
         return out
     return ex.reference_gradients(lambda f: reference.emit(*f, compute & 1, ex.split_shapes(shapes)), e, [g.to(table.dtype) for g in grads], need)
 

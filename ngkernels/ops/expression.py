@@ -17,6 +17,27 @@ from ..program import cut
 
 SCHEMA = "Tensor[] weights, Tensor[] xs, Tensor[] params, Tensor table, Tensor[] carriers, Tensor topology, int[] program"
 library = torch.library.Library("ngkernels", "DEF")
+# The C++ kernels are ops too, of the same schemas: they allocate what they return, and nothing of Python lies between their caller and them.
+compiled = torch.library.Library("ngkernels_C", "FRAGMENT") if backends.why_not("cpp") is None else None
+
+
+def define(signature: str) -> None:
+    """An op that has C++ kernels."""
+    for namespace in (library, compiled):
+        if namespace is not None:
+            namespace.define(signature)
+
+
+def fake(name: str) -> Callable:
+    """Registers what an op that has C++ kernels returns, without values."""
+
+    def register(function: Callable) -> Callable:
+        for namespace in (library, compiled):
+            if namespace is not None:
+                torch.library.register_fake(f"{namespace.ns}::{name}", function, lib=namespace)
+        return function
+
+    return register
 
 
 LOW, TF32 = 1, 8  # bits of the `compute` argument; between them the backend
@@ -50,14 +71,18 @@ def room(tensors: Sequence[torch.Tensor], need: Sequence[bool]) -> list[torch.Te
 
 
 def empty_gradients(e: E, need: list[bool]) -> list[torch.Tensor]:
-    """Uninitialised gradients: of weights with their strides (a transposed view gets a transposed gradient) and, if those lie in files, in
-    files too; else contiguous."""
+    """Uninitialised gradients: of weights with their strides (a transposed view gets a transposed gradient); else contiguous."""
     w, tensors = len(e.weights), e.differentiable
-    like = [_like(t) if n else t.new_empty(0) for t, n in zip(tensors[:w], need[:w], strict=True)]
+    like = [torch.empty_like(t) if n else t.new_empty(0) for t, n in zip(tensors[:w], need[:w], strict=True)]
     return like + room(tensors[w:], need[w:])
 
 
-def _like(weight: torch.Tensor) -> torch.Tensor:
+library.define("gradient_like(Tensor weight) -> Tensor")
+
+
+@torch.library.impl("ngkernels::gradient_like", "CompositeExplicitAutograd", lib=library)
+def _gradient_like(weight: torch.Tensor) -> torch.Tensor:
+    """Where C++ kernels write the gradient of a weight that lies in a file."""
     in_file = mapped.gradient_like(weight)
     return torch.empty_like(weight) if in_file is None else in_file
 

@@ -10,15 +10,14 @@ import torch
 from .. import backends
 from ..checks import ACTIVATIONS, check_activation, check_bias, check_matrix
 from ..reference import node_map as reference
-from . import _cpp
 from . import expression as ex
 from .autograd import register
 
 FUNCTIONS = reference.ACTIVATIONS  # of torch, by name
 # unit: 1 for each factor that is 1, and that `factors` leaves out; affine: weight and bias of the norm; bounds: of segments, see After
 _ARGUMENTS = "Tensor x, Tensor reduced, Tensor[] maps, Tensor[] factors, int[] unit, Tensor[] affine, Tensor bounds, int[] form, float eps, int compute"
-ex.library.define(f"node_map({_ARGUMENTS}) -> (Tensor, Tensor)")
-ex.library.define(f"node_map_backward(Tensor grad, Tensor stats, {_ARGUMENTS}, bool[] need) -> Tensor[]")
+ex.define(f"node_map({_ARGUMENTS}) -> (Tensor, Tensor)")
+ex.define(f"node_map_backward(Tensor grad, Tensor stats, {_ARGUMENTS}, bool[] need) -> Tensor[]")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def _outputs(x, maps, bounds, form) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape[0], maps[-1].shape[0]), x.new_empty(segments, 2)
 
 
-@torch.library.register_fake("ngkernels::node_map", lib=ex.library)
+@ex.fake("node_map")
 def _fake(x, reduced, maps, factors, unit, affine, bounds, form, eps, compute):
     return _outputs(x, maps, bounds, form)
 
@@ -52,16 +51,13 @@ def _empty_gradients(x, reduced, maps, affine, need) -> list[torch.Tensor]:
     return ex.room([x, reduced, *maps, *affine], need)
 
 
-@torch.library.register_fake("ngkernels::node_map_backward", lib=ex.library)
+@ex.fake("node_map_backward")
 def _fake_backward(grad, stats, x, reduced, maps, factors, unit, affine, bounds, form, eps, compute, need):
     return _empty_gradients(x, reduced, maps, affine, need)
 
 
 def _forward(x, reduced, maps, factors, unit, affine, bounds, form, eps, compute):
-    out, stats = _outputs(x, maps, bounds, form)
-    if ex.backend_of(compute) == "cpp":
-        _cpp.node_map(x, reduced, maps, factors, unit, affine, bounds, form, eps, out, stats)
-        return out, stats
+    stats = _outputs(x, maps, bounds, form)[1]
     with torch.no_grad():
         return reference.node_map(x, reduced, maps, factors, unit, affine, bounds, form, eps), stats.zero_()
 
@@ -78,9 +74,6 @@ def _differentiate(grads, leaves, need, factors, unit, bounds, form, eps, create
 
 def _backward(grad, stats, x, reduced, maps, factors, unit, affine, bounds, form, eps, compute, need):
     grads = _empty_gradients(x, reduced, maps, affine, need)
-    if ex.backend_of(compute) == "cpp":
-        _cpp.node_map_backward(grad, stats, x, reduced, maps, factors, unit, affine, bounds, form, eps, grads)
-        return grads
     with ex.autograd_enabled():
         leaves = [t.detach().requires_grad_(n) for t, n in zip([x, reduced, *maps, *affine], need, strict=True)]
         found = _differentiate(grad, leaves, need, factors, unit, bounds, form, eps) if any(need) else grads
