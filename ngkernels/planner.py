@@ -9,7 +9,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from .encoders import forget_plans
 from .graph import NeuralGraph
 from .trace import Trace
 from .work import Work
@@ -156,22 +155,19 @@ def _cost(dry: DryRun, training: bool, mapped: bool, threads: int, optimizer_sta
     trace = Trace(threads, dry.weights if mapped else ())
     trace.hold(*dry.held)
     trained = [p for p in dry.parameters if p.requires_grad]
-    try:
-        if not training:
-            with torch.no_grad(), trace:
-                dry.run()
-            return trace.peak, trace.work
-        for first in (True, False):
-            trace.work = Work()
-            with trace:
-                _step(dry.run())
-            for t in (*trained, *dry.weights):
-                t.grad = None
-            if first:
-                trace.live += optimizer_states * sum(t.numel() * t.element_size() for t in trained)
+    if not training:
+        with torch.no_grad(), trace:
+            dry.run()
         return trace.peak, trace.work
-    finally:
-        forget_plans()
+    for first in (True, False):
+        trace.work = Work()
+        with trace:
+            _step(dry.run())
+        for t in (*trained, *dry.weights):
+            t.grad = None
+        if first:
+            trace.live += optimizer_states * sum(t.numel() * t.element_size() for t in trained)
+    return trace.peak, trace.work
 
 
 def _step(results: Sequence[torch.Tensor]) -> None:

@@ -13,12 +13,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from . import backends
+from .encoders import grid_rank
 from .topology import COLUMNS
 from .work import Work, program_flops
 
 _SPACES = ("ngkernels", "ngkernels_C")
 _OPS = {f"{space}.{name}{back}.default" for space in _SPACES for name in ("aggregate", "attend", "evaluate") for back in ("", "_backward")}
 _NODE_MAPS = {f"{space}.node_map{back}.default" for space in _SPACES for back in ("", "_backward")}
+_TABLES = {"ngkernels.tabulate.default", "ngkernels.tabulate_backward.default"}
 _FREE = {"aten.detach.default", "aten.lift_fresh.default", "ngkernels.carry.default"}
 
 
@@ -46,6 +48,7 @@ class Trace(TorchDispatchMode):
         self.scratch = Scratch()
         self.mapped = bool(mapped)
         self._seen: set[int] = set()
+        self._grids: set[tuple] = set()
         for t in mapped:
             self._register(t, 0)
 
@@ -100,9 +103,23 @@ class Trace(TorchDispatchMode):
         own = {t.untyped_storage()._cdata for t in inputs}
         view = not func._schema.is_mutable and all(t.untyped_storage()._cdata in own for t in found)
         moved = 0 if view or name in _FREE else sum(map(_bytes, inputs)) + sum(map(_bytes, found))
+        if name in _TABLES:
+            flops = self._grid(args, found[0])
         if name in _NODE_MAPS:
             flops = _node_map_flops(args, name.endswith("_backward.default"))
         self.work = self.work + Work(0, flops, moved)
+
+    def _grid(self, args, out: torch.Tensor) -> int:
+        """Operations of the product with a grid, whose factors are kept from the first one on."""
+        values, frequencies, direction, k, half = args
+        features = 2 * frequencies.shape[0]
+        rank, lines = grid_rank(half, features), 3 * (2 * half + 1)
+        key = (frequencies.untyped_storage()._cdata, direction, k, half)
+        if key not in self._grids:
+            self._grids.add(key)
+            self.live += rank * (lines + features) * values.element_size()
+        width = min(values.shape[-1], out.shape[-1])
+        return 2 * rank * width * (lines + features)
 
     def _kernel(self, name: str, args, found) -> int:
         """One of the engine's ops; returns the bytes that it takes while it runs, and notes those that it keeps."""

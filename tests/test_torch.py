@@ -169,9 +169,10 @@ def test_opcheck(sample: Sample, op: str, grad: bool, backend: str):
 
 
 @pytest.mark.parametrize("direction", [-1, 0, 1])
-def test_opcheck_of_the_tables_basis(direction: int):
-    frequencies = torch.randn(5, 1 if direction < 0 else 3)
-    torch.library.opcheck(torch.ops.ngkernels.table_basis.default, (frequencies, direction, 4, 6, torch.float32))
+def test_opcheck_of_tables(direction: int):
+    grid = (torch.randn(5, 1 if direction < 0 else 3), direction, 4, 6)
+    torch.library.opcheck(torch.ops.ngkernels.tabulate.default, (torch.randn(3, 10, requires_grad=True), *grid))
+    torch.library.opcheck(torch.ops.ngkernels.tabulate_backward.default, (torch.randn(13, 3, 3, requires_grad=True), *grid))
 
 
 # ---- needs_input_grad ----

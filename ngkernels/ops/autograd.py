@@ -56,7 +56,8 @@ def register(name: str, implementation: Callable, backward: Callable, setup: Cal
         return kernel if kernel is not None and backend_of(arguments[compute]) == "cpp" else None
 
     library.impl(name, lambda *arguments: (kernel_for(arguments) or implementation)(*arguments), "CompositeExplicitAutograd")
-    many = "Tensor[]" in str(op._schema).rpartition("->")[2]
+    returns = str(op._schema).rpartition("->")[2].strip()
+    many, single = returns == "Tensor[]", returns == "Tensor"
 
     class Node(torch.autograd.Function):
         @staticmethod
@@ -65,7 +66,7 @@ def register(name: str, implementation: Callable, backward: Callable, setup: Cal
                 output = function(*arguments)
             if setup is not None:
                 setup(ctx, arguments, output)
-            return tuple(output)
+            return output if single else tuple(output)
 
         @staticmethod
         def backward(ctx, *grads):
