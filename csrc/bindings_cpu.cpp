@@ -78,7 +78,10 @@ Ints workspace(Tensors weights, Tensors xs, Tensors params, Tensor table, Tensor
     c.d_v = static_cast<int>(shape[4]);
     c.d_e = c.instrs[static_cast<size_t>(c.message_start - 1)].n_out;
   }
-  if (backward) c.grad_table = const_cast<void*>(c.table);  // wanted: its place is not used
+  if (backward) {  // wanted: their places are not used
+    c.grad_table = const_cast<void*>(c.table);
+    c.grad_params = const_cast<void*>(c.params);
+  }
   const Workspace w = p.kernels(compute).workspace(c, backward);
   return {w.shared, w.worker, w.call, w.items};
 }

@@ -31,7 +31,7 @@ struct Instr {
   int64_t wd, ws;  // [n_out, d_x] each
   int64_t arg0, arg1;
   // LOAD arg0: offset of (scale, shift) pairs by weight tensor, -1: none. TABLE arg0: log2 of steps a unit,
-  // arg1: offset of the frequencies, w: matrix [n_out, 2 n_in], for weights beyond the table; -1: there are none.
+  // arg1: offset of the frequencies, w: matrix [n_out, 2 n_in], for weights beyond the table and made when there are some; -1: there are none.
   // LIN arg0: elements from one direction's matrix to the next (0: one matrix). ACT arg0: activation.
   // ADD arg0: the instruction whose result is added. LIN arg1: offset of the matrix that the partners' registers are
   // multiplied with, -1: none. NORM w, b: scale and shift [n_out]; arg0: eps, the bits of a double.
@@ -85,6 +85,8 @@ struct Call {
   std::vector<int> x_width;
   int64_t nodes = 0, n_params = 0, out_rows = 0, table_nodes = 0;
   const void *params = nullptr, *table = nullptr;
+  FoldCall* fold = nullptr;                  // that made params
+  void (*fold_late)(FoldCall&) = nullptr;    // makes what is late in it
   void *grad_params = nullptr, *grad_table = nullptr;
   void *out = nullptr, *aux = nullptr, *ties = nullptr;  // aggregate: [rows, K, F], [rows, 0..1, F], [rows, 0..2, F]
   const void* grad_out = nullptr;
@@ -121,6 +123,7 @@ struct Isa {
   const char* name;
   Kernels f32, f64;
   void (*fold)(const FoldCall&);  // the parameters of the others
+  void (*fold_late)(FoldCall&);
   void (*fold_gradients)(const FoldCall&);
 };
 

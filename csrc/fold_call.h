@@ -14,6 +14,7 @@ constexpr int FOLD_RECORD = 4;  // op, a, b, offset
 struct FoldNode {
   int op;
   int64_t a, b, offset, rows, cols;
+  bool late = false;  // made when a kernel asks for it, if one does
   size_t size() const { return static_cast<size_t>(rows * cols); }
 };
 
@@ -29,6 +30,7 @@ struct FoldCall {
   std::vector<FoldLeaf> leaves;
   void* out = nullptr;         // the result
   const void* grad = nullptr;  // its gradient
+  bool asked = false;          // for what is late
 };
 
 }  // namespace ngk

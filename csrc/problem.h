@@ -104,7 +104,11 @@ struct Problem {
     fold = fold_call(params, type, program.data() + recipe, program.size() - recipe, call.n_params);
     fold.out = room(folded);
     call.params = fold.out;
+    for (const Instr& in : call.instrs)
+      for (FoldNode& n : fold.nodes) n.late |= in.op == TABLE && in.w >= 0 && n.offset == in.w;
     isa_for(0).fold(fold);
+    call.fold = &fold;
+    call.fold_late = isa_for(0).fold_late;
     call.table = data(table, type, "table");
     if (call.table) call.table_nodes = table.size(1);
     check();

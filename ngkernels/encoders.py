@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -73,18 +75,17 @@ def table_step(frequencies: torch.Tensor) -> int:
 class Table:
     """A tabulated encoder, made once for all consumers of a state (EdgeState.tabulate).
 
-    values [directions, nodes, 3, n] of the map w -> e0 without its constant; rest: the encoder's matrix [n, 2m], for weights beyond the
-    table, None where there are none; `through`: both times weight_edge of the state's first update.
+    values [directions, nodes, 3, n] of the map w -> e0 without its constant, or, `through`, of weight_edge of the state's first update times
+    it; complete: no weight lies beyond the table.
     """
 
     values: torch.Tensor
-    rest: torch.Tensor | None
+    complete: bool
     through: bool = False
 
     def times(self, weight: torch.Tensor, through: bool = False) -> Table:
         """The table of the map that `weight` [m, n] follows."""
-        weight = weight.to(self.values.dtype)
-        return Table(self.values @ weight.T, None if self.rest is None else weight @ self.rest, through)
+        return Table(self.values @ weight.to(self.values.dtype).T, self.complete, through)
 
 
 def make_table(enc: Fourier, weights, affine, dtype: torch.dtype, directions: int) -> Table | None:
@@ -99,7 +100,7 @@ def make_table(enc: Fourier, weights, affine, dtype: torch.dtype, directions: in
     complete = enc.table_range is None and limit is not None and half < MAX_TABLE_NODES
     weight = enc.weight.to(dtype)
     each = [tabulate(weight, enc.frequencies, d, step, half) for d in (range(directions) if enc.reciprocal else [-1])]
-    return Table(each[0][None] if len(each) == 1 else torch.stack(each), None if complete else weight)
+    return Table(each[0][None] if len(each) == 1 else torch.stack(each), complete)
 
 
 def grid_step(enc: Fourier) -> int | None:
@@ -107,40 +108,77 @@ def grid_step(enc: Fourier) -> int | None:
     return enc.step if enc.step is not None or torch.compiler.is_compiling() else table_step(enc.frequencies)
 
 
+class Grid(NamedTuple):
+    """Fourier features, h times their first and h^2 times their second derivative at a grid's nodes, [nodes, 3, 2m], for `tabulate`.
+
+    The inner nodes' are left @ right, [inner, 3, r] and [r, 2m]: on a bounded range the waves are nearly dependent, r is a third of 2m, and
+    the rounding of the longer sums in float32 is larger than what this leaves out (largest error of a table of 641 nodes: 8e-7 in place of
+    1.7e-6). Which nodes are inner ones does not depend on how many there are, so that a table's values do not either. outer: the others'.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    outer: torch.Tensor | None
+
+
 _basis_cache: dict = {}
 
 
-def grid_rank(half: int, features: int) -> int:
-    """About how many columns the factors of `grid_basis` have (measured: 39 at 96, 61 at 192, 86 at 320, 186 at 1024)."""
-    return min(features, 24 + half // 5)
+def inner_half(k: int) -> int:
+    return table_half(k, ASSUMED_RANGE)
 
 
-def grid_basis(frequencies: torch.Tensor, direction: int | None, k: int, half: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """[nodes, 3, 2m]: Fourier features, h times their first and h^2 times their second derivative at the grid's nodes.
+def grid_values(k: int, half: int, features: int) -> tuple[int, int]:
+    """(about how many numbers a Grid holds, products of a column with it)."""
+    inner = inner_half(k)
+    rank, lines = min(features, 24 + inner // 5), 3 * (2 * inner + 1)  # measured: 39 at 96, 61 at 192, 86 at 320, 186 at 1024
+    outer = 6 * max(0, half - inner) * features
+    return rank * (lines + features) + outer, rank * (min(lines, 3 * (2 * half + 1)) + features) + outer
 
-    `direction`: None, or that of a reciprocal encoder. Returned as a product of [nodes, 3, r] and [r, 2m]: on a bounded range the waves
-    are nearly dependent, r is a third of 2m, and the rounding of the longer sums in float32 was larger than what this leaves out
-    (largest error of a table at half = 320: 8e-7 in place of 1.7e-6). Depends on the frozen frequencies only, so it is kept for the next step.
+
+def grid_basis(frequencies: torch.Tensor, direction: int | None, k: int, half: int, dtype: torch.dtype) -> Grid:
+    """The grid of steps 2^-k from -half to half. `direction`: None, or that of a reciprocal encoder.
+
+    Depends on the frozen frequencies only, so its parts are kept for the next step.
     """
-    key = (frequencies.data_ptr(), frequencies._version, tuple(frequencies.shape), frequencies.dtype, direction, k, half, dtype)
+    inner = inner_half(k)
+
+    def waves(nodes: torch.Tensor) -> torch.Tensor:
+        step = 2.0**-k
+        b = frequencies.detach().double()
+        b = 2 * math.pi * (b if direction is None else b @ expansion(1, direction, b)).reshape(1, -1)
+        arg = nodes.to(b)[:, None] * step * b
+        cos, sin = arg.cos(), arg.sin()
+        slope, bend = b * step, (b * step) ** 2
+        return torch.stack([torch.cat([cos, sin], 1), torch.cat([-sin * slope, cos * slope], 1), torch.cat([-cos * bend, -sin * bend], 1)], 1)
+
+    def factors() -> tuple[torch.Tensor, torch.Tensor]:
+        basis = waves(torch.arange(-inner, inner + 1, dtype=torch.float64))
+        flat = basis.flatten(0, 1)
+        energies, directions = torch.linalg.eigh(flat.T @ flat)
+        right = directions[:, energies > 1e-15 * energies[-1]].T
+        return (basis @ right.T).to(dtype), right.contiguous().to(dtype)
+
+    def outer() -> torch.Tensor:
+        nodes = torch.arange(-half, half + 1, dtype=torch.float64)
+        return waves(nodes[nodes.abs() > inner]).to(dtype)
+
+    left, right = _kept(frequencies, (direction, k, dtype), factors)
+    if half > inner:
+        return Grid(left, right, _kept(frequencies, (direction, k, dtype, half), outer))
+    return Grid(left[inner - half : inner + half + 1], right, None)
+
+
+def _kept(frequencies: torch.Tensor, key: tuple, make: Callable):
+    """What `make` returned for these frequencies and this key."""
+    key = (frequencies.data_ptr(), frequencies._version, tuple(frequencies.shape), frequencies.dtype, *key)
     hit = _basis_cache.get(key)
     if hit is not None and hit[0] is frequencies:
         return hit[1]
-    step = 2.0**-k
-    b = frequencies.detach().double()
-    b = 2 * math.pi * (b if direction is None else b @ expansion(1, direction, b)).reshape(1, -1)
-    arg = torch.arange(-half, half + 1, dtype=torch.float64, device=b.device)[:, None] * step * b
-    cos, sin = arg.cos(), arg.sin()
-    slope, bend = b * step, (b * step) ** 2
-    basis = torch.stack([torch.cat([cos, sin], 1), torch.cat([-sin * slope, cos * slope], 1), torch.cat([-cos * bend, -sin * bend], 1)], 1)
-    flat = basis.flatten(0, 1)
-    energies, directions = torch.linalg.eigh(flat.T @ flat)
-    right = directions[:, energies > 1e-15 * energies[-1]].T
-    factors = ((basis @ right.T).to(dtype), right.to(dtype))
     if len(_basis_cache) >= 8:
         _basis_cache.pop(next(iter(_basis_cache)))
-    _basis_cache[key] = (frequencies, factors)
-    return factors
+    _basis_cache[key] = (frequencies, made := make())
+    return made
 
 
 def _extremes(w: torch.Tensor):

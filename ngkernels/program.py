@@ -153,12 +153,9 @@ class _Builder:
             bias = first.times(bias) if b is None else self.matrix(b).plus(first.times(bias))
         n_out, bias = bias.shape[0], self.put(self.with_bias(bias, node))
         weight = offset = -1
-        if table is None:
+        if table is None or not table.complete:
             matrix = self.matrix(enc.weight)
             weight = self.put(matrix if first is None else first.times(matrix))
-        elif table.rest is not None:
-            weight = self.put(table.rest)
-        if weight >= 0:
             offset = self.put(*frequencies)
         if table is not None:
             self.table = table.values

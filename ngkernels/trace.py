@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from . import backends
-from .encoders import grid_rank
+from .encoders import grid_values
 from .topology import COLUMNS
 from .work import Work, program_flops
 
@@ -112,14 +112,13 @@ class Trace(TorchDispatchMode):
     def _grid(self, args, out: torch.Tensor) -> int:
         """Operations of the product with a grid, whose factors are kept from the first one on."""
         values, frequencies, direction, k, half = args
-        features = 2 * frequencies.shape[0]
-        rank, lines = grid_rank(half, features), 3 * (2 * half + 1)
+        size, products = grid_values(k, half, 2 * frequencies.shape[0])
         key = (frequencies.untyped_storage()._cdata, direction, k, half)
         if key not in self._grids:
             self._grids.add(key)
-            self.live += rank * (lines + features) * values.element_size()
-        width = min(values.shape[-1], out.shape[-1])
-        return 2 * rank * width * (lines + features)
+            self.live += size * values.element_size()
+        width = out.shape[2] if out.dim() == 3 else values.shape[2]
+        return 2 * products * width
 
     def _kernel(self, name: str, args, found) -> int:
         """One of the engine's ops; returns the bytes that it takes while it runs, and notes those that it keeps."""

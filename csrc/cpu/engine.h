@@ -155,6 +155,7 @@ class Engine {
       w.grad_x_j[x] = a.take<T>(cols * padded<V>(call.x_width[x]));
     }
     w.params = a.take<T>(prepared.grad_size);
+    if (call.grad_params && prepared.rest_size) w.grad_rest = a.take<T>(prepared.rest_size);
     if (call.grad_table) w.table = a.take<T>(static_cast<size_t>(call.directions) * call.table_nodes * TABLE_LINES * prepared.table_ld);
     size_t raw = 0;
     for (const Piece& p : plan.pieces)

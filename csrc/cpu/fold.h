@@ -52,14 +52,33 @@ class Fold {
 
   explicit Fold(const FoldCall& call) : c(call), values(c.nodes.size(), nullptr), grads(c.nodes.size(), nullptr), live(c.nodes.size(), 0) {}
 
-  void forward() {
-    allocate([&](Arena& a) {
-      for (size_t k = 0; k < c.nodes.size(); ++k) values[k] = a.take<double>(c.nodes[k].size());
-    });
+  // What is stored, late or not.
+  void forward(bool late) {
+    std::vector<char> made(c.nodes.size(), 0);
+    for (size_t k = c.nodes.size(); k-- > 0;) {
+      const FoldNode& n = c.nodes[k];
+      if (n.offset >= 0 && n.late == late) made[k] = 1;
+      if (made[k]) need_operands(n, made);
+    }
+    const auto layout = [&](Arena& a) {
+      for (size_t k = 0; k < c.nodes.size(); ++k)
+        if (made[k]) values[k] = a.take<double>(c.nodes[k].size());
+    };
+    std::vector<double> own;  // in the middle of a kernel, the threads' memory is taken
+    if (late) {
+      Arena measure, arena;
+      layout(measure);
+      own.resize(measure.used / sizeof(double) + 8);
+      arena.base = reinterpret_cast<char*>(own.data());
+      layout(arena);
+    } else {
+      allocate(layout);
+    }
     for (size_t k = 0; k < c.nodes.size(); ++k) {
       const FoldNode& n = c.nodes[k];
+      if (!made[k]) continue;
       evaluate(k);
-      if (n.offset >= 0) write(values[k], n.rows * n.cols, c.out, n.offset);
+      if (n.offset >= 0 && n.late == late) write(values[k], n.rows * n.cols, c.out, n.offset);
     }
   }
 
@@ -80,14 +99,14 @@ class Fold {
       const FoldNode& n = c.nodes[k];
       if (read[k]) evaluate(k);
       if (!live[k]) continue;
-      if (n.offset < 0) {
+      if (n.offset < 0 || unasked(n)) {
         std::memset(grads[k], 0, sizeof(double) * n.size());
       } else {
         load(c.grad, n.offset, 1, n.rows * n.cols, grads[k]);
       }
     }
     for (size_t k = c.nodes.size(); k-- > 0;)
-      if (live[k]) differentiate(k, turned);
+      if (live[k] && !unasked(c.nodes[k])) differentiate(k, turned);
   }
 
  private:
@@ -150,6 +169,14 @@ class Fold {
     }
   }
 
+  bool unasked(const FoldNode& n) const { return n.late && !c.asked; }  // nothing read it: its gradient is 0
+
+  static void need_operands(const FoldNode& n, std::vector<char>& needed) {
+    if (n.op == LEAF) return;
+    needed[static_cast<size_t>(n.a)] = 1;
+    if (n.op != COPY) needed[static_cast<size_t>(n.b)] = 1;
+  }
+
   void mark(std::vector<char>& read) {
     for (size_t k = 0; k < c.nodes.size(); ++k) {
       const FoldNode& n = c.nodes[k];
@@ -158,9 +185,7 @@ class Fold {
     }
     for (size_t k = c.nodes.size(); k-- > 0;) {
       const FoldNode& n = c.nodes[k];
-      if (n.op == LEAF || !(read[k] || (n.op == MULTIPLY && live[k]))) continue;
-      read[static_cast<size_t>(n.a)] = 1;
-      if (n.op != COPY) read[static_cast<size_t>(n.b)] = 1;
+      if (read[k] || (n.op == MULTIPLY && live[k] && !unasked(n))) need_operands(n, read);
     }
   }
 
@@ -177,7 +202,6 @@ class Fold {
       for (size_t j = 0; gb && j < n.size(); ++j) gb[j] += g[j];
       return;
     }
-    if (zero(g, n.size())) return;  // the matrix for weights beyond a table, mostly
     const FoldNode &a = node(n.a), &b = node(n.b);
     if (ga) {
       const double* right = values[static_cast<size_t>(n.b)];
@@ -187,17 +211,16 @@ class Fold {
     }
     if (gb) add_product<V>(values[static_cast<size_t>(n.a)], 1, a.cols, g, gb, b.rows, a.rows, n.cols);
   }
-
-  static bool zero(const double* g, size_t n) {
-    for (size_t j = 0; j < n; ++j)
-      if (g[j] != 0.0) return false;
-    return true;
-  }
 };
 
 template <class V>
 void fold(const FoldCall& c) {
-  Fold<V>(c).forward();
+  Fold<V>(c).forward(false);
+}
+template <class V>
+void fold_late(FoldCall& c) {
+  c.asked = true;
+  Fold<V>(c).forward(true);
 }
 template <class V>
 void fold_gradients(const FoldCall& c) {

@@ -67,9 +67,11 @@ struct FourierEncoder : OnWorker<V> {
     }
     T* gamma = w.rest;
     fourier_row<V>(frequencies(direction), in.n_in, 1, &value, gamma);
-    for (int c = 0; c < s.ld; ++c) out[c] = tj ? si[c] + tj[c] : si[c];
-    for (int m = 0; m < 2 * in.n_in; ++m)
-      for (int c = 0; c < s.ld; ++c) out[c] += gamma[m] * s.fwd[0].p[static_cast<int64_t>(m) * s.ld + c];
+    const T* row = p.rest();
+    for (int c = 0; c < s.ld; ++c) {
+      out[c] = tj ? si[c] + tj[c] : si[c];
+      for (int q = 0; c < in.n_out && q < 2 * in.n_in; ++q) out[c] += row[static_cast<int64_t>(c) * 2 * in.n_in + q] * gamma[q];
+    }
   }
 
   void features_back(const Tile<V>& t, int k, const T* g, T* next) {
@@ -160,20 +162,23 @@ struct FourierEncoder : OnWorker<V> {
 
   T direct_back(T value, int direction, const T* g, int k) {
     const Instr& in = p.call.instrs[k];
-    const Step<V>& s = p.steps[k];
     const int m = in.n_in;
     if (in.w < 0) return std::numeric_limits<T>::quiet_NaN();
+    const T* matrix = p.rest();
     T* gamma = w.rest;
     fourier_row<V>(frequencies(direction), m, 1, &value, gamma);
     T total = 0;
     for (int q = 0; q < 2 * m; ++q) {
-      const T* row = s.fwd[0].p + static_cast<int64_t>(q) * s.ld;
       T dot = 0;
-      for (int c = 0; c < in.n_out; ++c) dot += row[c] * g[c];
+      for (int c = 0; c < in.n_out; ++c) dot += matrix[static_cast<int64_t>(c) * 2 * m + q] * g[c];
       // d cos = -2 pi b sin, d sin = 2 pi b cos
       total += q < m ? -dot * gamma[m + q] * frequencies(direction)[q] : dot * gamma[q - m] * frequencies(direction)[q - m];
-      if (p.call.grad_params)
-        for (int c = 0; c < in.n_out; ++c) w.params[s.g_w[0] + static_cast<int64_t>(q) * s.ld + c] += gamma[q] * g[c];
+    }
+    if (w.grad_rest) {
+      if (!w.beyond) std::memset(w.grad_rest, 0, sizeof(T) * p.rest_size);
+      w.beyond = true;
+      for (int c = 0; c < in.n_out; ++c)
+        for (int q = 0; q < 2 * m; ++q) w.grad_rest[static_cast<int64_t>(c) * 2 * m + q] += gamma[q] * g[c];
     }
     return total * T(6.283185307179586476925);
   }

@@ -36,11 +36,13 @@ class Gradients : Engine<V> {
     if (!call.grad_params) return;
     prepared.join_pairs(total_params.data());
     prepared.write_grads(total_params.data());
+    if (!total_rest.empty())
+      std::memcpy(static_cast<T*>(call.grad_params) + call.instrs[prepared.table_step].w, total_rest.data(), sizeof(T) * total_rest.size());
   }
 
  private:
   friend class Engine<V>;
-  std::vector<T> total_params;
+  std::vector<T> total_params, total_rest;
 
   void coefficients(Worker<V>& w, const Piece& piece) {
     const int64_t F = call.width, K = slots.count;
@@ -81,6 +83,7 @@ class Gradients : Engine<V> {
     Evaluator<V> eval(prepared, w);
     Backprop<V> back(prepared, w);
     std::memset(w.params, 0, sizeof(T) * prepared.grad_size);
+    w.beyond = false;
     for (int64_t at = item.first; at < item.last; ++at) {
       const Piece& piece = plan.pieces[at];
       if (!wanted(piece)) continue;
@@ -229,6 +232,11 @@ class Gradients : Engine<V> {
       if (wanted(piece)) commit_piece(w, piece);
     }
     for (size_t c = 0; c < total_params.size(); ++c) total_params[c] += w.params[c];
+    if (w.beyond) {
+      total_rest.resize(prepared.rest_size, T(0));
+      for (size_t c = 0; c < total_rest.size(); ++c) total_rest[c] += w.grad_rest[c];
+      w.beyond = false;
+    }
     if (!w.table) return;
     const int ld = prepared.table_ld, n = call.instrs[prepared.table_step].n_out;
     for (int d = 0; d < call.directions; ++d) {

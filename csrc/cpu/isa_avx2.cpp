@@ -17,7 +17,7 @@
 
 namespace ngk {
 const Isa& isa_avx2() {
-  static const Isa isa{"avx2", kernels_of<Avx2F>(), kernels_of<Avx2D>(), fold<Avx2D>, fold_gradients<Avx2D>};
+  static const Isa isa{"avx2", kernels_of<Avx2F>(), kernels_of<Avx2D>(), fold<Avx2D>, fold_late<Avx2D>, fold_gradients<Avx2D>};
   return isa;
 }
 }  // namespace ngk

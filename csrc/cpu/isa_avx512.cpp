@@ -17,7 +17,7 @@
 
 namespace ngk {
 const Isa& isa_avx512() {
-  static const Isa isa{"avx512", kernels_of<Avx512F>(), kernels_of<Avx512D>(), fold<Avx512D>, fold_gradients<Avx512D>};
+  static const Isa isa{"avx512", kernels_of<Avx512F>(), kernels_of<Avx512D>(), fold<Avx512D>, fold_late<Avx512D>, fold_gradients<Avx512D>};
   return isa;
 }
 }  // namespace ngk

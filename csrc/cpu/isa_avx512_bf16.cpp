@@ -17,7 +17,7 @@
 
 namespace ngk {
 const Isa& isa_avx512_bf16() {
-  static const Isa isa{"avx512_bf16", kernels_of<Avx512BF16>(), kernels_of<Avx512D>(), fold<Avx512D>, fold_gradients<Avx512D>};
+  static const Isa isa{"avx512_bf16", kernels_of<Avx512BF16>(), kernels_of<Avx512D>(), fold<Avx512D>, fold_late<Avx512D>, fold_gradients<Avx512D>};
   return isa;
 }
 }  // namespace ngk

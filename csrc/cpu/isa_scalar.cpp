@@ -11,7 +11,7 @@
 
 namespace ngk {
 const Isa& isa_scalar() {
-  static const Isa isa{"scalar", kernels_of<Scalar<float>>(), kernels_of<Scalar<double>>(), fold<Scalar<double>>, fold_gradients<Scalar<double>>};
+  static const Isa isa{"scalar", kernels_of<Scalar<float>>(), kernels_of<Scalar<double>>(), fold<Scalar<double>>, fold_late<Scalar<double>>, fold_gradients<Scalar<double>>};
   return isa;
 }
 }  // namespace ngk

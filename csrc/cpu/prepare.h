@@ -1,6 +1,8 @@
 // Parameters of a call in the layouts kernels read, and where each one's gradient accumulates.
 #pragma once
 
+#include <mutex>
+
 #include "gemm.h"
 #include "schedule.h"
 
@@ -46,11 +48,13 @@ struct Prepared {
   int first_node = 0;    // the first instruction with a node term (or a checkpoint): below it, pairs without edges are all alike
   size_t bytes = 0;      // of all of it
   size_t grad_size = 0;  // of the padded parameter gradients
+  size_t rest_size = 0;  // of the matrix for weights beyond the table
   int64_t low_node = 0, high_node = 0;   // sparse blocks join nodes low_node .. high_node - 1: the rows of all_s, all_t
   T *all_s = nullptr, *all_t = nullptr;  // of each node as destination, as source: terms of all steps side by side [nodes, all_ld]
   int all_ld = 0;
 
   bool backward;  // whether the transposes that gradients go through are wanted
+  mutable std::once_flag asked_rest;
 
   // measured: finds sizes alone, reads no values.
   Prepared(const Call& c, bool backward, bool measured)
@@ -159,6 +163,12 @@ struct Prepared {
     }
   }
 
+  // The matrix [n_out, 2 m] for weights beyond the table, made at the first of them.
+  const T* rest() const {
+    std::call_once(asked_rest, [&] { call.fold_late(*call.fold); });
+    return params + call.instrs[static_cast<size_t>(table_step)].w;
+  }
+
   // (A + B) / 2 and (A - B) / 2 of a pair update's matrices.
   void prepare_pair(Arena& arena, Step<V>& s) {
     s.plus = blend(arena, s.fwd[0], s.partner, 1);
@@ -198,10 +208,7 @@ struct Prepared {
     Step<V>& s = steps[k];
     table_step = k;
     table_ld = s.ld;
-    if (in.w >= 0) {
-      s.fwd[0] = matrix(arena, in.w, in.n_out, 2 * in.n_in, false);
-      s.g_w[0] = grads(static_cast<size_t>(2) * in.n_in * s.ld);
-    }
+    if (in.w >= 0) rest_size = static_cast<size_t>(in.n_out) * 2 * in.n_in;
     const T* src = static_cast<const T*>(call.table);
     if (in.n_out == s.ld) {
       table = src;
@@ -244,7 +251,6 @@ struct Prepared {
       }
       if (in.op != LIN && in.op != TABLE) continue;
       if (in.op == LIN && in.arg1 >= 0) put(s.g_partner, in.arg1, in.n_out, in.n_in, s.ld);
-      if (in.op == TABLE && in.w >= 0) put(s.g_w[0], in.w, in.n_out, 2 * in.n_in, s.ld);
       if (in.op == LIN && in.n_in)
         for (int v = 0; v < (in.arg0 ? call.directions : 1); ++v) put(s.g_w[v], in.w + v * in.arg0, in.n_out, in.n_in, s.ld);
       if (in.b >= 0) put(s.g_b, in.b, in.n_out, 1, 0);

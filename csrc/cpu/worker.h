@@ -28,6 +28,8 @@ struct Worker {
   T* common = nullptr;     // sums over a piece of the gradients of what its pairs have in common: share, state
   T* attention = nullptr;  // what attention keeps for a piece
   int64_t table_low[2], table_high[2];
+  T* grad_rest = nullptr;  // of the current item, of the matrix for weights beyond the table; there if `beyond`
+  bool beyond = false;
 };
 
 template <class V>
