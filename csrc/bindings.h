@@ -41,15 +41,22 @@ inline Tensors in_order(Tensors tensors) {
   return tensors;
 }
 
-// Uninitialised and contiguous, on the CPU.
-inline Tensor room(const Ints& sizes, ScalarType type) { return torch::stable::empty(sizes, type); }
+// Uninitialised and contiguous, on the device of `like`. Not torch::stable::empty, which looks its op up by name: the gradients of a
+// small network are a hundred tensors, at 1 us each.
+inline Tensor room(const Tensor& like, const Ints& sizes, ScalarType type) {
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device = aoti_torch_device_type_cpu();
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &dtype, nullptr, &device, 0, nullptr, &made));
+  return Tensor(made);
+}
 
 // Adds, for each of the tensors, an uninitialised contiguous gradient, or an empty tensor where `need` does not ask for one.
 inline void add_room(Tensors& grads, const Tensors& tensors, const Bools& need) {
   for (const Tensor& t : tensors) {
     const size_t k = grads.size();
     STD_TORCH_CHECK(k < need.size(), "ngkernels: expected to be told of each tensor whether its gradient is wanted");
-    grads.push_back(room(need[k] ? Ints(t.sizes().begin(), t.sizes().end()) : Ints{0}, t.scalar_type()));
+    grads.push_back(room(t, need[k] ? Ints(t.sizes().begin(), t.sizes().end()) : Ints{0}, t.scalar_type()));
   }
 }
 

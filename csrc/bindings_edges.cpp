@@ -5,13 +5,13 @@ namespace ngk {
 namespace {
 
 // The arguments that every op over edges takes first (ngkernels/program.py Expression).
-#define NGK_EXPRESSION \
-  Tensors weights, Tensors xs, Tensors params, Tensor table, Tensors carriers, Tensor topology, Ints program
+#define NGK_EXPRESSION Tensors weights, Tensors xs, Tensors params, Tensor table, Tensors carriers, Tensor topology, Ints program
 #define NGK_ATTENTION Tensor q, Tensor k, Tensor v, Ints shape, double scale, double dropout, int64_t seed
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
-// The gradient of a weight has its strides (that of a transposed view is one too); of one in a file it lies in a file, if that was asked for.
+// The gradient of a weight has its strides (that of a transposed view is one too); of one in a file it lies in a file, if that was asked
+// for.
 Tensor gradient_like(const Tensor& weight) {
   if (!weight.numel() || !is_mapped(weight.const_data_ptr())) return torch::stable::empty_like(weight);
   std::array<StableIValue, 1> stack{torch::stable::detail::from(weight)};
@@ -24,7 +24,7 @@ Tensors empty_gradients(const Tensors& weights, const Tensors& xs, const Tensors
   Tensors grads;
   grads.reserve(need.size());
   STD_TORCH_CHECK(weights.size() <= need.size(), "ngkernels: expected to be told of each weight whether its gradient is wanted");
-  for (const Tensor& w : weights) grads.push_back(need[grads.size()] ? gradient_like(w) : room({0}, w.scalar_type()));
+  for (const Tensor& w : weights) grads.push_back(need[grads.size()] ? gradient_like(w) : room(w, {0}, w.scalar_type()));
   add_room(grads, xs, need);
   add_room(grads, params, need);
   add_room(grads, {table}, need);
@@ -59,7 +59,8 @@ Outputs aggregate(NGK_EXPRESSION, int64_t rows, int64_t compute) {
   const Call& c = p.call;
   const ScalarType type = compute_type(p), number = c.tie_bytes == 2 ? ScalarType::Short : ScalarType::Int;
   const bool mean = c.mask & (STD | VAR) && !(c.mask & MEAN);
-  Outputs o{room({rows, count(c.mask), c.width}, type), room({rows, mean, c.width}, type), room({rows, count(c.mask & (MIN | MAX)), c.width}, number)};
+  Outputs o{room(table, {rows, count(c.mask), c.width}, type), room(table, {rows, mean, c.width}, type),
+            room(table, {rows, count(c.mask & (MIN | MAX)), c.width}, number)};
   const auto& [out, aux, ties] = o;
   bind_reduced(p, out, aux, ties);
   if (out.numel()) p.kernels(compute).aggregate(c, parallel, threads());
@@ -92,7 +93,7 @@ Tensors evaluate(NGK_EXPRESSION, Ints shapes, int64_t dtype, int64_t compute) {
   for (size_t k = 0; k < shapes.size(); k += static_cast<size_t>(shapes[k]) + 1) {
     STD_TORCH_CHECK(shapes[k] >= 2 && k + static_cast<size_t>(shapes[k]) < shapes.size(), "ngkernels: malformed shapes");
     const auto first = shapes.begin() + static_cast<int64_t>(k) + 1;
-    out.push_back(room(Ints(first, first + shapes[k]), DTYPES[dtype]));
+    out.push_back(room(table, Ints(first, first + shapes[k]), DTYPES[dtype]));
   }
   if (!shapes.empty() && shapes[0] == 2) torch::stable::zero_(out[0]);  // packed: a restricted graph leaves rows out
   bind_values(p, out);
@@ -148,7 +149,7 @@ Outputs attend(NGK_EXPRESSION, NGK_ATTENTION, int64_t rows, int64_t compute) {
   STD_TORCH_CHECK(shape.size() == 3 && p.call.message_start >= 1, "ngkernels: malformed attention");
   const int64_t width = shape[2] ? p.call.instrs[static_cast<size_t>(p.call.message_start - 1)].n_out : 0;
   const ScalarType type = compute_type(p);
-  Outputs o{room({rows, v.size(1)}, type), room({rows, shape[0], width}, type), room({rows, shape[0]}, type)};
+  Outputs o{room(table, {rows, v.size(1)}, type), room(table, {rows, shape[0], width}, type), room(table, {rows, shape[0]}, type)};
   const auto& [out, sums, lse] = o;
   bind_attention(p, q, k, v, shape, scale, dropout, seed, out, sums, lse);
   p.kernels(compute).attend(p.call, parallel, threads());

@@ -75,8 +75,7 @@ struct Nodes {  // what both directions take, contiguous
   }
 };
 
-#define NGK_NODES \
-  Tensor x, Tensor reduced, Tensors maps, Tensors factors, Ints unit, Tensors affine, Tensor bounds, Ints form, double eps
+#define NGK_NODES Tensor x, Tensor reduced, Tensors maps, Tensors factors, Ints unit, Tensors affine, Tensor bounds, Ints form, double eps
 #define NGK_NODES_GIVEN \
   Nodes { in_order(x), in_order(reduced), bounds, in_order(maps), in_order(factors), in_order(affine), unit, form, eps }
 
@@ -84,7 +83,7 @@ std::tuple<Tensor, Tensor> node_map(NGK_NODES, int64_t) {
   const Nodes nodes = NGK_NODES_GIVEN;
   STD_TORCH_CHECK(!maps.empty() && form.size() == 3, "ngkernels: malformed node map");
   const int64_t segments = form[0] == GRAPH_NORM ? bounds.numel() - 1 : 0;
-  const Tensor out = room({x.size(0), maps.back().numel()}, x.scalar_type()), stats = room({segments, 2}, x.scalar_type());
+  const Tensor out = room(x, {x.size(0), maps.back().numel()}, x.scalar_type()), stats = room(x, {segments, 2}, x.scalar_type());
   const NodeCall c = nodes.call(out, stats);
   if (out.numel()) kernels(x).node_map(c, parallel, threads());
   return {out, stats};

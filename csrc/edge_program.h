@@ -31,10 +31,10 @@ struct Instr {
   int64_t wd, ws;  // [n_out, d_x] each
   int64_t arg0, arg1;
   // LOAD arg0: offset of (scale, shift) pairs by weight tensor, -1: none. TABLE arg0: log2 of steps a unit,
-  // arg1: offset of the frequencies, w: matrix [n_out, 2 n_in], for weights beyond the table and made when there are some; -1: there are none.
-  // LIN arg0: elements from one direction's matrix to the next (0: one matrix). ACT arg0: activation.
-  // ADD arg0: the instruction whose result is added. LIN arg1: offset of the matrix that the partners' registers are
-  // multiplied with, -1: none. NORM w, b: scale and shift [n_out]; arg0: eps, the bits of a double.
+  // arg1: offset of the frequencies, w: matrix [n_out, 2 n_in], for weights beyond the table and made when there are some; -1: there are
+  // none. LIN arg0: elements from one direction's matrix to the next (0: one matrix). ACT arg0: activation. ADD arg0: the instruction whose
+  // result is added. LIN arg1: offset of the matrix that the partners' registers are multiplied with, -1: none. NORM w, b: scale and shift
+  // [n_out]; arg0: eps, the bits of a double.
 };
 
 // One block of the graph, or a pair of opposite blocks: ngkernels/topology.py COLUMNS, in its order. The partner of an
@@ -76,7 +76,7 @@ struct Call {
   bool paired = false;  // edges are evaluated together with their partners
   std::vector<Instr> instrs;
   std::vector<Row> rows;
-  const int64_t* topology = nullptr;  // where lists begin
+  const int64_t* topology = nullptr;              // where lists begin
   std::vector<EdgeTensor> weights, grad_weights;  // by weight tensor
   std::vector<EdgeTensor> values;                 // by block: what evaluate writes, or reads as gradient
   std::vector<EdgeTensor> grad_carriers;          // by block
@@ -85,8 +85,8 @@ struct Call {
   std::vector<int> x_width;
   int64_t nodes = 0, n_params = 0, out_rows = 0, table_nodes = 0;
   const void *params = nullptr, *table = nullptr;
-  FoldCall* fold = nullptr;                  // that made params
-  void (*fold_late)(FoldCall&) = nullptr;    // makes what is late in it
+  FoldCall* fold = nullptr;                // that made params
+  void (*fold_late)(FoldCall&) = nullptr;  // makes what is late in it
   void *grad_params = nullptr, *grad_table = nullptr;
   void *out = nullptr, *aux = nullptr, *ties = nullptr;  // aggregate: [rows, K, F], [rows, 0..1, F], [rows, 0..2, F]
   const void* grad_out = nullptr;
@@ -97,7 +97,7 @@ struct Call {
   int64_t seed = 0;
   const void *q = nullptr, *k = nullptr, *v = nullptr, *grad_sums = nullptr;
   void *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr, *sums = nullptr, *lse = nullptr;
-  bool mapped = false;  // any of weights
+  bool mapped = false;                            // any of weights
   bool need_weights = false, need_nodes = false;  // any of grad_weights, any of grad_xs
 };
 
@@ -116,7 +116,7 @@ struct Kernels {
   void (*backward)(const Call&, Parallel, int threads);  // of any, by Call::combine
   void (*node_map)(const NodeCall&, Parallel, int threads);
   void (*node_gradients)(const NodeCall&, Parallel, int threads);
-  Workspace (*workspace)(const Call&, bool backward);    // reads no tensor's values
+  Workspace (*workspace)(const Call&, bool backward);  // reads no tensor's values
 };
 
 struct Isa {

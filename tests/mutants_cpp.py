@@ -23,7 +23,10 @@ const Isa& isa_avx512() { return isa_avx2(); }
 const Isa& isa_avx512_bf16() { return isa_avx2(); }
 }
 """
-SOURCES = ("bindings_cpu.cpp", "bindings_fold.cpp", "cpu/schedule.cpp", "cpu/mapped.cpp", "cpu/isa_scalar.cpp", "cpu/isa_avx2.cpp", "cpu/stubs.cpp")
+SOURCES = (
+    *(f"bindings_{part}.cpp" for part in ("cpu", "edges", "fold", "nodes")),
+    *(f"cpu/{part}.cpp" for part in ("schedule", "mapped", "isa_scalar", "isa_avx2", "stubs")),
+)
 TESTS = (
     "test_attend.py",
     "test_attend_torch.py",
@@ -78,7 +81,7 @@ PATCHES = tuple(Patch(*row) for row in (
     ("sources-of-the-first-piece", "cpu/gradients.h", "add(row.src + piece.j0,", "add(row.src,"),
     ("parameters-of-the-last-item", "cpu/gradients.h", "total_params[c] += w.params[c]", "total_params[c] = w.params[c]"),
     ("node-bias-of-the-first-row", "cpu/node_terms.h", "w.grad_s[k][static_cast<int64_t>(i) * s.ld + c];", "w.grad_s[k][c];"),
-    ("second-node-of-a-cell-forgotten", "cpu/fourier_encoder.h", "w.table_high[direction] = index + 2;", "w.table_high[direction] = index + 1;"),
+    ("second-node-of-a-cell-forgotten", "cpu/fourier_encoder.h", "for (int64_t node = 0; node < 2; ++node)", "for (int64_t node = 0; node < 1; ++node)"),
     ("derivative-twice", "cpu/backprop.h", "if (scales(k)) --k;", ""),
     ("residual-gradient-dropped", "cpu/backprop.h", "if (w.grad_add[k]) this->add(g, w.grad_add[k], g, t.rows(k), s.ld, s.ld);", ""),
     ("reversed-block-overwrites", "cpu/raw_values.h", "if (row.shared) {", "if (false) {"),
@@ -92,7 +95,7 @@ PATCHES = tuple(Patch(*row) for row in (
     ("gradient-of-a-summand-lost", "cpu/fold.h", "      for (size_t j = 0; gb && j < n.size(); ++j) gb[j] += g[j];\n", ""),
     ("gradients-of-a-matrix-overwritten", "cpu/fold.h", "ga[j] += g[j]", "ga[j] = g[j]"),
     ("transposed-leaves-as-they-lie", "cpu/fold.h", "leaf.col_stride == 1 && leaf.row_stride == n.cols", "true"),
-    ("every-parameter-without-gradient", "bindings_cpu.cpp", "if (p.fold.grad) isa_for(0).fold_gradients(p.fold);", ""),
+    ("every-parameter-without-gradient", "bindings_edges.cpp", "if (p.fold.grad) isa_for(0).fold_gradients(p.fold);", ""),
     # attention, pair updates
     ("sums-not-scaled-with-the-largest-logit", "cpu/attention.h", "        n *= by;\n", ""),
     ("last-piece-of-a-row-only", "cpu/attention.h", "totals[row * H + h] = theirs * a + mine * b;", "totals[row * H + h] = mine * b;"),

@@ -13,8 +13,7 @@ class Engine {
   using T = typename V::T;
   static constexpr int NODES = 48 * V::MR;  // of all nodes, that a worker projects at a time: whole blocks of rows
 
-  Engine(const Call& c, Parallel parallel, int threads, bool backward)
-      : Engine(c, backward, parallel, threads, false) {
+  Engine(const Call& c, Parallel parallel, int threads, bool backward) : Engine(c, backward, parallel, threads, false) {
     const int64_t n = static_cast<int64_t>(plan.items.size());
     workers.resize(static_cast<size_t>(threads < n ? threads : n > 0 ? n : 1));
     ready.assign(workers.size(), 0);
@@ -37,7 +36,13 @@ class Engine {
 
  protected:
   Engine(const Call& c, bool backward, Parallel parallel, int threads, bool measured)
-      : call(c), prepared(c, backward, measured), plan(make_plan(c)), slots(c.mask), parallel(parallel), threads(threads), ldm(padded<V>(c.width)),
+      : call(c),
+        prepared(c, backward, measured),
+        plan(make_plan(c)),
+        slots(c.mask),
+        parallel(parallel),
+        threads(threads),
+        ldm(padded<V>(c.width)),
         backward(backward) {}
 
   const Call& call;
@@ -156,7 +161,11 @@ class Engine {
     }
     w.params = a.take<T>(prepared.grad_size);
     if (call.grad_params && prepared.rest_size) w.grad_rest = a.take<T>(prepared.rest_size);
-    if (call.grad_table) w.table = a.take<T>(static_cast<size_t>(call.directions) * call.table_nodes * TABLE_LINES * prepared.table_ld);
+    if (call.grad_table) {
+      const size_t nodes = static_cast<size_t>(call.directions) * call.table_nodes;
+      w.table = a.take<T>(nodes * TABLE_LINES * prepared.table_ld);
+      w.touched = a.take<char>(nodes);
+    }
     size_t raw = 0;
     for (const Piece& p : plan.pieces)
       if (p.row->shared && raw < static_cast<size_t>(p.edges())) raw = static_cast<size_t>(p.edges());
@@ -171,7 +180,6 @@ class Engine {
       arena.base = static_cast<char*>(scratch(1, measure.used));
       layout(arena, w);
       clear_worker(w);
-      for (int d = 0; d < 2; ++d) w.table_low[d] = call.table_nodes, w.table_high[d] = 0;
       ready[static_cast<size_t>(k)] = 1;
     }
     return w;
@@ -184,7 +192,7 @@ class Engine {
     if (!backward) return;
     if (w.coefficients) std::memset(w.coefficients, 0, sizeof(T) * Coefficients<V>::PLANES * plan.max_rows * ldm);  // NaN * 0 would spread
     for (T* g : w.g) std::memset(g, 0, sizeof(T) * tile * prepared.max_ld);
-    if (w.table) std::memset(w.table, 0, sizeof(T) * call.directions * call.table_nodes * TABLE_LINES * prepared.table_ld);
+    if (w.touched) std::memset(w.touched, 0, static_cast<size_t>(call.directions * call.table_nodes));
   }
 
   int edge_register() const {  // the last one, where messages have no register of their own

@@ -50,14 +50,24 @@ class Fold {
  public:
   static_assert(sizeof(typename V::T) == sizeof(double));
 
-  explicit Fold(const FoldCall& call) : c(call), values(c.nodes.size(), nullptr), grads(c.nodes.size(), nullptr), live(c.nodes.size(), 0) {}
+  explicit Fold(const FoldCall& call) : c(call), values(c.nodes.size(), nullptr), grads(c.nodes.size(), nullptr), live(c.nodes.size(), 0) {
+    std::vector<char> operands(c.nodes.size(), 0);
+    for (const FoldNode& n : c.nodes) need_operands(n, operands);
+    for (size_t k = 0; k < c.nodes.size(); ++k) alone.push_back(c.nodes[k].op == LEAF && c.nodes[k].offset >= 0 && !operands[k]);
+  }
 
   // What is stored, late or not.
   void forward(bool late) {
     std::vector<char> made(c.nodes.size(), 0);
     for (size_t k = c.nodes.size(); k-- > 0;) {
       const FoldNode& n = c.nodes[k];
-      if (n.offset >= 0 && n.late == late) made[k] = 1;
+      if (n.offset >= 0 && n.late == late) {
+        if (alone[k]) {
+          copy(n, true);
+        } else {
+          made[k] = 1;
+        }
+      }
       if (made[k]) need_operands(n, made);
     }
     const auto layout = [&](Arena& a) {
@@ -85,6 +95,8 @@ class Fold {
   void backward() {
     std::vector<char> read(c.nodes.size(), 0);  // values that the derivative of a product needs, and those they are made of
     mark(read);
+    for (size_t k = 0; k < c.nodes.size(); ++k)
+      if (alone[k] && c.leaves[static_cast<size_t>(c.nodes[k].a)].grad) copy(c.nodes[k], false);
     size_t widest = 0;
     for (const FoldNode& n : c.nodes) widest = n.size() > widest ? n.size() : widest;
     double* turned = nullptr;
@@ -112,7 +124,8 @@ class Fold {
  private:
   const FoldCall& c;
   std::vector<double*> values, grads;
-  std::vector<char> live;  // whether a wanted leaf lies below
+  std::vector<char> live;   // whether a wanted leaf lies below
+  std::vector<char> alone;  // leaves that are stored as they are and read by nothing else
 
   template <class X>
   static void widen(const X* from, int64_t stride, int64_t n, double* to) {
@@ -137,6 +150,24 @@ class Fold {
       float* rounded = static_cast<float*>(to) + at;
       for (int64_t j = 0; j < n; ++j) rounded[j] = static_cast<float>(from[j]);
     }
+  }
+
+  // A leaf that stands alone, to the result, or its gradient.
+  void copy(const FoldNode& n, bool forward) const {
+    if (c.f64) {
+      copy<double>(n, forward);
+    } else {
+      copy<float>(n, forward);
+    }
+  }
+  template <class X>
+  void copy(const FoldNode& n, bool forward) const {
+    const FoldLeaf& leaf = c.leaves[static_cast<size_t>(n.a)];
+    if (!forward) return void(std::memcpy(leaf.grad, static_cast<const X*>(c.grad) + n.offset, sizeof(X) * n.size()));
+    const X* from = static_cast<const X*>(leaf.data);
+    X* to = static_cast<X*>(c.out) + n.offset;
+    for (int64_t i = 0; i < n.rows; ++i)
+      for (int64_t j = 0; j < n.cols; ++j) *to++ = from[i * leaf.row_stride + j * leaf.col_stride];
   }
 
   template <class Layout>
@@ -180,8 +211,9 @@ class Fold {
   void mark(std::vector<char>& read) {
     for (size_t k = 0; k < c.nodes.size(); ++k) {
       const FoldNode& n = c.nodes[k];
-      live[k] = n.op == LEAF ? c.leaves[static_cast<size_t>(n.a)].grad != nullptr
-                             : live[static_cast<size_t>(n.a)] || (n.op != COPY && live[static_cast<size_t>(n.b)]);
+      live[k] = alone[k]       ? 0
+                : n.op == LEAF ? c.leaves[static_cast<size_t>(n.a)].grad != nullptr
+                               : live[static_cast<size_t>(n.a)] || (n.op != COPY && live[static_cast<size_t>(n.b)]);
     }
     for (size_t k = c.nodes.size(); k-- > 0;) {
       const FoldNode& n = c.nodes[k];

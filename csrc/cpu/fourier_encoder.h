@@ -102,6 +102,7 @@ struct FourierEncoder : OnWorker<V> {
     const int64_t size = p.call.table_nodes * TABLE_LINES * ld;
     const T* base = p.table + direction * size;
     T* grad = w.table ? w.table + direction * size : nullptr;
+    char* touched = w.touched + direction * p.call.table_nodes;
     const T steps = T(int64_t(1) << p.call.instrs[k].arg0);
     for (int r = first; r < last; ++r) {  // cells and weights are there from the evaluation
       const T* gr = g + static_cast<int64_t>(r) * ld;
@@ -111,9 +112,12 @@ struct FourierEncoder : OnWorker<V> {
         continue;
       }
       if (grad) {
-        if (index < w.table_low[direction]) w.table_low[direction] = index;
-        if (index + 2 > w.table_high[direction]) w.table_high[direction] = index + 2;
         T* q = grad + index * TABLE_LINES * ld;
+        for (int64_t node = 0; node < 2; ++node)
+          if (!touched[index + node]) {
+            touched[index + node] = 1;
+            std::memset(q + node * TABLE_LINES * ld, 0, sizeof(T) * TABLE_LINES * ld);
+          }
         int c = 0;
         for (; c + 2 * V::W <= ld; c += 2 * V::W) spread<2>(w.hermite + r, gr + c, ld, q + c);
         if (c < ld) spread<1>(w.hermite + r, gr + c, ld, q + c);

@@ -239,16 +239,13 @@ class Gradients : Engine<V> {
     }
     if (!w.table) return;
     const int ld = prepared.table_ld, n = call.instrs[prepared.table_step].n_out;
-    for (int d = 0; d < call.directions; ++d) {
-      const int64_t first = TABLE_LINES * (w.table_low[d] + d * call.table_nodes),
-                    last = TABLE_LINES * (w.table_high[d] + d * call.table_nodes);
-      for (int64_t r = first; r < last; ++r) {
+    for (int64_t node = 0; node < call.directions * call.table_nodes; ++node) {
+      if (!w.touched[node]) continue;
+      w.touched[node] = 0;
+      for (int64_t r = node * TABLE_LINES; r < (node + 1) * TABLE_LINES; ++r) {
         T *to = static_cast<T*>(call.grad_table) + r * n, *from = w.table + r * ld;
         for (int c = 0; c < n; ++c) to[c] += from[c];
-        std::memset(from, 0, sizeof(T) * ld);
       }
-      w.table_low[d] = call.table_nodes;
-      w.table_high[d] = 0;
     }
   }
 };

@@ -25,10 +25,10 @@ struct Worker {
   T *params = nullptr, *table = nullptr, *raw_grad[2] = {nullptr, nullptr};  // gradients of the current item; raw_grad: of the piece
   T* pair = nullptr;                                                         // sums and differences of a tile's edges and partners
   std::vector<T*> common_add;                                                // as grad_add, summed over a piece
-  T* common = nullptr;     // sums over a piece of the gradients of what its pairs have in common: share, state
-  T* attention = nullptr;  // what attention keeps for a piece
-  int64_t table_low[2], table_high[2];
-  T* grad_rest = nullptr;  // of the current item, of the matrix for weights beyond the table; there if `beyond`
+  T* common = nullptr;      // sums over a piece of the gradients of what its pairs have in common: share, state
+  T* attention = nullptr;   // what attention keeps for a piece
+  char* touched = nullptr;  // [directions, nodes] of the table: whether its gradient holds something; the lines of others are not even 0
+  T* grad_rest = nullptr;   // of the current item, of the matrix for weights beyond the table; there if `beyond`
   bool beyond = false;
 };
 

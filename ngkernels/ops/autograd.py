@@ -82,21 +82,17 @@ def register(name: str, implementation: Callable, backward: Callable, setup: Cal
         output = apply(function, arguments, *tensors)
         return list(output) if many else output
 
-    def autograd_of(op):
-        def autograd(keyset, *arguments):
-            below = keyset & torch._C._after_autograd_keyset
-            return differentiable(lambda *a: op.redispatch(below, *a), arguments, _tensors(arguments), Node.apply)
+    def autograd(keyset, *arguments):
+        below = keyset & torch._C._after_autograd_keyset
+        function = kernel_for(arguments) or (lambda *a: op.redispatch(below, *a))
+        return differentiable(function, arguments, _tensors(arguments), Node.apply)
 
-        return autograd
-
-    library.impl(name, autograd_of(op), "Autograd", with_keyset=True)
-    if kernel is not None:
-        compiled.impl(name, autograd_of(kernel), "Autograd", with_keyset=True)
+    library.impl(name, autograd, "Autograd", with_keyset=True)  # of `op` alone: compiled code, whose derivatives are made, calls the kernel
 
     def run(*arguments):
-        tensors, chosen = _tensors(arguments), kernel_for(arguments)
+        tensors = _tensors(arguments)
         if not _eager(tensors):
-            return (chosen or op)(*arguments)
-        return differentiable(journal.kept(name, chosen or implementation), arguments, tensors, bare)
+            return op(*arguments)
+        return differentiable(journal.kept(name, kernel_for(arguments) or implementation), arguments, tensors, bare)
 
     return run
