@@ -170,11 +170,10 @@ def grid_basis(frequencies: torch.Tensor, direction: int | None, k: int, half: i
 
 
 def _kept(frequencies: torch.Tensor, key: tuple, make: Callable):
-    """What `make` returned for these frequencies and this key."""
-    key = (frequencies.data_ptr(), frequencies._version, tuple(frequencies.shape), frequencies.dtype, *key)
-    hit = _basis_cache.get(key)
-    if hit is not None and hit[0] is frequencies:
-        return hit[1]
+    """What `make` returned for these frequencies and this key. They are kept too: nothing else can come to lie where they do."""
+    key = (frequencies.data_ptr(), frequencies._version, tuple(frequencies.shape), frequencies.stride(), frequencies.dtype, *key)
+    if key in _basis_cache:
+        return _basis_cache[key][1]
     if len(_basis_cache) >= 8:
         _basis_cache.pop(next(iter(_basis_cache)))
     _basis_cache[key] = (frequencies, made := make())
