@@ -113,7 +113,7 @@ READOUT = tuple(one(name, "readout", *rest) for name, *rest in (
     ("packed-in-the-weights-places", f"{EDGES}.block_index", 'row["emit_offset" if', 'row["offset" if'),
     ("dtype-ignored", "ngkernels.ops.readout:run", "dtype = e.table.dtype if dtype is None else dtype", "dtype = e.table.dtype"),
     ("reverse-axis-lost", f"{TOPOLOGY}.reads", "2 if block.reverse else 1", "1"),
-    ("unread-blocks-not-skipped", "ngkernels.ops.expression:reference_gradients", "(g.numel() or not o.numel())", "True"),
+    ("unread-blocks-not-skipped", "ngkernels.ops.expression:reference_gradients", "o.requires_grad and g.numel()", "o.requires_grad"),
     ("only-the-first-output-counts", "ngkernels.ops.expression:reference_gradients", "for o, g in zip(outputs, grads, strict=True)", "for o, g in list(zip(outputs, grads, strict=True))[:1]"),
     ("shift-forgotten", f"{EVALUATE}:Evaluator.load", "raw * scale[:, None] + shift[:, None]", "raw * scale[:, None]"),
 ))  # fmt: skip

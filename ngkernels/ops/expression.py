@@ -103,7 +103,8 @@ def reference_gradients(forward: Callable, e: E, grads: list[torch.Tensor], need
             tensors = [t.detach().requires_grad_(n) for t, n in zip(tensors, need, strict=True)]
         outputs = forward(e.with_tensors(tensors[: len(tensors) - len(more)]), *tensors[len(tensors) - len(more) :])
         wanted = [t for t, n in zip(tensors, need, strict=True) if n]
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad and (g.numel() or not o.numel())]
+        # an empty gradient: of a block that nothing reads, or that has no edges
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad and g.numel()]
         found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=create_graph, allow_unused=True) if pairs and wanted else [None] * len(wanted)
     it = iter(zip(wanted, found, strict=True))
     found = [next(it) if n else (None, None) for n in need]
