@@ -89,3 +89,15 @@ def _attention(nodes, shape) -> tuple[int, ...]:
     """heads, columns of queries and values, whether values are multiplied and states summed."""
     q, _, v = nodes
     return shape[0], q.shape[1], v.shape[1], shape[1], shape[2]
+
+
+def node_map(x, reduced, maps, factors, unit, affine, bounds, form, eps: float, out: torch.Tensor, stats: torch.Tensor) -> None:
+    kernels = _module("node_map")
+    with torch.cuda.device_of(reduced):
+        kernels.forward(kernels.Nodes.of(x, reduced, maps, factors, unit, affine, bounds, form, eps), out, stats)
+
+
+def node_map_backward(grad, stats, x, reduced, maps, factors, unit, affine, bounds, form, eps: float, grads: list[torch.Tensor]) -> None:
+    with torch.cuda.device_of(reduced):
+        nodes = _module("node_map").Nodes.of(x, reduced, maps, factors, unit, affine, bounds, form, eps)
+        _module("node_map_back").backward(nodes, maps, grad, stats, grads)

@@ -10,6 +10,7 @@ import torch
 from .. import backends
 from ..checks import ACTIVATIONS, check_activation, check_bias, check_matrix
 from ..reference import node_map as reference
+from . import _triton
 from . import expression as ex
 from .autograd import register
 
@@ -57,7 +58,10 @@ def _fake_backward(grad, stats, x, reduced, maps, factors, unit, affine, bounds,
 
 
 def _forward(x, reduced, maps, factors, unit, affine, bounds, form, eps, compute):
-    stats = _outputs(x, maps, bounds, form)[1]
+    out, stats = _outputs(x, maps, bounds, form)
+    if ex.backend_of(compute) == "triton":
+        _triton.node_map(x, reduced, maps, factors, unit, affine, bounds, form, eps, out, stats)
+        return out, stats
     with torch.no_grad():
         return reference.node_map(x, reduced, maps, factors, unit, affine, bounds, form, eps), stats.zero_()
 
@@ -74,6 +78,9 @@ def _differentiate(grads, leaves, need, factors, unit, bounds, form, eps, create
 
 def _backward(grad, stats, x, reduced, maps, factors, unit, affine, bounds, form, eps, compute, need):
     grads = _empty_gradients(x, reduced, maps, affine, need)
+    if ex.backend_of(compute) == "triton":
+        _triton.node_map_backward(grad, stats, x, reduced, maps, factors, unit, affine, bounds, form, eps, grads)
+        return grads
     with ex.autograd_enabled():
         leaves = [t.detach().requires_grad_(n) for t, n in zip([x, reduced, *maps, *affine], need, strict=True)]
         found = _differentiate(grad, leaves, need, factors, unit, bounds, form, eps) if any(need) else grads
@@ -162,11 +169,12 @@ def node_map(
         Tensor [R, O].
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation or norm. NotImplementedError: a forced backend that cannot run.
+        ValueError: shapes that do not fit, an unknown activation or norm. TypeError: bounds on another device.
+        NotImplementedError: a forced backend that cannot run.
 
-    Note: kept for backward: the arguments, and two numbers a segment; y is computed again, some rows at a time. Sums over rows have one
-        order: bitwise the same for any number of threads. Never rounded to bfloat16. Double backward works. On GPUs (backend "triton") it is
-        PyTorch's own operations: nodes are few.
+    Note: kept for backward: the arguments, and two numbers a segment; y is computed again (on GPUs all rows at once: [R, O] twice while
+        backward runs). Sums over rows have one order: bitwise the same from run to run and for any number of threads. Never rounded to
+        bfloat16 or tf32. Double backward, and transforms of torch.func, go through the plain operations.
 
     Reference: Corso et al., NeurIPS 2020 (PNA).
     """
@@ -211,3 +219,5 @@ def _check(x, reduced, maps, factors, after: After) -> None:
         check_bias(op, "bias of the norm", after.bias, inputs)
     if after.norm == "graph" and (after.bounds is None or after.bounds.dim() != 1 or after.bounds.dtype != torch.int64):
         raise ValueError(f"{op}: expected bounds, int64 [segments + 1], for a norm over segments, got {after.bounds}")
+    if after.norm == "graph" and after.bounds.device != x.device:
+        raise TypeError(f"{op}: expected bounds on {x.device}, got {after.bounds.device}; move them with .to({str(x.device)!r})")
