@@ -35,10 +35,10 @@ def _library() -> str | None:
 def _triton(device: torch.device | None) -> str | None:
     """None when the Triton kernels run on `device` (None: on some device of this machine), else the reason why not."""
     try:
-        triton = importlib.import_module("triton")
+        import triton  # noqa: F401  a statement, and the variable below instead of triton.knobs: torch.compile comes through here
     except ImportError as error:
         return f"Triton is not there ({error}); install with: pip install triton"
-    if triton.knobs.runtime.interpret:
+    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y"):
         return None if device is None or device.type == "cpu" else f"TRITON_INTERPRET=1 is set: its interpreter runs on cpu tensors, got {device}"
     if device is not None and device.type != "cuda":
         return f"it runs on cuda tensors (on cpu tensors in a process with TRITON_INTERPRET=1 only), got {device}"

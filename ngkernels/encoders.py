@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import mapped
 
@@ -61,14 +62,20 @@ def expansion(channels: int, direction: int, like: torch.Tensor) -> torch.Tensor
     return torch.cat([eye, zero, eye] if direction == 0 else [zero, eye, eye])
 
 
+_table_steps = WeakIdKeyDictionary()
+
+
 def table_step(frequencies: torch.Tensor) -> int:
     """k of the grid step 2^-k: values to about 3e-8 of the curve's size (2^-7 at sigma = 3).
 
     The interpolation error of a wave of frequency b is (2 pi b h)^6 / 46080. A quintic needs a grid four times
     coarser than a cubic, so that the part of it that most weights use stays in the first-level cache.
     """
-    rms = frequencies.double().pow(2).mean().sqrt().item()
-    return max(0, 5 + round(math.log2(max(rms, 1e-3))))
+    known = _table_steps.get(frequencies)
+    if known is None or known[0] != frequencies._version:
+        rms = frequencies.double().pow(2).mean().sqrt().item()  # waits for a GPU: once
+        known = _table_steps[frequencies] = frequencies._version, max(0, 5 + round(math.log2(max(rms, 1e-3))))
+    return known[1]
 
 
 @dataclass(frozen=True)

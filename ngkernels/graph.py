@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -277,6 +277,16 @@ class NeuralGraph:
         """Index of the network every node belongs to, int64 [num_nodes]."""
         sizes = torch.tensor([p.num_nodes for p in self.parts for _ in range(p.copies)])
         return torch.repeat_interleave(torch.arange(self.num_graphs), sizes)
+
+    def on(self, device: torch.device, name, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `make` says of this graph, on a device. Kept, so that later calls copy nothing from the host and wait for nothing."""
+        key = (name, device)
+        if key in self._cache:
+            return self._cache[key]
+        found = make().to(device)
+        if not torch.compiler.is_compiling():
+            self._cache[key] = found
+        return found
 
     def __repr__(self) -> str:
         kinds = ", ".join(f"{p.copies} x {list(p.layers)}" for p in self.parts[:4])

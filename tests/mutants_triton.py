@@ -53,6 +53,15 @@ PATCHES = tuple(Patch(*row) for row in (
     ("dropout-scales-nothing", "attention.py", "p * (1 / (1 - DROPOUT))", "p"),
     ("heads-share-their-sums", "attention.py", "column_of(p, h) * regs[EDGE + c]", "column_of(p, 0) * regs[EDGE + c]"),
     ("one-weight-read-twice-counted-once", "backprop.py", "g = joined(g, h, once, STEP[COUNT])", "g = joined(g, g, at[OK] & (at[OK] == 0), STEP[COUNT])"),
+    # the node side
+    ("factors-forgotten", "node_map.py", "acc += scale * times(reduced", "acc += times(reduced"),
+    ("segments-spread-within-alone", "node_map.py", " + width * tl.sum(between, 0)", ""),
+    ("activation-twice", "node_map.py", "k.act if k.first else IDENTITY, size()", "k.act, size()"),
+    ("layer-norm-without-its-mean", "node_map_back.py", "d = d * w * inverse - a - n * b", "d = d * w * inverse - n * b"),
+    ("derivative-of-the-activation-lost", "node_map_back.py", "if FIRST or not NORM:", "if not NORM:"),
+    ("rows-of-the-last-part-lost", "node_map_back.py", "return triton.cdiv(rows, share), share", "return max(1, rows // share), share"),
+    ("equal-states-have-a-slope", "node_map_back.py", "tl.where(spread > 0, along, 0)", "along"),
+    ("lin-bias-not-in-lin", "node_map_back.py", "torch.addr(matrix.double() @ first.T, bias.double(), first_bias)", "matrix.double() @ first.T"),
     # sparse blocks
     ("lines-of-a-hub-dropped", "blocks.py", "parts = -(-degree // width)", "parts = np.minimum(1, degree)"),
     ("numbers-by-place", "tiles.py", "tl.load(entry + 2, mask=ok, other=0), tl.load(entry + 1, mask=ok, other=0)", "tl.load(entry + 2, mask=ok, other=0), (entry - lists - tl.load(row + ENTRIES)) // 3"),

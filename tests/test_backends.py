@@ -192,7 +192,7 @@ def test_availability_names_every_op_and_backend():
 @pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
 def test_triton_needs_a_gpu_that_it_compiles_for(capability: tuple[int, int], runs: bool, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed, and this run does not declare its backend")
-    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     reason = backends.why_not("triton", torch.device("cuda"))

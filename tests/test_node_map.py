@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from compare import assert_bitwise, assert_budget, assert_close
 from conftest import DECLARED
+from samples import device_of
 from test_backends import isa  # noqa: F401  a fixture: every instruction set, forced
 from test_torch import Calls
 
 import ngkernels as ngk
+from ngkernels import backends
 from ngkernels.checks import ACTIVATIONS
 from ngkernels.ops.node_map import After, node_map
 
@@ -54,11 +56,16 @@ def bounds_of(norm: str, rows: int) -> torch.Tensor | None:
 
 
 def run(t: dict[str, torch.Tensor], shape: str, norm: str, act: str, first: bool) -> torch.Tensor:
+    """On the device of the backend that is forced, there and back."""
+    home, device = t["x"].device, device_of(backends._forced[-1] if backends._forced else "cpp")
+    t = {name: v.to(device) for name, v in t.items()}
     maps = [t[name] for name in ("matrix", "bias", "lin", "lin_bias") if name in t]
     kind = {"none": None, "segments": "graph"}.get(norm, norm)
     affine = (t["weight"], t["shift"]) if kind else (None, None)
-    after = After(act, kind, *affine, bounds_of(norm, len(t["x"])), act_first=first)
-    return node_map(t["x"], t["reduced"], maps, factors_of(shape, t["x"].dtype), after)
+    bounds = bounds_of(norm, len(t["x"]))
+    after = After(act, kind, *affine, None if bounds is None else bounds.to(device), act_first=first)
+    factors = [None if f is None else f.to(device) for f in factors_of(shape, t["x"].dtype)]
+    return node_map(t["x"], t["reduced"], maps, factors, after).to(home)
 
 
 def formula(t: dict[str, torch.Tensor], shape: str, norm: str, act: str, first: bool) -> torch.Tensor:
@@ -145,8 +152,8 @@ def test_any_choice_of_gradients(name: str, backend: str):
     assert_close(alone, {n: every[n] for n in alone}, 1e-12)
 
 
-def test_nothing_but_the_arguments_is_kept(backend: str):
-    t, kept = {name: v.requires_grad_() for name, v in arguments("reference").items()}, []
+def test_nothing_but_the_arguments_is_kept(backend: str, device: torch.device):
+    t, kept = {name: v.to(device).requires_grad_() for name, v in arguments("reference").items()}, []
     with ngk.use_backend(backend), torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v) or v, lambda v: v):
         run(t, "reference", "graph", "silu", False)
     given = {v.data_ptr() for v in t.values()}
@@ -174,13 +181,48 @@ def test_every_instruction_set(isa: str, norm: str):  # noqa: F811
             assert_close(outputs(run, arguments(shape), *options), outputs(formula, arguments(shape), *options), 1e-9)
 
 
+@pytest.mark.skipif(not {"cpp", "triton"} & set(DECLARED), reason="needs a backend with kernels")
 def test_equal_states_have_finite_gradients():
     """Their spread is 0."""
+    kernels = "cpp" if "cpp" in DECLARED else "triton"
     t = {name: torch.ones_like(v) for name, v in arguments("narrow", torch.float32).items()}
-    with ngk.use_backend("cpp" if "cpp" in DECLARED else "reference"):
+    with ngk.use_backend(kernels):
         t["matrix"].zero_()
         found = outputs(run, t, "narrow", "graph", "silu", False)
-    assert all(v.isfinite().all() for v in found.values()) or "cpp" not in DECLARED
+    assert all(v.isfinite().all() for v in found.values())
+
+
+def part_of(t: dict[str, torch.Tensor], norm: str, first: int, bounds: list[int], device: str) -> list[torch.Tensor]:
+    """The rows from `first` on that bounds cover, and the gradients of their x and reduced."""
+    rows = slice(first, first + bounds[-1])
+    live = {n: (v[rows] if n in ("x", "reduced") else v).to(device).requires_grad_() for n, v in t.items()}
+    factor = factors_of("reference", t["x"].dtype)[1][rows].to(device)
+    after = After("silu", norm, live["weight"], live["shift"], torch.tensor(bounds, device=device))
+    out = node_map(live["x"], live["reduced"], [live["matrix"], live["bias"], live["lin"], live["lin_bias"]], [None, factor], after)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), [live["x"], live["reduced"]])]
+
+
+@pytest.mark.parametrize("norm", ["layer", "graph"])
+@pytest.mark.parametrize("kernels", [b for b in DECLARED if b != "reference"])
+def test_networks_alone_and_in_a_batch(kernels: str, norm: str):
+    """The same bits, forward and backward."""
+    t, bounds, device = arguments("reference", torch.float32), [0, 150, 151, 453], device_of(kernels)
+    with ngk.use_backend(kernels):
+        batch = part_of(t, norm, 0, bounds, device)
+        for first, last in zip(bounds, bounds[1:]):
+            alone = part_of(t, norm, first, [0, last - first], device)
+            assert all(torch.equal(a, b[first:last]) for a, b in zip(alone, batch, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_no_rows(norm: str, backend: str):
+    t = {name: v[:0] if name in ("x", "reduced") else v for name, v in arguments("small").items()}
+    with ngk.use_backend(backend):
+        live = {name: v.to(device_of(backend)).requires_grad_() for name, v in t.items()}
+        after = After("silu", "layer", live["weight"], live["shift"]) if norm == "layer" else After("silu")
+        out = node_map(live["x"], live["reduced"], [live["matrix"], live["bias"]], [None, None], after)
+        assert out.shape == (0, 5)
+        assert all(not g.any() for g in torch.autograd.grad(out.sum(), [live["x"], live["matrix"], live["bias"]]))
 
 
 def test_compiled_without_a_break(backend: str):

@@ -26,13 +26,17 @@ SPILLED, SPILLING = 256, {
 QUICK = ("layer-2", "attend-small")
 
 
-def compiled(variant: str, *capabilities: int) -> list[dict]:
+def output_of(*command: str) -> list[str]:
+    """Lines that a script prints in a process without the interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), str(ROOT / "tests"), env.get("PYTHONPATH", "")])
-    command = [sys.executable, "tests/aot.py", variant, *map(str, capabilities)]
-    done = subprocess.run(command, cwd=ROOT, env={**env, "PYTHONPATH": path}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env={**env, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout.splitlines()
+
+
+def compiled(variant: str, *capabilities: int) -> list[dict]:
+    return [json.loads(line) for line in output_of("tests/aot.py", variant, *map(str, capabilities))]
 
 
 def check(variant: str, *capabilities: int) -> None:
@@ -65,3 +69,9 @@ def test_kernels_compile_for_hopper(variant: str):
 @pytest.mark.parametrize("variant", variants())
 def test_every_variant_compiles_for_every_architecture(variant: str):
     check(variant, *SHARED)
+
+
+def test_a_step_waits_for_nothing_on_the_host():
+    """What a CUDA graph can capture; see tests/capture.py."""
+    lines = output_of("tests/capture.py")
+    assert len(lines) >= 15 and all(line.endswith(": ok") for line in lines), "\n".join(lines)

@@ -82,6 +82,39 @@ else:
         wanted, plain = float32_oracle(sample)
         assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "triton"), wanted, plain, 8e-6)
 
+    # ---- the node side ----
+    from test_node_map import (  # noqa: F401  once more here, in the interpreter's process
+        test_activations,
+        test_any_choice_of_gradients,
+        test_equal_states_have_finite_gradients,
+        test_float64_values_and_every_gradient,
+        test_networks_alone_and_in_a_batch,
+        test_no_rows,
+    )
+    from test_node_map import test_compiled_without_a_break as test_node_map_compiled  # noqa: F401
+    from test_node_map import test_float32_within_twice_the_error_of_plain_pytorch as test_node_map_in_float32  # noqa: F401
+
+    def test_node_map_run_to_run(monkeypatch):
+        """Sums over rows in many parts."""
+        import test_node_map as nodes
+
+        monkeypatch.setattr("ngkernels._triton.node_map_back.PART", 64)
+        t, options = nodes.arguments("reference", torch.float32), ("reference", "segments", "silu", False)
+        with ngk.use_backend("triton"):
+            first = nodes.outputs(nodes.run, t, *options)
+            assert_bitwise(nodes.outputs(nodes.run, t, *options), first)
+        assert_close(first, nodes.outputs(nodes.formula, t, *options), 1e-5)
+
+    # ---- torch.compile ----
+    @pytest.mark.parametrize("sample", [PLAIN.but("plain", head=0), pytest.param(TABLES[6].but("table", head=0), marks=slow)], ids=lambda s: s.name)
+    def test_compiled_in_one_piece(sample: Sample):
+        t = cast(leaves(sample), torch.float32)
+        torch._dynamo.reset()
+        with ngk.use_backend("triton"):
+            compiled = torch.compile(lambda live: engine(sample, live)[0], fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(t), engine(sample, t)[0])
+        torch._dynamo.reset()
+
     # ---- attention and pair updates ----
     @pytest.mark.parametrize("sample", tiered((*OPTIONS, *GRID), QUICK_PAIRS))
     def test_attention_and_pair_updates_in_float64(sample: PairSample):

@@ -48,8 +48,8 @@ class NodeNorm(nn.Module):
         return centred / (centred.square().mean(dims, keepdim=True).sqrt() + self.eps)
 
     def _segments(self, x: torch.Tensor, graph: NeuralGraph) -> torch.Tensor:
-        index = graph.graph_of_node().to(x.device)
-        size = torch.bincount(index, minlength=graph.num_graphs).to(x.dtype)
+        index = graph.on(x.device, "graph of node", graph.graph_of_node)
+        size = graph.on(x.device, "nodes of graphs", graph.node_bounds.diff).to(x.dtype)
 
         def mean(v: torch.Tensor) -> torch.Tensor:
             return (v.new_zeros(graph.num_graphs).index_add(0, index, v.mean(1)) / size)[index, None]
@@ -57,9 +57,11 @@ class NodeNorm(nn.Module):
         centred = x - mean(x)
         return centred / (mean(centred.square()).sqrt() + self.eps)
 
-    def bounds(self, graph: NeuralGraph | None, rows: int) -> torch.Tensor:
+    def bounds(self, graph: NeuralGraph | None, rows: int, device: torch.device) -> torch.Tensor:
         """The first row of each set that is normalised together, and the number of rows: int64 [sets + 1]."""
-        return torch.tensor([0, rows]) if self.over == "batch_graph" or graph is None else graph.node_bounds
+        if self.over == "batch_graph" or graph is None:
+            return torch.arange(2, device=device) * rows
+        return graph.on(device, "node bounds", lambda: graph.node_bounds)
 
     def forward(self, x: torch.Tensor, graph: NeuralGraph | None = None) -> torch.Tensor:
         """x [N, width] normalised; `graph` says which rows belong together."""

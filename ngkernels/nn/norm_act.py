@@ -37,5 +37,5 @@ class NormAct:
         norm = self.norm
         if norm is None:
             return After(self.act)
-        bounds = None if norm.over == "layer" else norm.bounds(self.graph, rows).to(device)
+        bounds = None if norm.over == "layer" else norm.bounds(self.graph, rows, device)
         return After(self.act, "layer" if norm.over == "layer" else "graph", norm.weight, norm.bias, bounds, norm.eps, self.act_first)

@@ -85,7 +85,7 @@ def rows_of(graph: NeuralGraph, x: torch.Tensor) -> torch.Tensor:
         k = graph.rows % len(layers)
         start = sum(layers[:k])
         return x.view(graph.num_graphs, -1, x.shape[1])[:, start : start + layers[k]].reshape(-1, x.shape[1])
-    return x[graph.node_layer(graph.rows).to(x.device)]
+    return x[graph.on(x.device, ("node layer", graph.rows), lambda: graph.node_layer(graph.rows))]
 
 
 def _tower_diagonal(blocks: Sequence[torch.Tensor]) -> torch.Tensor:

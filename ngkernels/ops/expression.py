@@ -48,7 +48,7 @@ def compute_mode(backend: int) -> int:
     to it) or to tf32 (on GPUs, where PyTorch's own products may)."""
     low = any(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) is torch.bfloat16 for d in ("cpu", "cuda"))
     gpu = backends.BACKENDS[backend] in ("triton", "cuda")
-    return LOW * low + 2 * backend + TF32 * (gpu and torch.get_float32_matmul_precision() != "highest")
+    return LOW * low + 2 * backend + TF32 * (gpu and torch.backends.cuda.matmul.allow_tf32)  # what torch.compile can read
 
 
 def backend_of(compute: int) -> str:

@@ -113,7 +113,8 @@ class GraphEmbedding(nn.Module):
         return x
 
     def _add_position(self, graph: NeuralGraph, x: torch.Tensor) -> torch.Tensor:
-        rows = [self._position_rows(p.layers).to(self.pos_embed.device) for p in graph.parts]
+        device = self.pos_embed.device
+        rows = [graph.on(device, ("position rows", tuple(self.layout), p.layers), lambda p=p: self._position_rows(p.layers)) for p in graph.parts]
         if len(rows) == 1:
             return (x.view(graph.num_graphs, -1, self.d_node) + self.pos_embed[rows[0]]).flatten(0, 1)
         return x + self.pos_embed[torch.cat([r.repeat(p.copies) for r, p in zip(rows, graph.parts, strict=True)])]

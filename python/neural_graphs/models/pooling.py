@@ -88,7 +88,7 @@ class Pooling:
         if len(sizes) == 1:
             x = x.view(graph.num_graphs, -1, x.shape[1])
             return x.mean(1) if self.method == "mean" else x.amax(1)
-        return reduce_segments(x, [n for c, n in sizes for _ in range(c)], self.method)
+        return reduce_segments(x, *_segments(graph, self.rows, x.device), self.method)
 
     def edges(self, graph: NeuralGraph, edges: EdgeState, x: torch.Tensor) -> torch.Tensor:
         """[num_graphs, width] from edge states; x: any node states, not read."""
@@ -97,21 +97,28 @@ class Pooling:
         every = Message.concat(x.detach(), torch.eye(width, dtype=x.dtype, device=x.device), None, nothing, nothing)
         last = self.where == "last"
         reduced = aggregate(edges.restrict(-1) if last else edges, every, ("sum" if self.method == "mean_edge" else "max",))[:, 0]
-        parts = [p for p in graph.parts for _ in range(p.copies)]
-        sizes = [p.layers[-1] if last else p.num_nodes for p in parts]
+        index, sizes = _segments(graph, -1 if last else None, x.device)
         if self.method == "max_edge":
-            return reduce_segments(reduced, sizes, "max").clamp(min=0)  # a pair without an edge is always there
-        pairs = torch.tensor([p.num_nodes for p in parts], dtype=x.dtype, device=x.device)
-        return reduce_segments(reduced, sizes, "mean") / pairs[:, None]
+            return reduce_segments(reduced, index, sizes, "max").clamp(min=0)  # a pair without an edge is always there
+        return reduce_segments(reduced, index, sizes, "mean") / graph.on(x.device, "nodes of graphs", graph.node_bounds.diff)[:, None]
 
 
-def reduce_segments(x: torch.Tensor, sizes: list[int], method: str) -> torch.Tensor:
-    """Mean or max [len(sizes), F] of consecutive rows of x [sum(sizes), F]."""
-    count = torch.tensor(sizes, device=x.device)
-    index = torch.repeat_interleave(torch.arange(len(sizes), device=x.device), count, output_size=x.shape[0])
+def _segments(graph: NeuralGraph, layer: int | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(which network each node of node layer `layer`, None: of all, belongs to; how many nodes each network has there), int64."""
+
+    def sizes() -> torch.Tensor:
+        return torch.tensor([p.num_nodes if layer is None else p.layers[layer] for p in graph.parts for _ in range(p.copies)])
+
+    index = graph.on(device, ("networks of nodes", layer), lambda: torch.repeat_interleave(torch.arange(graph.num_graphs), sizes()))
+    return index, graph.on(device, ("nodes of networks", layer), sizes)
+
+
+def reduce_segments(x: torch.Tensor, index: torch.Tensor, sizes: torch.Tensor, method: str) -> torch.Tensor:
+    """Mean or max [segments, F] of rows of x; index: segment of each; sizes: rows of each segment."""
+    zeros = x.new_zeros(len(sizes), x.shape[1])
     if method == "mean":
-        return x.new_zeros(len(sizes), x.shape[1]).index_add(0, index, x) / count[:, None]
-    return x.new_zeros(len(sizes), x.shape[1]).scatter_reduce(0, index[:, None].expand_as(x), x, "amax", include_self=False)
+        return zeros.index_add(0, index, x) / sizes[:, None]
+    return zeros.scatter_reduce(0, index[:, None].expand_as(x), x, "amax", include_self=False)
 
 
 HIDDEN = -1e4  # a logit whose exponential is 0 in every dtype
@@ -125,12 +132,11 @@ def mean_of_pairs(edges: EdgeState, x: torch.Tensor, over: str, last: bool) -> t
     graph, width = edges.graph, edges.width
     ones, key = x.new_ones(graph.num_nodes, 1), x.new_zeros(graph.num_nodes, 1)
     if last:
-        key = key + HIDDEN
-        key[graph.node_layer(-1).to(x.device)] = 0
+        key = (key + HIDDEN).index_fill(0, graph.on(x.device, ("node layer", -1), lambda: graph.node_layer(-1)), 0)
     nothing, eye = x.new_zeros(1, width), torch.eye(width, dtype=x.dtype, device=x.device)
     means = attend(edges, ones, key, x.new_zeros(graph.num_nodes, width), nothing, nothing, eye, heads=1, scale=1.0, over=over)
-    counts = _pairs(graph, over, last).to(x)[:, None]
-    index = graph.graph_of_node().to(x.device)
+    counts = graph.on(x.device, ("pairs", over, last), lambda: _pairs(graph, over, last)).to(x.dtype)[:, None]
+    index = graph.on(x.device, "graph of node", graph.graph_of_node)
     total = x.new_zeros(graph.num_graphs, width).index_add(0, index, counts * means)
     return total / x.new_zeros(graph.num_graphs, 1).index_add(0, index, counts)
 
