@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ngkernels as ngk
-from ngkernels import backends, tune
+from ngkernels import backends, limits, tune
 from ngkernels._triton import sizes
 from ngkernels._triton.lower import lower
 from ngkernels.program import build_message
@@ -83,3 +83,68 @@ def test_without_a_gpu_it_says_so():
         pytest.skip("there is a GPU")
     done = subprocess.run([sys.executable, "-m", "ngkernels.tune"], capture_output=True, text=True)
     assert done.returncode == 2 and "the Triton kernels do not run on a GPU here: " in done.stderr
+
+
+# ---- chains that would spill ----
+def chain(updates: int, width: int = 128, **more) -> ngk.EdgeState:
+    x, square = torch.zeros(5, width), torch.zeros(width, width)
+    edges = ngk.EdgeState(ngk.NeuralGraph.mlp([2, 3]), [torch.zeros(1, 2, 3, 1)], ngk.encoders.Linear(torch.zeros(width, 1), torch.zeros(width)))
+    for _ in range(updates):
+        edges = edges.update(x, square, square, square, None, square, None, **more)
+    return edges
+
+
+@pytest.fixture
+def kernels_of_a_gpu(monkeypatch):
+    """The rule as on a GPU, with tensors of a CPU."""
+    monkeypatch.setattr(limits, "applies", lambda edges, backend: edges.graph.closed != "all")
+    monkeypatch.setattr(limits, "full", lambda edges: limits.too_long(edges, limits.exact_products(edges), more=1))
+
+
+@pytest.mark.parametrize(("width", "exact", "more", "most"), [
+    (32, False, {}, 7), (33, False, {}, 7), (128, False, {}, 2), (256, False, {}, 1), (32, True, {}, 5), (64, True, {}, 3), (128, True, {}, 1),
+    (32, False, {"residual": True}, 3), (128, False, {"residual": True}, 1),
+])  # fmt: skip
+def test_the_longest_chain_of_each_class(width, exact, more, most):
+    assert not limits.too_long(chain(most, width, **more), exact) and limits.too_long(chain(most + 1, width, **more), exact)
+    assert limits.too_long(chain(most, width, **more), exact, more=1) and not limits.too_long(chain(most - 1, width, **more), exact, more=1)
+
+
+def test_one_pair_update_at_a_time():
+    reverse = {"weight_reverse": torch.zeros(32, 32), "residual": True}
+    assert not limits.too_long(chain(1, 32, **reverse), False) and limits.too_long(chain(2, 32, **reverse), False)
+
+
+@pytest.mark.parametrize("op", ["aggregate", "readout", "checkpoint", "attend"])
+def test_a_chain_that_would_spill_raises_and_says_what_to_do(op: str, kernels_of_a_gpu):
+    x, square = torch.zeros(5, 128), torch.zeros(128, 128)
+    calls = {
+        "aggregate": lambda e: ngk.aggregate(e, ngk.Message.product(x, square, None, square, square)), "readout": lambda e: ngk.readout(e, [(square[:1], None)]),
+        "checkpoint": lambda e: e.checkpoint(), "attend": lambda e: ngk.attend(e, x, x, x, square, square, heads=8, over="edges"),
+    }  # fmt: skip
+    with ngk.use_backend("reference"):
+        calls[op](chain(1))
+        with pytest.raises(NotImplementedError, match=rf"{op}: a chain of 3 updates \(exact products\) .* would spill its registers; .*edges.checkpoint\(torch.float32\)"):
+            calls[op](chain(3))
+        calls[op](chain(1).checkpoint(torch.float32)) if op != "attend" else None
+
+
+def test_models_restart_from_a_stored_state_by_rule(kernels_of_a_gpu, monkeypatch):
+    from neural_graphs.models import NGGNN
+
+    stored, plain = [], ngk.EdgeState.checkpoint
+    monkeypatch.setattr(ngk.EdgeState, "checkpoint", lambda self, store=None: stored.append(len(self.steps)) or plain(self, store))
+    weights, biases = [torch.randn(2, 2, 3, 1), torch.randn(2, 3, 1, 1)], [torch.randn(2, 3, 1), torch.randn(2, 1, 1)]
+    results = []
+    with ngk.use_backend("reference"):
+        for memory in ("auto", "every:1"):
+            torch.manual_seed(0)
+            results.append(NGGNN(layout=[2, 3, 1], d_hid=130, num_layers=4, out_features=5, edge_memory=memory)(weights, biases))
+            assert stored and max(stored) == 1, stored
+        with pytest.raises(NotImplementedError, match="edge_memory='auto'"):
+            NGGNN(layout=[2, 3, 1], d_hid=130, num_layers=4, out_features=5, edge_memory="recompute")(weights, biases)
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_the_rule_is_for_the_triton_kernels_on_a_gpu():
+    assert limits.why_not(chain(9), "triton") is None and limits.why_not(chain(9), "cpp") is None and not limits.full(chain(9))

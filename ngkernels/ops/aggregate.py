@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import backends
 from ..edges import EdgeState, Message
 from ..program import REDUCE, aux_slots, build_message, reductions
 from ..reference import evaluate as reference
@@ -121,7 +120,7 @@ def aggregate(edges: EdgeState, message: Message, reduce: Sequence[str] = ("sum"
     if unknown or not reduce or len(set(reduce)) != len(reduce):
         raise ValueError(f"aggregate: expected reduce to be different names of {', '.join(REDUCE)}, got {reduce}")
     message.check("aggregate", edges)
-    compute = ex.compute_mode(backends.choose("aggregate", edges.weights[0].device))
+    compute = ex.mode_for("aggregate", edges)
     e = build_message(edges, message, reduce, ex.backend_of(compute) != "reference")
     out = _run(*e, edges.graph.num_rows, compute)[0]
     natural = tuple(r for r in REDUCE if r in reduce)

@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from .. import backends
 from ..checks import check_matrix, check_tensor
 from ..edges import EdgeState
 from ..program import HEADER, RECORD, build_attention, full_precision
@@ -157,7 +156,7 @@ def attend(
     if over == "all" and edges.graph.has_sparse:
         edges = edges.dense()
     closed = edges.closure("all" if over == "all" else "edges")
-    compute = ex.compute_mode(backends.choose("attend", edges.weights[0].device))
+    compute = ex.mode_for("attend", edges, over)
     maps = [weight_q, weight_k] if weight_mul is None else [weight_q, weight_k, weight_mul]
     e = build_attention(closed, maps, over, include_self, ex.backend_of(compute) != "reference")
     shape = [heads, int(weight_mul is not None), int(weight_add is not None)]

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from .. import backends
 from ..edges import EdgeState, Mark
 from ..encoders import Identity
 from ..program import build_state
@@ -39,7 +38,7 @@ def checkpoint(edges: EdgeState, store: torch.dtype | None = None) -> EdgeState:
     if store is not None:
         values = run(edges, (), None, "identity", store, "checkpoint", over)
         return EdgeState(edges.graph.without_sharing(), tuple(values), Identity())
-    compute = ex.compute_mode(backends.choose("checkpoint", edges.weights[0].device))
+    compute = ex.mode_for("checkpoint", edges)
     e = build_state(edges, ex.backend_of(compute) != "reference", over=over)
     shapes = ev.output_shapes(edges.graph, edges.width)
     detached = _detached(edges)

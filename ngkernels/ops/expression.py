@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from .. import backends, mapped
+from .. import backends, limits, mapped
+from ..edges import EdgeState
 from ..program import Expression as E
 from ..program import cut
 
@@ -49,6 +50,19 @@ def compute_mode(backend: int) -> int:
     low = any(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) is torch.bfloat16 for d in ("cpu", "cuda"))
     gpu = backends.BACKENDS[backend] in ("triton", "cuda")
     return LOW * low + 2 * backend + TF32 * (gpu and torch.backends.cuda.matmul.allow_tf32)  # what torch.compile can read
+
+
+def mode_for(op: str, edges: EdgeState, over: str | None = None) -> int:
+    """`compute_mode` of the backend that runs `op` on these edge states; over: what attention looks at.
+
+    Raises:
+        NotImplementedError: a forced backend that cannot run; a chain of updates that the Triton kernels do not take (ngkernels.limits).
+    """
+    compute = compute_mode(backends.choose(op, edges.weights[0].device))
+    reason = None if over == "all" else limits.why_not(edges, backend_of(compute))
+    if reason is not None:
+        raise NotImplementedError(f"{op}: {reason}")
+    return compute
 
 
 def backend_of(compute: int) -> str:

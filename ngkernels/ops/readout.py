@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import backends
 from ..checks import check_activation, check_bias, check_matrix
 from ..edges import Affine, EdgeState, NodeTerm
 from ..program import build_state
@@ -66,7 +65,7 @@ def run(
     edges: EdgeState, mlp: Sequence[Affine], node: NodeTerm | None, activation: str, dtype: torch.dtype | None, op: str, over: str | None = None
 ) -> list[torch.Tensor]:
     """The op behind `readout` and a stored checkpoint (an empty mlp; `over`: both directions of a closed graph together)."""
-    compute = ex.compute_mode(backends.choose(op, edges.weights[0].device))
+    compute = ex.mode_for(op, edges)
     e = build_state(edges, ex.backend_of(compute) != "reference", mlp, node, activation, over)
     dtype = e.table.dtype if dtype is None else dtype
     if dtype not in ev.DTYPES:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ngkernels import EdgeState
+from ngkernels import EdgeState, limits
 from ngkernels.backends import kind_of
 from ngkernels.planner import parse_size
 
@@ -15,24 +15,27 @@ from ngkernels.planner import parse_size
 class EdgeMemory:
     """`every` k: a stored state after every k-th update; 0: none. `virtual`: gradients meet after every update.
 
+    `restart`: a stored state where the kernels would not take a longer chain (ngkernels.limits).
     `budget`: bytes for a step; the model asks the planner which of the policies to use, graph by graph.
     """
 
     every: int = 0
     virtual: bool = False
     budget: int | None = None
+    restart: bool = False
 
     @classmethod
     def parse(cls, policy: str | int) -> EdgeMemory:
         """From "auto", "auto:SIZE" (auto:8GiB), "recompute", "store", "hybrid", "every:k" or k.
 
-        "auto" is "recompute": it needs least memory, on the C++ kernels it is the fastest up to some eight layers, and results do not
-        depend on the machine that it runs on. With a size, the policy of least work that fits it.
+        "auto" is "recompute", which needs least memory and on the C++ kernels is the fastest up to some eight layers, but on a GPU restarts
+        from a stored state where a longer chain of updates would spill the registers of the Triton kernels. With a size, the policy
+        of least work that fits it.
 
         Raises:
             ValueError: anything else.
         """
-        named = {"auto": cls(), "recompute": cls(), "store": cls(every=1), "hybrid": cls(virtual=True)}
+        named = {"auto": cls(restart=True), "recompute": cls(), "store": cls(every=1), "hybrid": cls(virtual=True)}
         if isinstance(policy, str) and policy in named:
             return named[policy]
         if isinstance(policy, str) and policy.startswith("auto:"):
@@ -50,6 +53,8 @@ class EdgeMemory:
             return edges.checkpoint()
         if self.every and updates % self.every == 0:
             return edges.checkpoint(_store_dtype(edges))
+        if self.restart and limits.full(edges):
+            return edges.checkpoint(_exact_dtype(edges))  # as the registers hold it: results are the same as without
         return edges
 
 
@@ -57,4 +62,8 @@ def _store_dtype(edges: EdgeState) -> torch.dtype:
     device = kind_of(edges.weights[0].device)
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16:
         return torch.bfloat16
+    return _exact_dtype(edges)
+
+
+def _exact_dtype(edges: EdgeState) -> torch.dtype:
     return torch.float64 if edges.weights[0].dtype is torch.float64 else torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -105,7 +106,7 @@ class NGT(NeuralGraphModel):
                 f"NGT: expected edge_memory='recompute' with attention='all' (others hold a state for every pair of neurons), got {edge_memory!r}; "
                 "use attention='edges'"
             )
-        return memory
+        return replace(memory, restart=memory.restart and attention == "edges")
 
     def policies(self) -> tuple[str, ...]:
         """As Planned.policies."""

@@ -1,0 +1,78 @@
+"""How long a chain of updates the Triton kernels evaluate at once. Beyond, registers spill heavily, and a state is stored first."""
+
+from __future__ import annotations
+
+import torch
+
+from . import backends
+from .edges import Activate, EdgeState, Mark, Update
+
+WIDTHS = (32, 64, 128, 1 << 30)  # classes of states: columns of the widest
+# Most products of a chain, by class. An update that is a residual one or has a norm is two products, others are one (the matrix behind the
+# activation is folded into what follows); a single update is always taken. From the bytes that a thread of gradient_kernel spills in tiles
+# of 4 x 4 edges, the worse of sm_80 and sm_90, Triton 3.9 (tests/aot.py); heavy is more than 1024, what its registers hold:
+#   bf16        32 columns: 7 products 576   64: 7 products 624   128: 2 products 304, 3 not measured    256: 1 product 1296
+#   exact       32: 5 products 496           64: 3 products 248   128: 1 product 7984
+#   with pairs  one update: 16 columns 936, 32 columns 2936; two: 64 columns 2808
+LOW = {32: 7, 64: 7, 128: 2}
+EXACT = {32: 5, 64: 3}
+
+
+def _steps(edges: EdgeState) -> list[Update | Activate]:
+    """What is evaluated after the weights or the stored state that the expression starts from."""
+    return [s for s in edges.steps if not isinstance(s, Mark)]
+
+
+def products(step: Update | Activate) -> int:
+    return 2 if isinstance(step, Update) and (step.residual or step.norm is not None) else 1
+
+
+def most(edges: EdgeState, exact: bool) -> int:
+    """Most products of a chain like this one; 0: of one update alone."""
+    steps = _steps(edges)
+    if edges.paired:
+        return 0
+    widest = max(max(s.weight_edge.shape[0], s.weight_out.shape[0]) if isinstance(s, Update) else s.weight.shape[0] for s in steps)
+    return (EXACT if exact else LOW).get(next(w for w in WIDTHS if widest <= w), 0)
+
+
+def too_long(edges: EdgeState, exact: bool, more: int = 0) -> bool:
+    """Whether the chain, with `more` updates like its last one, would spill heavily."""
+    steps = _steps(edges)
+    if sum(isinstance(s, Update) for s in steps) + more <= 1:
+        return False
+    return sum(map(products, steps)) + more * products(steps[-1]) > most(edges, exact)
+
+
+def exact_products(edges: EdgeState) -> bool:
+    """Whether matrix products on a GPU are exact now: neither bfloat16 autocast nor tf32 is on."""
+    low = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is torch.bfloat16
+    return edges.weights[0].dtype is torch.float64 or not (low or torch.backends.cuda.matmul.allow_tf32)
+
+
+def applies(edges: EdgeState, backend: str) -> bool:
+    """The rule is for Triton's kernels on a GPU, and for chains that can be stored: not those over all pairs of neurons."""
+    return backend == "triton" and edges.weights[0].device.type == "cuda" and edges.graph.closed != "all"
+
+
+def why_not(edges: EdgeState, backend: str) -> str | None:
+    """None where `backend` evaluates the chain of these edge states, else the reason and what to do."""
+    if not applies(edges, backend):
+        return None
+    exact = exact_products(edges)
+    if not too_long(edges, exact):
+        return None
+    steps = _steps(edges)
+    what = "pair updates" if edges.paired else f"updates ({'exact' if exact else 'bfloat16 or tf32'} products)"
+    return (
+        f"a chain of {len(steps)} {what} from the last stored state would spill its registers; store one in between: edges.checkpoint(torch.float32), "
+        "or edge_memory='auto' or 'every:k' of a model"
+    )
+
+
+def full(edges: EdgeState) -> bool:
+    """Whether a state is to be stored here, because with one more update the chain would be too long for the kernels that run here."""
+    device = edges.weights[0].device
+    if device.type != "cuda" or not applies(edges, backends.BACKENDS[backends.choose("checkpoint", device)]):
+        return False
+    return too_long(edges, exact_products(edges), more=1)
