@@ -30,16 +30,20 @@ from triton.runtime.jit import JITFunction
 
 import ngkernels as ngk
 from ngkernels import backends
+from ngkernels._triton.lower import Step
 from ngkernels.ops import expression as ex
+from ngkernels.ops.node_map import After, node_map
+from ngkernels.program import LIN
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32", torch.int16: "i16"}
+OP, N_IN = Step._fields.index("op"), Step._fields.index("n_in")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 # ---- what is compiled ----
 @dataclass(frozen=True)
 class Variant:
-    sample: Sample
+    sample: Sample | PairSample | NodeSample
     precision: str = "bf16"  # of matrix products
     weights: torch.dtype = torch.float32
 
@@ -55,6 +59,29 @@ def ng_t(width: int, updates: int, **changes) -> PairSample:
     given = {"networks": (mlp(2, 64, 64, 3),), "width": width, "hidden": 2 * width, "node_width": width, "heads": 8, "dk": 8, "dv": 8, **changes}
     many = dict.fromkeys(("residual", "reverse", "nodes", "norm"), (True,) * updates)
     return PairSample(name=f"ng-t-{width}-{updates}", memory=(), **many, **given)
+
+
+@dataclass(frozen=True)
+class NodeSample:
+    """A node map: columns of x, of reduced, of the result; factors (None: 1); the norm, and whether the activation comes before it."""
+
+    width: int = 32
+    reduced: int = 128
+    factors: tuple[int | None, ...] = (None, 1)
+    norm: str | None = "layer"
+    first: bool = False
+
+    def run(self, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(results, what they depend on)."""
+        rows, width = 70, self.width
+        inputs, shapes = width + len(self.factors) * self.reduced, [(rows, width), (rows, self.reduced)]
+        x, reduced, matrix, bias, lin, lin_bias, weight, shift = live = [
+            torch.zeros(s, dtype=dtype, requires_grad=True) for s in (*shapes, (width, inputs), width, (width, width), width, width, width)
+        ]
+        factors = [None if f is None else torch.ones(rows, dtype=dtype) for f in self.factors]
+        bounds = torch.tensor([0, 20, rows]) if self.norm == "graph" else None
+        after = After("silu", self.norm, weight, shift, bounds, act_first=self.first)
+        return [node_map(x, reduced, [matrix, bias, lin, lin_bias], factors, after)], live
 
 
 EMIT = {"reduce": (), "head": 2, "head_nodes": True}
@@ -94,6 +121,10 @@ VARIANTS = {
     "attend-odd": Variant(ng_t(17, 1, dk=5, dv=12, heads=3, multiply=False)),
     "attend-dropout": Variant(ng_t(32, 1, dropout=0.1, over="in")),
     "attend-sparse": Variant(ng_t(32, 1, over="edges", networks=(Network((9,), (("sparse", 0, 0, ((3, 1), (0, 1), (5, 5), (8, 1), (1, 0))),)),))),
+    "nodes": Variant(NodeSample(), "ieee"),
+    "nodes-segments": Variant(NodeSample(norm="graph", first=True), "ieee"),
+    "nodes-plain-double": Variant(NodeSample(17, 19, (1, None, 1), None), "float64"),
+    "nodes-wide": Variant(NodeSample(256, 1024, (None, 1, 1), "graph"), "ieee"),
     "messages-of-pairs": Variant(ng_t(32, 2, over=None, reduce=("mean", "max"), features=32)),
 }  # fmt: skip
 
@@ -143,13 +174,16 @@ def recorded() -> Iterator[list[Launch]]:
 def launches_of(variant: Variant) -> list[Launch]:
     """Every different launch of the variant's op and of its backward pass."""
     s, dtype = variant.sample, torch.float64 if variant.precision == "float64" else torch.float32
-    paired = isinstance(s, PairSample)
-    t = cast((pair_leaves if paired else leaves)(s), dtype, variant.weights)
+    paired, of_nodes = isinstance(s, PairSample), isinstance(s, NodeSample)
+    t = {} if of_nodes else cast((pair_leaves if paired else leaves)(s), dtype, variant.weights)
     compute = ex.LOW * (variant.precision == "bf16") + ex.TF32 * (variant.precision == "tf32") + 2 * backends.BACKENDS.index("triton")
     with recorded() as launches, ngk.use_backend("triton"), pretended(compute):
         live = {name: v.requires_grad_() for name, v in t.items()}
-        state = pair_state(s, live) if paired else edge_state(s, live)
-        if paired and s.over:
+        state = None if of_nodes else pair_state(s, live) if paired else edge_state(s, live)
+        if of_nodes:
+            out, inputs = s.run(dtype)
+            live = dict(enumerate(inputs))
+        elif paired and s.over:
             out = [attend(s, live, state)]
         elif s.reduce:
             out = [ngk.aggregate(state, message_of(s, live), s.reduce)]
@@ -183,7 +217,13 @@ class Compiled:
     tensor_memory: int  # columns, sm_100
     instructions: int
     mma: int  # matrix instructions
+    products: bool  # whether there are matrix products: a first layer of one channel has none
     seconds: float
+
+
+def _plain(value):
+    """A number out of the constexpr that holds it."""
+    return getattr(value, "value", value)
 
 
 def compile_for(launch: Launch, capability: int) -> Compiled:
@@ -201,6 +241,7 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
     return Compiled(
         launch.kernel.__name__, capability, f"{constants.get('BI', '-')}x{constants.get('BJ', '-')}", launch.warps, registers, stack, done.metadata.shared,
         getattr(done.metadata, "tmem_size", 0) or 0, len(re.findall(r"^\s+/\*[0-9a-f]+\*/", sass, re.M)), len(re.findall(r"\b(?:HMMA|HGMMA|DMMA|UTCHMMA|UTCMMA)", sass)),
+        "STEPS" in constants and any(_plain(step[OP]) == LIN and _plain(step[N_IN]) >= 9 for step in constants["STEPS"]),
         round(time.perf_counter() - start, 1),
     )  # fmt: skip
 
