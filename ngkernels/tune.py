@@ -94,7 +94,7 @@ def main() -> None:
                 return seconds(step)
 
         kind = sizes.Kind(width, exact, paired)
-        found[kind] = best([sizes.usual(kind), *map(sizes.Size._make, itertools.product(EDGES, WARPS))], measure)
+        found[kind] = best([sizes.usual(kind, torch.cuda.get_device_capability(device)), *map(sizes.Size._make, itertools.product(EDGES, WARPS))], measure)
         print(f"{kind}: {found[kind]}", flush=True)
     sizes.write(out, torch.cuda.get_device_capability(device), found)
     print(f"written to {out}")

@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 
 import ngkernels as ngk
 from ngkernels import backends
+from ngkernels._triton import sizes
 from ngkernels._triton.lower import Step
 from ngkernels.ops import expression as ex
 from ngkernels.ops.node_map import After, node_map
@@ -171,8 +172,9 @@ def recorded() -> Iterator[list[Launch]]:
         JITFunction.run = before
 
 
-def launches_of(variant: Variant) -> list[Launch]:
-    """Every different launch of the variant's op and of its backward pass."""
+def launches_of(variant: Variant, capability: int | None = None) -> list[Launch]:
+    """Every different launch of the variant's op and of its backward pass, with the sizes that it has on a GPU of that capability."""
+    sizes.capability_of = lambda device: capability and divmod(capability, 10)
     s, dtype = variant.sample, torch.float64 if variant.precision == "float64" else torch.float32
     paired, of_nodes = isinstance(s, PairSample), isinstance(s, NodeSample)
     t = {} if of_nodes else cast((pair_leaves if paired else leaves)(s), dtype, variant.weights)
@@ -248,8 +250,8 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
 
 def main() -> None:
     name, *capabilities = sys.argv[1:]
-    for launch in launches_of(VARIANTS[name]):
-        for capability in map(int, capabilities):
+    for capability in map(int, capabilities):
+        for launch in launches_of(VARIANTS[name], capability):
             print(json.dumps(asdict(compile_for(launch, capability))), flush=True)
 
 

@@ -92,6 +92,14 @@ def _same_random_numbers() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _chains_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are right beyond what ngkernels.limits lets them do on a GPU; tests/test_triton_sizes.py is about the limits."""
+    from ngkernels import limits
+
+    monkeypatch.setattr(limits, "applies", lambda edges, backend: False)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For the many small cases: on a busy machine, threads that wait for one another cost more than the work."""

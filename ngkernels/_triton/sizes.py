@@ -48,10 +48,16 @@ def kind_of(low: Lowered, precision: str) -> Kind:
     return Kind(next(w for w in WIDTHS if width <= w), precision in ("ieee", "float64"), low.paired)
 
 
-def usual(kind: Kind) -> Size:
-    """Chosen by what compiles to few spilled registers and few instructions an edge for sm_80 to sm_100 (tests/test_triton_aot.py), not by
-    measurements."""
-    return Size(16, 2 if kind.width <= 32 else 4 if kind.width <= 64 and not kind.exact else 8)
+# Warps of a program by class of registers: with bfloat16 or tf32 products, with exact ones; tiles are of 16 edges. Chosen by what compiles
+# to few spilled registers and few instructions an edge on sm_80, sm_90 and sm_100 (tests/aot.py), not by measurements.
+WARPS = {32: (2, 2), 64: (4, 8), 128: (8, 8), 1 << 30: (8, 8)}
+# What differs on an architecture. sm_80, attention with 64 columns of queries: a thread spills 2200 bytes, with 8 warps 3064.
+DIFFERENT = {((8, 0), Kind(1 << 30, False, True)): Size(16, 4), ((8, 6), Kind(1 << 30, False, True)): Size(16, 4)}
+
+
+def usual(kind: Kind, capability: tuple[int, int] | None = None) -> Size:
+    """What the tables say."""
+    return DIFFERENT.get((capability, kind)) or Size(16, WARPS[kind.width][kind.exact])
 
 
 @lru_cache(maxsize=8)
@@ -94,9 +100,14 @@ def forced(size: Size) -> Iterator[None]:
         _forced.pop()
 
 
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def size_for(low: Lowered, precision: str, device: torch.device) -> Size:
-    kind = kind_of(low, precision)
+    """The forced size, else the measured one of this architecture, else what the tables say. Nothing is measured here."""
     if _forced:
         return _forced[-1]
-    known = measured(backends.tiles_path()).get(torch.cuda.get_device_capability(device), {}) if device.type == "cuda" else {}
-    return known.get(kind) or usual(kind)
+    kind, capability = kind_of(low, precision), capability_of(device)
+    known = measured(backends.tiles_path()).get(capability, {}) if capability else {}
+    return known.get(kind) or usual(kind, capability)
