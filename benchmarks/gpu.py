@@ -1,8 +1,9 @@
-"""Training steps on a GPU: the Triton kernels beside the published baselines, eager and compiled, in one run.
+"""Training steps on a GPU: the Triton kernels beside the published baselines, eager and compiled, and FlexAttention, in one run.
 
 `python -m benchmarks.gpu` appends one record for each measurement to results/<device>/gpu.jsonl: raw times of single steps by CUDA
 events, peak bytes of the allocator, what was measured and on what. Before anything is timed its logits must agree with the oracle's in
-float64. Nothing is estimated; a provider that fails is written down with its error.
+float64. Ceilings are measured first (benchmarks.gpu_rates); of NG-GNN, the share of the one that binds is written down with each time.
+Nothing is estimated; a provider that fails is written down with its error.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import typer
 from torch import Tensor, nn
 
 import ngkernels as ngk
-from benchmarks import machine, records
+from benchmarks import flex, machine, records
 from benchmarks.cases import Case
 from benchmarks.models import MODELS, Model
 from benchmarks.providers import PROVIDERS, Provider, Runner
@@ -37,6 +38,7 @@ class Plan:
     rivals: tuple[str, ...]
 
 
+ATTENTION = (("2x256x512x3", 128), ("2x1024x2048x3", 128))  # layouts for attend beside FlexAttention, columns of queries
 PLANS = (
     Plan(MODELS["ng-gnn"], "2x32x32x3@64,2x32x32x3@4096,2x256x512x3,2x1024x2048x3,2x4096x8192x3", "2x32x32x3@64,2x256x512x3", ("pyg-tuned", "pyg-tuned-compile")),
     Plan(MODELS["ng-t"], "2x32x32x1@16,2x64x128x3,2x256x512x3", "2x32x32x1@16", ("dense", "dense-compile")),
@@ -128,6 +130,41 @@ def measure(model: Model, contender: Contender, case: Case, oracle: nn.Module, t
     return found
 
 
+def measure_attention(text: str, width: int, device: torch.device, samples: int) -> list[dict]:
+    """Attention over all neurons, forward and backward, where FlexAttention can express it, in the precisions that PyTorch's products have."""
+    case, found = Case.parse(text), []
+    p = flex.Problem.random(case.layout, width=width, device=device.type)
+    with ngk.use_backend("triton"):
+        torch.set_float32_matmul_precision("highest")
+        true = flex.ours(p).detach().double()
+    compiled = torch.compile(flex.flex_attention)
+    functions = {"ngk-triton": flex.ours, "flex": lambda p: flex.flex(p, compiled)}
+    for precision in ("fp32", "tf32"):
+        for name, function in functions.items():
+            entry = {"model": "attend", "contender": f"{name}-{precision}", "precision": precision, "layout": list(case.layout), "batch": 1, "edges": case.edges}
+            torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+            try:
+                with ngk.use_backend("triton"):
+                    step = flex.step_of(function, p)
+                    entry["error"] = ((step().double() - true).norm() / true.norm()).item()
+                    if not entry["error"] <= LIMITS[precision]:
+                        raise RuntimeError(f"gate: expected a relative error of at most {LIMITS[precision]}, got {entry['error']}")
+                    seconds, peak = timed(step, device, samples)
+                entry |= {"seconds": seconds, "median": statistics.median(seconds), "peak_bytes": peak}
+            except Exception as reason:  # written down, so that nothing is missing without a word
+                entry["failed"] = f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0][:300]}"
+            torch.cuda.empty_cache()
+            found.append(entry)
+    return found
+
+
+def line_of(found: dict) -> str:
+    """One measurement in one line."""
+    share = f" {found['share']:6.1%} of {found['binding']}" if "share" in found else ""
+    result = found.get("failed") or f"{found['median'] * 1e3:10.3f} ms {found['peak_bytes'] / 2**20:8.0f} MiB{share}"
+    return f"{found['model']:8} {'x'.join(map(str, found['layout']))}@{found['batch']:<6} {found['contender']:24} {result}"
+
+
 def main(
     samples: Annotated[int, typer.Option(help="Steps timed of each.")] = 20,
     quick: Annotated[bool, typer.Option("--quick", help="A few layouts, rivals in one precision.")] = False,
@@ -135,9 +172,21 @@ def main(
     """Measures every contender on every layout, one after the other, and appends the results."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("a CUDA device is needed, and there is none")
+    from benchmarks import gpu_rates  # needs Triton
+
     device, run, lines = torch.device("cuda"), records.new_run(), []
     properties = torch.cuda.get_device_properties(device)
     place = {"slug": machine.slug(properties.name), "model": properties.name, "capability": [properties.major, properties.minor], "memory_bytes": properties.total_memory}
+    rates = gpu_rates.measured(device)
+    records.append("gpu", run, {"model": "ceilings", "rates": rates, "device": place})
+    for precision, ceilings in rates.items():
+        typer.echo(f"ceilings {precision:5} " + " ".join(f"{name} {value:.4g}/s" for name, value in ceilings.items()))
+
+    def note(found: dict) -> None:
+        records.append("gpu", run, {**found, "device": place})
+        lines.append(line_of(found))
+        typer.echo(lines[-1])
+
     for plan in PLANS:
         for text in (plan.quick if quick else plan.layouts).split(","):
             case = Case.parse(text)
@@ -145,10 +194,12 @@ def main(
             true = truth(plan.model, case, oracle, device) if plan.model.oracle_bytes(case) < 8 << 30 else None
             for contender in contenders(plan, quick):
                 found = measure(plan.model, contender, case, oracle, true, device, samples)
-                records.append("gpu", run, {**found, "device": place})
-                result = found.get("failed") or f"{found['median'] * 1e3:10.3f} ms {found['peak_bytes'] / 2**20:8.0f} MiB"
-                lines.append(f"{plan.model.name:8} {case.label:24} {contender.name:24} {result}")
-                typer.echo(lines[-1])
+                if plan.model.name == "ng-gnn" and "median" in found:
+                    found["binding"], found["share"] = gpu_rates.share(gpu_rates.needed_by_nggnn(case), rates[contender.precision], found["median"])
+                note(found)
+    for text, width in ATTENTION[: 1 if quick else None]:
+        for found in measure_attention(text, width, device, samples):
+            note(found)
     failures = sum("failed" in line or "Error" in line for line in lines)
     if failures:
         raise SystemExit(f"{failures} not measured, reasons above and in benchmarks/results/{place['slug']}/gpu.jsonl")

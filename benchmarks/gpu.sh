@@ -1,19 +1,37 @@
 #!/usr/bin/env bash
 # What a machine with a GPU can tell about the Triton kernels: what it is, tests, compute-sanitizer, timings; logs go into $OUT, timings into
 # benchmarks/results/<device>. A step that fails does not stop the next one; the exit status says whether all passed. Needs no network.
-# PY: the Python to use. LONG=1: the whole matrix of tests and of timings (hours: every sample is compiled).
+# PY: the Python to use. LONG=1: the whole matrix of tests and of timings (hours: every sample is compiled). Without it a step is cut off
+# where the LIMIT of all of them, 600 seconds, is used up, and what came after it is named as missing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-python3}
 OUT=${OUT:-out/gpu}
-export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" NGKERNELS_TEST_BACKENDS=triton
+export PY OUT PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" NGKERNELS_TEST_BACKENDS=triton
 mkdir -p "$OUT"
 failed=()
+LIMIT=${LIMIT:-$([ -n "${LONG:-}" ] && echo 86400 || echo 600)}
+# timeout knows programs, not functions of this shell
+limited() {
+    local left=$1
+    shift
+    if [ "$(type -t "$1")" = function ]; then
+        export -f "$1"
+        timeout "$left" bash -c '"$@"' - "$@"
+    else
+        timeout "$left" "$@"
+    fi
+}
 step() {
     local name=$1
     shift
     echo "== $name"
-    "$@" >"$OUT/$name.txt" 2>&1 || failed+=("$name")
+    local left=$((LIMIT - SECONDS))
+    if [ "$left" -lt 5 ]; then
+        failed+=("$name (no time left)")
+        return
+    fi
+    limited "$left" "$@" >"$OUT/$name.txt" 2>&1 || failed+=("$name")
     tail -n "${LINES_SHOWN:-3}" "$OUT/$name.txt"
 }
 # Tests in several processes: most of their time is compilation, which they share through Triton's cache.
@@ -25,6 +43,8 @@ tests_of() {
 step device nvidia-smi
 step environment "$PY" -m ngkernels.env
 step device-tests tests_of -m 'not big' tests/test_triton_device.py
+step node-map "$PY" -m pytest -q -p no:cacheprovider tests/test_node_map.py -k "not instruction_set and not gradcheck"
+step demo "$PY" -m neural_graphs.cli demo --smoke --device cuda --bf16 --out "$OUT/demo"
 step large "$PY" -m pytest -q -p no:cacheprovider -m big tests/test_triton_device.py
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 for tool in memcheck racecheck; do
