@@ -7,7 +7,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-full gpu gpu-long demo bench lint format wheel clean distclean FORCE
+.PHONY: help venv build test test-full triton-old gpu gpu-long demo bench lint format wheel clean distclean FORCE
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -59,6 +59,15 @@ test: build lint  ## lint and the quick tests: every feature once, under 30 minu
 
 test-full: build lint  ## lint and the whole test matrix
 	@$(call with_backends,$(PY) -m pytest)
+
+triton-old: build $(VENV)-triton-old/.ready  ## the Triton kernels compile under Triton 3.6 too, in an environment of its own
+	NGKERNELS_AOT_PYTHON=$(VENV)-triton-old/bin/python $(PY) -m pytest -q -m 'not slow' tests/test_triton_aot.py
+
+$(VENV)-triton-old/.ready:
+	$(PYTHON) -m venv $(VENV)-triton-old
+	$(VENV)-triton-old/bin/python -m pip install torch==2.13.0
+	$(VENV)-triton-old/bin/python -m pip install --quiet numpy triton==3.6.0
+	@touch $@
 
 # The backends that a run must cover: NGKERNELS_TEST_BACKENDS, else reference and cpp. A library that does not compile has failed
 # in `make build`; where there is no compiler, the run says that it leaves cpp out. Threads that wait sleep: the tests' work is in small

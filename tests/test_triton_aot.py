@@ -31,7 +31,8 @@ def output_of(*command: str) -> list[str]:
     """Lines that a script prints in a process without the interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), str(ROOT / "tests"), env.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env={**env, "PYTHONPATH": path}, capture_output=True, text=True)
+    python = os.environ.get("NGKERNELS_AOT_PYTHON", sys.executable)  # that of another Triton
+    done = subprocess.run([python, *command], cwd=ROOT, env={**env, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.splitlines()
 

@@ -12,6 +12,7 @@
     fold.py        partial results of tiles, summed in the order of the tiles
     table.py       gradient of the encoder's table
     aggregate.py, evaluate.py, attend.py, gradient_kernel.py, gradients.py: the kernels and their launches
+    node_map.py, node_map_back.py: the node side of PNA
 
 Node terms are projected once a node, before the kernels: a Triton program cannot keep a panel of them in shared
 memory from tile to tile, and would repeat the products for every tile.
