@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from conftest import DECLARED
 import ngkernels as ngk
 from neural_graphs import cli
 from neural_graphs.models import NGGNN, NGT
+from neural_graphs.models.memory import EdgeMemory
 from neural_graphs.scaling import measure as measuring
 from neural_graphs.scaling.methods import METHODS
 from neural_graphs.scaling.study import edges_of, layout_of
@@ -189,15 +191,16 @@ def test_a_model_with_a_budget_chooses_its_memory():
     weights = [torch.randn(1, a, b, 1) / 8 for a, b in zip(plain.layout, plain.layout[1:])]
     biases = [torch.randn(1, n, 1) for n in plain.layout[1:]]
     assert torch.equal(plain(weights, biases), planned(weights, biases))  # "recompute" is chosen here
-    assert planned.memory == plain.memory and len(planned._policies) == 1
+    assert planned.memory == EdgeMemory.parse("recompute") and len(planned._policies) == 1
     with pytest.raises(ngk.BudgetError, match="expected a budget of at least"):
         model_of(edge_memory="auto:64KiB")(weights, biases)
     assert copy.deepcopy(planned).budget == planned.budget == 1 << 30
     pickle.dumps(plain.state_dict())
 
 
-def test_auto_is_recompute():
-    assert model_of().memory == model_of(edge_memory="recompute").memory and model_of().budget is None
+def test_auto_is_recompute_but_for_chains_that_kernels_do_not_take():
+    auto = model_of().memory
+    assert auto.restart and replace(auto, restart=False) == model_of(edge_memory="recompute").memory and model_of().budget is None
     assert NGT([2, 8, 8, 3]).memory == NGT([2, 8, 8, 3], edge_memory="auto:1GiB").memory.__class__()
 
 
