@@ -24,7 +24,7 @@ SPILLED, SPILLING = 384, {
     "layer-8": 640, "layer-2-double": 448, "channels-9": 672, "residual-layers": 704, "width-130-exact": 9216, "width-256": 1408, "messages-of-pairs": 768,
     "attend": 2816, "attend-exact": 4608, "attend-odd": 1024, "attend-sparse": 2560, "attend-dropout": 1024, "attend-edges-table": 1024,
 }  # fmt: skip
-QUICK = ("layer-1", "layer-2", "width-8", "concat", "packed", "readout", "nodes-segments", "attend-small")  # a minute together
+QUICK = ("layer-1", "layer-2", "readout", "nodes-segments", "attend-small")  # a minute together
 
 
 def output_of(*command: str) -> list[str]:
