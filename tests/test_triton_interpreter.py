@@ -85,7 +85,6 @@ else:
     # ---- the node side ----
     from test_node_map import (  # noqa: F401  once more here, in the interpreter's process
         test_activations,
-        test_any_choice_of_gradients,
         test_equal_states_have_finite_gradients,
         test_float64_values_and_every_gradient,
         test_networks_alone_and_in_a_batch,
