@@ -5,6 +5,7 @@ from .backends import use_backend
 from .blocks import Block
 from .edges import EdgeState, Message, NodeTerm, Norm
 from .graph import NeuralGraph
+from .ops import tabulate as _tabulate  # noqa: F401  registers the op
 from .ops.aggregate import aggregate
 from .ops.attend import attend
 from .ops.checkpoint import checkpoint

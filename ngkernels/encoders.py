@@ -97,8 +97,6 @@ class Table:
 
 def make_table(enc: Fourier, weights, affine, dtype: torch.dtype, directions: int) -> Table | None:
     """The table of `enc` for these weights, in steps of 2^-grid_step(enc); None where edges are evaluated directly."""
-    from .ops.tabulate import tabulate  # ops import this module
-
     step = grid_step(enc)
     if weights[0].shape[-1] != 1 or enc.table == "never" or dtype == torch.float64 or step is None:
         return None
@@ -106,6 +104,7 @@ def make_table(enc: Fourier, weights, affine, dtype: torch.dtype, directions: in
     half = table_half(step, ASSUMED_RANGE if limit is None else limit)
     complete = enc.table_range is None and limit is not None and half < MAX_TABLE_NODES
     weight = enc.weight.to(dtype)
+    tabulate = torch.ops.ngkernels.tabulate  # ops import this module
     each = [tabulate(weight, enc.frequencies, d, step, half) for d in (range(directions) if enc.reciprocal else [-1])]
     return Table(each[0][None] if len(each) == 1 else torch.stack(each), complete)
 

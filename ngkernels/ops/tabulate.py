@@ -1,4 +1,9 @@
-"""tabulate: a scalar Fourier encoder on the grid of its table. Linear in the encoder's matrix, whose gradient is the adjoint."""
+"""tabulate: a scalar Fourier encoder on the grid of its table. Linear in the encoder's matrix, whose gradient is the adjoint.
+
+    [2 half + 1, 3, n]: value, h times slope and h^2 times curvature of w -> weight [cos(2 pi b w), sin(2 pi b w)] in steps of h = 2^-k
+
+for weight [n, 2m] and frozen frequencies b [m, C]; direction: -1, or that of a reciprocal encoder (C = 3). Called by ngkernels/encoders.py.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,6 @@ from ..program import full_precision
 from . import expression as ex
 from .autograd import register
 
-# direction: -1, or that of a reciprocal encoder; steps of 2^-k from -half to half
 _GRID = "Tensor frequencies, int direction, int k, int half"
 ex.library.define(f"tabulate(Tensor weight, {_GRID}) -> Tensor")
 ex.library.define(f"tabulate_backward(Tensor grad, {_GRID}) -> Tensor")
@@ -60,16 +64,8 @@ def _autograd(ctx, need, grad):
 
 
 def _autograd_double(ctx, need, second):
-    return [tabulate(second, *ctx.saved_tensors, *ctx.grid) if need[0] else None, None]
+    return [torch.ops.ngkernels.tabulate(second, *ctx.saved_tensors, *ctx.grid) if need[0] else None, None]
 
 
 _run_backward = register("tabulate_backward", _backward, _autograd_double, _setup)
-_run = register("tabulate", _forward, _autograd, _setup)
-
-
-def tabulate(weight: torch.Tensor, frequencies: torch.Tensor, direction: int, k: int, half: int) -> torch.Tensor:
-    """[2 half + 1, 3, n]: value, h times slope and h^2 times curvature of w -> weight [cos(2 pi b w), sin(2 pi b w)] in steps of h = 2^-k.
-
-    weight [n, 2m]; frequencies b [m, C], frozen; direction: -1, or that of a reciprocal encoder (C = 3).
-    """
-    return _run(weight, frequencies, direction, k, half)
+register("tabulate", _forward, _autograd, _setup)
