@@ -11,6 +11,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import mapped
+from .kept import kept
 
 MAX_TABLE_NODES = 1 << 14  # beyond this |w|, weights take the direct path one by one
 ASSUMED_RANGE = 2.0  # of weights that cannot be looked at: in compiled code, in plans
@@ -178,12 +179,9 @@ def grid_basis(frequencies: torch.Tensor, direction: int | None, k: int, half: i
 def _kept(frequencies: torch.Tensor, key: tuple, make: Callable):
     """What `make` returned for these frequencies and this key. They are kept too: nothing else can come to lie where they do."""
     key = (frequencies.data_ptr(), frequencies._version, tuple(frequencies.shape), frequencies.stride(), frequencies.dtype, *key)
-    if key in _basis_cache:
-        return _basis_cache[key][1]
-    if len(_basis_cache) >= 8:
+    if key not in _basis_cache and len(_basis_cache) >= 8:
         _basis_cache.pop(next(iter(_basis_cache)))
-    _basis_cache[key] = (frequencies, made := make())
-    return made
+    return kept(_basis_cache, key, lambda: (frequencies, make()))[1]
 
 
 def _extremes(w: torch.Tensor):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from .blocks import Block, Part, check_part, closed_part, layer_index
+from .kept import kept
 from .topology import DENSE, OVER, SPARSE, Topology, edge_topology, num_rows, pair_topology
 
 CLOSE_FIRST = (
@@ -128,11 +129,13 @@ class NeuralGraph:
     # ---- derived graphs ----
     def derived(self, key: tuple, parts: Sequence[Part], rows: int | None, closed: str | None, stored: bool | None = None) -> NeuralGraph:
         """A graph that follows from this one by `key`: made once."""
-        if key not in self._cache:
-            self._cache[key] = NeuralGraph(parts, rows, self.packed)
-            self._cache[key].closed = closed
-            self._cache[key].stored = self.stored if stored is None else stored
-        return self._cache[key]
+
+        def make() -> NeuralGraph:
+            graph = NeuralGraph(parts, rows, self.packed)
+            graph.closed, graph.stored = closed, self.stored if stored is None else stored
+            return graph
+
+        return kept(self._cache, key, make)
 
     def restrict(self, layer: int = -1) -> NeuralGraph:
         """The same graph with outputs only for node layer `layer` of every network (dead edges dropped)."""
@@ -193,9 +196,7 @@ class NeuralGraph:
         """The table of every block; `paired`: with the edges' partners (ngkernels/topology.py). `messages`: without the pairs that
         are no edges."""
         key = ("edges", paired, reciprocal and paired, bool(messages and self.closed))
-        if key not in self._cache:
-            self._cache[key] = edge_topology(self, paired, reciprocal, messages)
-        return self._cache[key]
+        return kept(self._cache, key, lambda: edge_topology(self, paired, reciprocal, messages))
 
     def pairs_as(self, over: str, include_self: bool = True) -> Topology:
         """The table of the pairs of a closed graph that attention over `over` reads, both directions in one row.
@@ -205,16 +206,12 @@ class NeuralGraph:
         if over not in OVER:
             raise ValueError(f"NeuralGraph.pairs_as: expected over to be one of {', '.join(OVER)}, got {over!r}")
         key = ("pairs", over, include_self)
-        if key not in self._cache:
-            self._cache[key] = pair_topology(self, over, include_self)
-        return self._cache[key]
+        return kept(self._cache, key, lambda: pair_topology(self, over, include_self))
 
     @property
     def in_degree(self) -> torch.Tensor:
         """In-degree of every node, int64 [num_nodes]."""
-        if "in_degree" not in self._cache:
-            self._cache["in_degree"] = torch.cat([p.in_degree.repeat(p.copies) for p in self.parts])
-        return self._cache["in_degree"]
+        return kept(self._cache, "in_degree", lambda: torch.cat([p.in_degree.repeat(p.copies) for p in self.parts]))
 
     @property
     def has_sparse(self) -> bool:
@@ -229,10 +226,7 @@ class NeuralGraph:
     @property
     def node_bounds(self) -> torch.Tensor:
         """The first node of every network, and the number of nodes: int64 [num_graphs + 1]."""
-        if "node_bounds" not in self._cache:
-            sizes = torch.tensor([0, *(p.num_nodes for p in self.parts for _ in range(p.copies))])
-            self._cache["node_bounds"] = sizes.cumsum(0)
-        return self._cache["node_bounds"]
+        return kept(self._cache, "node_bounds", lambda: torch.tensor([0, *(p.num_nodes for p in self.parts for _ in range(p.copies))]).cumsum(0))
 
     def weight_shapes(self, channels: int) -> list[tuple[int, ...]]:
         """Expected shape of each weight tensor: (copies, d0, d1, C) dense, (copies, n, C) diagonal, (copies, E, C) sparse, [E, C] packed."""
@@ -280,13 +274,8 @@ class NeuralGraph:
 
     def on(self, device: torch.device, name, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `make` says of this graph, on a device. Kept, so that later calls copy nothing from the host and wait for nothing."""
-        key = (name, device)
-        if key in self._cache:
-            return self._cache[key]
-        found = make().to(device)
-        if not torch.compiler.is_compiling():
-            self._cache[key] = found
-        return found
+        cache = {} if torch.compiler.is_compiling() and (name, device) not in self._cache else self._cache
+        return kept(cache, (name, device), lambda: make().to(device))
 
     def __repr__(self) -> str:
         kinds = ", ".join(f"{p.copies} x {list(p.layers)}" for p in self.parts[:4])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from networks import check_unequal, flat, networks, permuted, relative, saved_tensors
 
 import ngkernels as ngk
-from neural_graphs.models import NGGNN
+from neural_graphs.models import NGGNN, NGT
 
 POLICIES = ("recompute", "hybrid", "store", "every:2", 3)
 SMALL = {"d_hid": 8, "num_layers": 3, "fourier_features": 16}
@@ -179,3 +179,25 @@ def test_bytes_kept_for_each_neuron(backend: str):
             kept = saved_tensors(model, weights, biases)
         sizes[width] = sum(t.untyped_storage().nbytes() for t in kept if t.untyped_storage().data_ptr() not in inputs)
     assert (sizes[1536] - sizes[512]) / (2 * (1536 - 512)) <= 3072
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (NGGNN, {}), (NGGNN, {"norm": "graph"}), (NGGNN, {"pooling": ("mean", "all")}), (NGGNN, {"head": "equivariant"}), (NGT, {}),
+        (NGT, {"attention": "edges"}), (NGT, {"pooling": ("mean", "last")}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_training_step_after_a_look_in_inference_mode(make, options: dict, backend: str):
+    """What a graph keeps must not be inference tensors, which autograd refuses."""
+    layout = [2, 4, 5, 3]
+    model = make(layout, **options)
+    weights = [torch.randn(2, a, b, 1) for a, b in zip(layout, layout[1:])]
+    biases = [torch.randn(2, b, 1) for b in layout[1:]]
+    with ngk.use_backend(backend):
+        with torch.inference_mode():
+            model(weights, biases)
+        tensors = torch.utils._pytree.tree_leaves(model(weights, biases))
+        sum(t.sum() for t in tensors).backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())

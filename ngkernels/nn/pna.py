@@ -67,13 +67,7 @@ class DegreeScalers(nn.Module):
 
 def row_degrees(graph: NeuralGraph, like: torch.Tensor) -> torch.Tensor:
     """In-degree of each of the graph's output rows [rows, 1], in the dtype and on the device of `like`."""
-    key = ("row_degrees", like.dtype, like.device)
-    if key in graph._cache:
-        return graph._cache[key]
-    degree = rows_of(graph, graph.in_degree[:, None]).to(like)
-    if not torch.compiler.is_compiling():
-        graph._cache[key] = degree
-    return degree
+    return graph.on(like.device, ("row degrees", like.dtype), lambda: rows_of(graph, graph.in_degree[:, None]).to(like.dtype))
 
 
 def rows_of(graph: NeuralGraph, x: torch.Tensor) -> torch.Tensor:
