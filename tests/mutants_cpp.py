@@ -117,7 +117,7 @@ PATCHES = tuple(Patch(*row) for row in (
     ("second-gradient-without-memory", "cpu/engine.h", "static_cast<int>(k) == call.message_start - 1) waits(k);", "static_cast<int>(k) == call.message_start - 1 && in.op != ADD) waits(k);"),
     # determinism
     ("working-memory-not-cleared", "cpu/engine.h", "std::memset(w.coefficients, 0,", "if (false) std::memset(w.coefficients, 0,"),
-    ("other-bits-in-backward", "cpu/edge_math.h", "V::store(h + k, y);\n        if (GRAD)", "V::store(h + k, GRAD ? V::mul(y, V::set1(T(1) + T(sizeof(T) == 4 ? 1.2e-7 : 2.3e-16))) : y);\n        if (GRAD)"),
+    ("other-bits-in-backward", "edge_math.h", "V::store(h + k, y);\n    if (GRAD)", "V::store(h + k, GRAD ? V::mul(y, V::set1(typename V::T(1) + typename V::T(sizeof(typename V::T) == 4 ? 1.2e-7 : 2.3e-16))) : y);\n    if (GRAD)"),
     ("committed-as-they-finish", "cpu/schedule.cpp", "while (s.turn.load(std::memory_order_acquire) != m) std::this_thread::yield();", ""),
 ))  # fmt: skip
 

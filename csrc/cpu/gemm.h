@@ -3,6 +3,7 @@
 // evaluate bit-identically. Measured at 96 x 32 x 32 on one AVX-512 core: see benchmarks/results.
 #pragma once
 
+#include "../values.h"
 #include "vec.h"
 
 namespace ngk {
@@ -14,19 +15,6 @@ constexpr int padded(int n) {
 template <class V>
 constexpr int row_blocks(int n) {
   return (n + V::MR - 1) / V::MR * V::MR;
-}
-
-NGK_INLINE uint16_t to_bf16(float f) {
-  uint32_t u;
-  std::memcpy(&u, &f, 4);
-  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 64);
-  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
-}
-NGK_INLINE float from_bf16(uint16_t h) {
-  const uint32_t u = static_cast<uint32_t>(h) << 16;
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
 }
 
 // Where a product starts from.

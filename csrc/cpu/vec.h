@@ -9,8 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#define NGK_INLINE __attribute__((always_inline)) static inline
-#define NGK_INLINE_MEMBER __attribute__((always_inline)) inline
+#include "../inline.h"
 
 namespace ngk {
 

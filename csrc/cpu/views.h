@@ -1,7 +1,8 @@
 // Tiles of edges, and the way between their rows and the tensors of edge values.
 #pragma once
 
-#include "edge_math.h"
+#include "../edge_math.h"
+#include "../values.h"
 #include "prepare.h"
 
 namespace ngk {
@@ -23,48 +24,6 @@ struct View {
   Dtype dtype;
   int number;  // sparse: 0 for an edge's own number, 1 for its partner's
 };
-
-NGK_INLINE int dtype_size(Dtype d) { return d == F64 ? 8 : d == F32 ? 4 : 2; }
-
-NGK_INLINE float from_f16(uint16_t h) {
-  _Float16 f;
-  std::memcpy(&f, &h, 2);
-  return static_cast<float>(f);
-}
-
-template <class T>
-NGK_INLINE T read_value(const char* p, Dtype dtype) {
-  float f;
-  double d;
-  uint16_t h;
-  switch (dtype) {
-    case F32:
-      std::memcpy(&f, p, 4);
-      return static_cast<T>(f);
-    case F64:
-      std::memcpy(&d, p, 8);
-      return static_cast<T>(d);
-    default:
-      std::memcpy(&h, p, 2);
-      return static_cast<T>(dtype == BF16 ? from_bf16(h) : from_f16(h));
-  }
-}
-template <class T>
-NGK_INLINE void write_value(char* p, Dtype dtype, T x) {
-  const float f = static_cast<float>(x);
-  const double d = static_cast<double>(x);
-  const _Float16 half = static_cast<_Float16>(f);
-  const uint16_t h = to_bf16(f);
-  if (dtype == F32) {
-    std::memcpy(p, &f, 4);
-  } else if (dtype == F64) {
-    std::memcpy(p, &d, 8);
-  } else if (dtype == BF16) {
-    std::memcpy(p, &h, 2);
-  } else {
-    std::memcpy(p, &half, 2);
-  }
-}
 
 // `own`: values by block (n_src, n_dst) of the block's own direction; else raw weights.
 NGK_INLINE View view(const EdgeTensor& t, const Row& row, const Side& side, int64_t copy, bool own) {

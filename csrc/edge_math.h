@@ -1,8 +1,11 @@
-// Per-edge maths on vectors: activations with their derivatives, Fourier features, the tabulated curve.
+// Per-edge maths on vectors: activations with their derivatives, Fourier features, the tabulated curve. V is one of the classes of
+// cpu/vec.h, or the number of one lane of a GPU (cuda/lane.h).
 #pragma once
 
-#include "../edge_program.h"
-#include "vec.h"
+#include <cmath>
+
+#include "edge_program.h"
+#include "inline.h"
 
 namespace ngk {
 
@@ -56,42 +59,51 @@ NGK_INLINE void gelu(typename V::R z, typename V::R* h, typename V::R* d) {
   *d = V::fma(V::mul(z, bell), V::set1(T(0.39894228040143267794)), phi);
 }
 
+// h = act(z) and its derivative d, of these three.
+template <class V>
+NGK_INLINE void silu(typename V::R z, typename V::R* h, typename V::R* d) {
+  const typename V::R s = sigmoid<V>(z), y = V::mul(z, s);
+  *h = y;
+  *d = V::fma(y, V::sub(V::set1(typename V::T(1)), s), s);
+}
+template <class V>
+NGK_INLINE void relu(typename V::R z, typename V::R* h, typename V::R* d) {
+  *h = V::upper(z, V::zero());
+  *d = V::if_lt(V::zero(), z, V::set1(typename V::T(1)), V::zero());
+}
+template <class V>
+NGK_INLINE void logistic(typename V::R z, typename V::R* h, typename V::R* d) {
+  const typename V::R s = sigmoid<V>(z);
+  *h = s;
+  *d = V::mul(s, V::sub(V::set1(typename V::T(1)), s));
+}
+
+// The same over n values; with GRAD, d too (which may be z itself).
+template <class V, bool GRAD, class F>
+NGK_INLINE void activate_all(const typename V::T* z, typename V::T* h, typename V::T* d, int64_t n, F&& f) {
+  for (int64_t k = 0; k < n; k += V::W) {
+    typename V::R y, slope;
+    f(V::load(z + k), &y, &slope);
+    V::store(h + k, y);
+    if (GRAD) V::store(d + k, slope);
+  }
+}
+
 // h = act(z) over n values; with d, also the derivative there (d may be z itself).
 template <class V, bool GRAD>
-__attribute__((noinline)) void activate(int kind, const typename V::T* z, typename V::T* h, typename V::T* d, int64_t n) {
+NGK_APART void activate(int kind, const typename V::T* z, typename V::T* h, typename V::T* d, int64_t n) {
   using T = typename V::T;
   using R = typename V::R;
-  const R one = V::set1(T(1));
   switch (kind) {
     case SILU:
-      for (int64_t k = 0; k < n; k += V::W) {
-        const R x = V::load(z + k), s = sigmoid<V>(x), y = V::mul(x, s);
-        V::store(h + k, y);
-        if (GRAD) V::store(d + k, V::fma(y, V::sub(one, s), s));
-      }
-      return;
+      return activate_all<V, GRAD>(z, h, d, n, [](R x, R* y, R* slope) { silu<V>(x, y, slope); });
     case RELU:
-      for (int64_t k = 0; k < n; k += V::W) {
-        const R x = V::load(z + k);
-        V::store(h + k, V::upper(x, V::zero()));
-        if (GRAD) V::store(d + k, V::if_lt(V::zero(), x, one, V::zero()));
-      }
-      return;
+      return activate_all<V, GRAD>(z, h, d, n, [](R x, R* y, R* slope) { relu<V>(x, y, slope); });
     case SIGMOID:
-      for (int64_t k = 0; k < n; k += V::W) {
-        const R s = sigmoid<V>(V::load(z + k));
-        V::store(h + k, s);
-        if (GRAD) V::store(d + k, V::mul(s, V::sub(one, s)));
-      }
-      return;
+      return activate_all<V, GRAD>(z, h, d, n, [](R x, R* y, R* slope) { logistic<V>(x, y, slope); });
     case GELU:
       if constexpr (sizeof(T) == 4) {
-        for (int64_t k = 0; k < n; k += V::W) {
-          R y, slope;
-          gelu<V>(V::load(z + k), &y, &slope);
-          V::store(h + k, y);
-          if (GRAD) V::store(d + k, slope);
-        }
+        activate_all<V, GRAD>(z, h, d, n, [](R x, R* y, R* slope) { gelu<V>(x, y, slope); });
         return;
       }
       [[fallthrough]];
@@ -179,7 +191,7 @@ NGK_INLINE void fourier_row(const typename V::T* b, int m, int C, const typename
 // Cells of a tile's weights in the table, and the quintic Hermite weights of (value, slope, curvature) at the cell's two
 // ends with their derivatives: cell [n] (-1: beyond the table, NaN too), c and d [6][stride]; n is rounded up to W.
 template <class V>
-__attribute__((noinline)) void hermite_cells(const typename V::T* value, int n, typename V::T steps, int64_t half, typename V::T* cell,
+NGK_APART void hermite_cells(const typename V::T* value, int n, typename V::T steps, int64_t half, typename V::T* cell,
                                              typename V::T* c, typename V::T* d, int stride) {
   using T = typename V::T;
   using R = typename V::R;
