@@ -6,6 +6,9 @@ Environment:
     NGKERNELS_BUILD      auto (default): build the library if there is a C++ compiler, else install without it;
                          none: install without the library; cpp: build it, and no compiler is an error.
                          A compile error is an error in every mode but none.
+    NGKERNELS_CUDA       auto (default): CUDA kernels too, where nvcc is there and torch is one with CUDA; 1: with nvcc, whatever torch;
+                         0: without them
+    TORCH_CUDA_ARCH_LIST  what they are built for (default: 8.0;9.0;10.0); CUDA_HOME: where nvcc is
     NGKERNELS_CXXFLAGS   flags appended to the compiler's, for a sanitizer or a debug build
     CXX, MAX_JOBS        the compiler, the number of compiler processes (default: one per core)
 
@@ -14,6 +17,7 @@ What was built, or why nothing was, is recorded in ngkernels/_build_info.json, w
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -67,9 +71,32 @@ def require_torch() -> str:
     return torch.__version__
 
 
-def compiler_version(command: str) -> str:
+def cuda_build():
+    """The module csrc/cuda/build.py, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc" / "cuda" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def find_nvcc() -> str | None:
+    """nvcc if the CUDA kernels are to be built, else None."""
+    mode = os.environ.get("NGKERNELS_CUDA") or "auto"
+    if mode not in ("auto", "0", "1"):
+        raise SystemExit(f"ngkernels: expected NGKERNELS_CUDA to be auto, 0 or 1, got {mode!r}")
+    if mode == "0":
+        return None
+    import torch
+
+    nvcc = cuda_build().find_nvcc()
+    if mode == "1" and nvcc is None:
+        raise SystemExit("ngkernels: NGKERNELS_CUDA=1 needs nvcc, which is neither in $CUDA_HOME/bin nor on PATH")
+    return nvcc if mode == "1" or torch.version.cuda else None
+
+
+def compiler_version(command: str, line: int = 0) -> str:
     out = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, check=True).stdout
-    return out.splitlines()[0]
+    return out.splitlines()[line]
 
 
 def say(text: str) -> None:
@@ -104,6 +131,12 @@ def extension_arguments(compiler: str, torch_version: str) -> dict:
         *shlex.split(os.environ.get("NGKERNELS_CXXFLAGS", "")),
     ]
 
+    nvcc = find_nvcc()
+    # libtorch itself, which names libtorch_cuda where there is one: symbols of that are looked up there
+    link = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", *shlex.split(os.environ.get("NGKERNELS_CXXFLAGS", ""))]
+    if nvcc:
+        link += [f"-L{Path(nvcc).resolve().parent.parent / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+
     class BuildLibrary(BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
@@ -111,17 +144,23 @@ def extension_arguments(compiler: str, torch_version: str) -> dict:
             self.build_temp = str(ROOT / "build" / f"objects-{sys.implementation.cache_tag}")
 
         def run(self) -> None:
+            cuda = None
+            if nvcc:
+                options = cuda_build().architectures()
+                objects = cuda_build().compile_all(nvcc, Path(self.build_temp) / "cuda", options)
+                self.extensions[0].extra_objects += [str(o) for o in objects]
+                cuda = {"nvcc": compiler_version(shlex.quote(nvcc), -2), "options": options}
             super().run()
             package = Path(self.get_ext_fullpath("ngkernels._C")).parent
-            record(package, library=LIBRARY, compiler=compiler_version(compiler), torch=torch_version, flags=flags_shown(flags))
+            record(package, library=LIBRARY, compiler=compiler_version(compiler), torch=torch_version, flags=flags_shown(flags), cuda=cuda)
 
     extension = CppExtension(
         "ngkernels._C",
         sources,
         include_dirs=[str(ROOT / "csrc")],
-        depends=[*headers, "setup.py"],
+        depends=[*headers, *(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc" / "cuda").glob("*.cu") if nvcc), "setup.py"],
         extra_compile_args={"cxx": flags},
-        extra_link_args=shlex.split(os.environ.get("NGKERNELS_CXXFLAGS", "")),
+        extra_link_args=link,
         py_limited_api=True,
     )
     return {

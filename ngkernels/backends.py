@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
 import warnings
@@ -13,8 +14,10 @@ import torch
 
 OPS = ("aggregate", "attend", "readout", "checkpoint", "node_map")
 BACKENDS = ("reference", "cpp", "triton", "cuda")
+CUDA_OPS = ("aggregate",)  # that the cuda backend has kernels of
 
 _forced: list[str] = []
+_emulated: list[ctypes.CDLL] = []
 _load_error: str | None = None
 _loaded = False
 _warned = False
@@ -48,8 +51,38 @@ def _triton(device: torch.device | None) -> str | None:
     return None if capability >= (8, 0) else f"it needs compute capability 8.0 or newer, the device has {capability[0]}.{capability[1]}"
 
 
-def why_not(backend: str, device: torch.device | None = None) -> str | None:
-    """None when `backend` can run on `device`, else the reason why not."""
+def emulated() -> ctypes.CDLL | None:
+    """The library in which the CUDA kernels run on the CPU, inside `emulate_cuda`."""
+    return _emulated[-1] if _emulated else None
+
+
+@contextlib.contextmanager
+def emulate_cuda(path: Path) -> Iterator[None]:
+    """The CUDA kernels run on CPU tensors inside the context, from a library of csrc/cuda/emulated.cpp: for tests, slowly."""
+    _emulated.append(ctypes.CDLL(str(path)))
+    try:
+        yield
+    finally:
+        _emulated.pop()
+
+
+def _cuda(device: torch.device | None, op: str | None) -> str | None:
+    """None when the CUDA kernels of `op` (None: of some op) run on `device`, else the reason why not."""
+    if op in OPS and op not in CUDA_OPS:
+        return f"its kernels of {op} are not written yet"
+    if _emulated:
+        return None if device is None or device.type == "cpu" else f"its emulation runs on cpu tensors, got {device}"
+    if reason := _library():
+        return reason
+    if not torch.ops.ngkernels_C.cuda_built():
+        return "the library was built without nvcc; install with a CUDA toolkit and NGKERNELS_CUDA=1"
+    if device is not None and device.type != "cuda":
+        return f"it runs on cuda tensors, got {device}"
+    return None if torch.cuda.is_available() else "no CUDA device is there"
+
+
+def why_not(backend: str, device: torch.device | None = None, op: str | None = None) -> str | None:
+    """None when `backend` can run `op` (None: some op) on `device`, else the reason why not."""
     if backend == "reference":
         return None
     if backend == "cpp":
@@ -57,13 +90,13 @@ def why_not(backend: str, device: torch.device | None = None) -> str | None:
             return f"it runs on cpu tensors, got {device}"
         return _library()
     if backend == "cuda":
-        return "the CUDA kernels are not built yet"
+        return _cuda(device, op)
     return _triton(device)
 
 
 def availability() -> dict[str, dict[str, str | None]]:
     """For each op and backend: None when it runs on this machine, else the reason why not."""
-    return {op: {b: why_not(b) for b in BACKENDS} for op in OPS}
+    return {op: {b: why_not(b, op=op) for b in BACKENDS} for op in OPS}
 
 
 def tiles_path() -> Path:
@@ -114,9 +147,9 @@ def choose(op: str, device: torch.device) -> int:
     device = torch.device(kind_of(device)) if device.type == "meta" else device
     forced = _forced[-1] if _forced else os.environ.get("NGKERNELS_BACKEND")
     if forced:
-        reason = why_not(_check_name(forced), device)
+        reason = why_not(_check_name(forced), device, op)
         if reason:
-            table = "; ".join(f"{b}: {why_not(b, device) or 'runs'}" for b in BACKENDS)
+            table = "; ".join(f"{b}: {why_not(b, device, op) or 'runs'}" for b in BACKENDS)
             raise NotImplementedError(f"{op}: backend {forced!r} was forced but {reason} ({table})")
         return BACKENDS.index(forced)
     best = {"cpu": "cpp", "cuda": "triton"}.get(device.type)

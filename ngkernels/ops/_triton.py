@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -17,28 +17,28 @@ def _module(name: str):
     return importlib.import_module(f"ngkernels._triton.{name}")
 
 
-def _packed(e: ex.E, params: Sequence[torch.Tensor]) -> torch.Tensor:
+def packed(e: ex.E, params: Sequence[torch.Tensor]) -> torch.Tensor:
     """The packed parameters made of `params`: small matrices, multiplied in float64."""
     with full_precision(e.table.device):
         return fold([t.double() for t in params], recipe_of(e.program), e.table.new_empty(0, dtype=torch.float64)).to(e.table.dtype)
 
 
 def _call(e: ex.E, compute: int, params: torch.Tensor | None = None, **more):
-    e = e._replace(params=_packed(e, e.params) if params is None else params)
+    e = e._replace(params=packed(e, e.params) if params is None else params)
     return _module("call").Call(e, bool(compute & ex.LOW), bool(compute & ex.TF32), **more)
 
 
 @contextlib.contextmanager
-def _differentiated(e: ex.E, compute: int, grads: list[torch.Tensor], **more) -> Iterator:
-    """A call that is given the expression's gradients to write, `grads`. Those of the packed parameters go on to what they are made of."""
+def differentiated(e: ex.E, compute: int, grads: list[torch.Tensor], make: Callable = _call, **more) -> Iterator:
+    """A call, made by `make`, that is given the expression's gradients to write, `grads`. Those of the packed parameters go on to what they are made of."""
     first, last = len(e.weights) + len(e.xs), len(e.weights) + len(e.xs) + len(e.params)
     to = grads[first:last]
     with ex.autograd_enabled():
         leaves = [t.detach().requires_grad_(g.numel() > 0) for t, g in zip(e.params, to, strict=True)]
-        params = _packed(e, leaves)
+        params = packed(e, leaves)
     needed = [(leaf, g) for leaf, g in zip(leaves, to, strict=True) if leaf.requires_grad]
     grad = torch.empty_like(params.detach()) if needed else params.new_empty(0)
-    yield _call(e, compute, params.detach(), grads=[*grads[:first], grad, *grads[last:]], **more)
+    yield make(e, compute, params.detach(), grads=[*grads[:first], grad, *grads[last:]], **more)
     if not needed:
         return
     found = torch.autograd.grad(params, [leaf for leaf, _ in needed], grad, allow_unused=True) if params.requires_grad else [None] * len(needed)
@@ -53,7 +53,7 @@ def aggregate(e: ex.E, compute: int, out: torch.Tensor, aux: torch.Tensor, ties:
 
 def aggregate_backward(grad, out, aux, ties, e: ex.E, compute: int, grads: list[torch.Tensor]) -> None:
     gradients = _module("gradients")
-    with torch.cuda.device_of(e.table), _differentiated(e, compute, grads) as call:
+    with torch.cuda.device_of(e.table), differentiated(e, compute, grads) as call:
         gradients.backward_pass(call, gradients.Saved((out, aux, ties, grad)))
 
 
@@ -64,7 +64,7 @@ def evaluate(e: ex.E, compute: int, out: list[torch.Tensor]) -> None:
 
 def evaluate_backward(grad_out: list[torch.Tensor], e: ex.E, compute: int, grads: list[torch.Tensor]) -> None:
     gradients = _module("gradients")
-    with torch.cuda.device_of(e.table), _differentiated(e, compute, grads, values=grad_out) as call:
+    with torch.cuda.device_of(e.table), differentiated(e, compute, grads, values=grad_out) as call:
         gradients.backward_pass(call, gradients.Saved())
 
 
@@ -80,7 +80,7 @@ def attend_backward(saved, e: ex.E, compute: int, nodes, shape, scale: float, dr
     attend, gradients = _module("attend"), _module("gradients")
     grad, grad_sums, out, sums, lse = (t.contiguous() for t in saved)
     more = {"attention": _attention(nodes, shape), "nodes": len(nodes[0])}
-    with torch.cuda.device_of(e.table), _differentiated(e, compute, grads[:-3], **more) as call:
+    with torch.cuda.device_of(e.table), differentiated(e, compute, grads[:-3], **more) as call:
         kept = (lse, attend.deltas(call, out, grad, sums, grad_sums), grad, grad_sums)
         gradients.backward_pass(call, gradients.Saved(kept, attend.Attending.of(nodes, scale, dropout, seed), tuple(grads[-3:])))
 

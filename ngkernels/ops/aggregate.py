@@ -9,7 +9,7 @@ import torch
 from ..edges import EdgeState, Message
 from ..program import REDUCE, aux_slots, build_message, reductions
 from ..reference import evaluate as reference
-from . import _triton
+from . import _cuda, _triton
 from . import expression as ex
 from .autograd import register
 from .double_backward import second_derivatives
@@ -38,8 +38,9 @@ def _fake_backward(grad, out, aux, ties, weights, xs, params, table, carriers, t
 def _forward(weights, xs, params, table, carriers, topology, program, rows, compute):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
     outputs = _outputs(table, program, rows)
-    if ex.backend_of(compute) == "triton":
-        _triton.aggregate(e, compute, *outputs)
+    kernels = {"triton": _triton, "cuda": _cuda}.get(ex.backend_of(compute))
+    if kernels is not None:
+        kernels.aggregate(e, compute, *outputs)
         return outputs
     with torch.no_grad():
         out, aux, ties = reference.aggregate(*e, rows, compute & 1)
@@ -48,9 +49,10 @@ def _forward(weights, xs, params, table, carriers, topology, program, rows, comp
 
 def _backward(grad, out, aux, ties, weights, xs, params, table, carriers, topology, program, compute, need):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    if ex.backend_of(compute) == "triton":
+    kernels = {"triton": _triton, "cuda": _cuda}.get(ex.backend_of(compute))
+    if kernels is not None:
         grads = ex.empty_gradients(e, need)
-        _triton.aggregate_backward(grad.contiguous(), out, aux, ties, e, compute, grads)
+        kernels.aggregate_backward(grad.contiguous(), out, aux, ties, e, compute, grads)
         return grads
     return ex.reference_gradients(lambda f: [reference.aggregate(*f, out.shape[0], compute & 1)[0]], e, [grad], need)
 

@@ -1,0 +1,38 @@
+// aggregate, forward: each warp reduces the messages of a panel's destinations, one after the other, to partial rows of statistics.
+#pragma once
+
+#include "statistics.h"
+
+namespace ngk::cuda {
+
+template <class P, int D>
+struct AggregateForward {
+  static constexpr bool TOGETHER = true;  // threads work together
+  static NGK_DEVICE void run(const Args& g) {
+    Evaluator<P, D> eval(g);
+    const int64_t number = g.first_panel + block() * WARPS + warp();
+    if (number >= g.n_panels) return;
+    const Panel& panel = g.panels[number];
+    const int fragments = eval.message_fragments();
+    float* memory = placed_of_warp<float>(g.statistics, static_cast<int64_t>(STATISTIC_PLANES + 1) * fragments * LANES * 4);
+    for (int64_t i = panel.i0; i < panel.i1; ++i) {
+      Statistics stats{g, memory, fragments};
+      for (int64_t j = panel.j0; j < panel.j1; j += 16) {
+        eval.tile(panel, i, j, true);
+        typename P::Left edge[D / 16], query[D / 16];
+        eval.run(0, static_cast<int>(g.edge_stages) - 1, edge);
+        eval.run(static_cast<int>(g.edge_stages), static_cast<int>(g.edge_stages + g.message_stages) - 1, query);
+        NGK_ROLLED
+        for (int c = 0; c < fragments; ++c) {
+          typename Evaluator<P, D>::Message m;
+          eval.message(c, edge, query, &m);
+          if (eval.ok[0] || eval.ok[1]) stats.add(c, m.m, eval.ok);
+        }
+        stats.seen += static_cast<float>(eval.ok[0]) + static_cast<float>(eval.ok[1]);
+      }
+      stats.write(g.partial + (panel.rows_i + i - panel.i0) * STATISTIC_PLANES * 16 * fragments);
+    }
+  }
+};
+
+}  // namespace ngk::cuda

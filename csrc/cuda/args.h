@@ -1,0 +1,80 @@
+// What kernels are told, as plain data: made in Python (ngkernels/_cuda), where the same fields have the same order.
+#pragma once
+
+#include <cstdint>
+
+namespace ngk::cuda {
+
+enum Source : int { FROM_RAW, FROM_REGISTER, FROM_TABLE, FROM_NODES, FROM_COPY };
+
+// One step on the register of an edge: v = source + start [+ what was kept], then an activation. Registers are D columns wide, or two
+// halves of D columns (FiLM's scales and shifts), padded with zeros.
+struct Stage {
+  int source;
+  int width, halves;  // columns in use of each half
+  int act;            // -1: none
+  int slot;           // where v is kept, -1: nowhere
+  int add;            // slot that is added, -1: none
+  int node;           // first column of its node term, -1: none
+  int bias;           // FROM_*: place of its bias among the constants, -1: none
+  int weight;         // FROM_RAW: place of its matrices [directions, channels, halves D] among the constants, FROM_REGISTER: matrix
+  int back;           // FROM_REGISTER: transposed matrix
+  int gradient;       // FROM_REGISTER: place among the gradients of matrices
+  int sums;           // first block of 16 columns among the column sums: of its bias, then (FROM_RAW) of each direction and channel
+  int held;           // 1: a later stage adds v of this one
+};
+constexpr int STAGE_INTS = sizeof(Stage) / sizeof(int);
+
+// A view of a block's edge values: element (i, j, channel) of a copy.
+struct Values {
+  int64_t data, dtype, copy, src, dst, channel;  // address; strides in elements
+};
+// A block of the graph.
+struct Rows {
+  int64_t n_src, n_dst, src, dst, node_stride, out, out_stride, direction, affine, add;  // affine: place of its (scale, shift), -1: none
+  Values raw, gradient;                                                                  // data 0: not there, not wanted
+};
+constexpr int ROWS_INTS = sizeof(Rows) / sizeof(int64_t);
+
+// A rectangle of a block that one warp works through, 16 sources of a destination at a time.
+struct Panel {
+  int64_t block, copy, i0, i1, j0, j1;
+  int64_t rows_i, rows_j;  // first partial row of its destinations, of its sources
+  int64_t slot;            // first place of its edges among those that have gradients of a table
+};
+constexpr int PANEL_INTS = sizeof(Panel) / sizeof(int64_t);
+
+// Where a kind of working memory lies: in shared memory from `offset` on, or, with a base, in global memory, `stride` bytes a block.
+struct Place {
+  char* base;
+  int64_t offset, stride;
+};
+
+struct Args {
+  const Stage* stages;
+  const Rows* blocks;
+  const Panel* panels;
+  const void* matrices;  // packed for both ways
+  const float *constants, *nodes, *table;
+  const float* coefficients;  // backward, of each output row: MESSAGE_PLANES of padded columns
+  float* partial;             // forward: statistics; backward: sums by node
+  float *parameters, *curves, *places;
+  int32_t* cells;
+  int64_t n_panels, first_panel, n_nodes, columns, table_nodes;  // columns: of all node terms
+  int64_t edge_stages, message_stages, channels, combine, width, steps;
+  int64_t matrices_copied, n_constants;  // elements of the matrices that are copied to shared memory; numbers
+  int64_t spread, low, high;             // which statistics are wanted
+  int64_t need_parameters, need_nodes, need_raw, need_table;
+  int64_t n_slots, n_gradients, n_sums, message_buffer, free_buffers[2], inputs_buffer;
+  // of each warp: raw features and the table's weights, kept registers, a register on its way to the next stage, statistics, sums by
+  // source, column sums, a gradient that waits for the stage whose register was added; of the block: matrices, constants, staged rows,
+  // gradients
+  Place features, stash, carry, statistics, sources, sums, waiting, copied, constants_copied, staged, gradients;
+};
+static_assert(sizeof(Args) % sizeof(int64_t) == 0, "an array of 64-bit numbers");
+
+constexpr int WARPS = 4;             // of a block of threads
+constexpr int MESSAGE_PLANES = 7;    // constant, slope, mean, low, its share, high, its share
+constexpr int STATISTIC_PLANES = 6;  // mean or sum, squares, low, its ties, high, its ties
+
+}  // namespace ngk::cuda

@@ -1,0 +1,86 @@
+"""Compiles csrc/cuda with nvcc, for setup.py and for the tests that look at what comes out: registers, stack and spills of each kernel."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ARCHITECTURES = ("8.0", "9.0", "10.0")
+# Multiplications and additions contract where the source says so: an expression has the same bits on the way there and back.
+FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-diag-suppress", "177", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+TEMPLATE = re.compile(r"Aggregate(Forward|Backward)INS0_(4Bf16|4Tf32ILb0EE|4Tf32ILb1EE)ELi(\d+)E")
+ROUNDING = {"4Bf16": "bf16", "4Tf32ILb0EE": "tf32", "4Tf32ILb1EE": "exact"}
+
+
+def find_nvcc() -> str | None:
+    """$CUDA_HOME/bin/nvcc, else the one on PATH; None if there is none."""
+    home = os.environ.get("CUDA_HOME")
+    if home and (Path(home) / "bin" / "nvcc").exists():
+        return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+def architectures() -> list[str]:
+    """Options of nvcc for TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), or for ARCHITECTURES.
+
+    Raises:
+        SystemExit: an entry that is not a capability of 8.0 or more.
+    """
+    options = []
+    for entry in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()) if os.environ.get("TORCH_CUDA_ARCH_LIST") else ARCHITECTURES:
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if not found or int(found[1]) < 8:
+            raise SystemExit(f"ngkernels: expected TORCH_CUDA_ARCH_LIST to name capabilities of 8.0 or more such as 9.0, got {entry!r}")
+        number = f"{found[1]}{found[2]}{found[3]}"
+        options += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        options += ["-gencode", f"arch=compute_{number},code=compute_{number}"] if found[4] else []
+    return options
+
+
+def sources() -> list[Path]:
+    """The slowest first."""
+    return sorted(HERE.glob("*.cu"), key=lambda p: -int(p.stem.rpartition("_")[2]) if p.stem.startswith("width") else 0)
+
+
+def compile_one(nvcc: str, source: Path, target: Path, options: list[str]) -> str:
+    """The messages of nvcc; nothing is done where `target` is newer than all that goes into it, with the same options.
+
+    Raises:
+        subprocess.CalledProcessError: it does not compile.
+    """
+    command = [nvcc, *FLAGS, *options, "-c", str(source), "-o", str(target)]
+    log = target.with_suffix(".log")
+    inputs = [*HERE.glob("*"), *HERE.parent.glob("*.h")]
+    if target.exists() and log.exists() and log.read_text().startswith(" ".join(command)) and target.stat().st_mtime > max(p.stat().st_mtime for p in inputs):
+        return log.read_text()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+    log.write_text(" ".join(command) + "\n" + done.stderr)
+    return log.read_text()
+
+
+def compile_all(nvcc: str, folder: Path, options: list[str], jobs: int | None = None) -> list[Path]:
+    """The object files of all sources, in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    targets = [folder / f"{p.stem}.o" for p in sources()]
+    with ThreadPoolExecutor(jobs or int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda pair: compile_one(nvcc, *pair, options), zip(sources(), targets)))
+    return targets
+
+
+def resources(messages: str) -> dict[str, dict[str, int]]:
+    """Registers, bytes of stack and of spills of each kernel in nvcc's messages: "forward bf16 32" or the name of a simple one."""
+    found = {}
+    for part in messages.split("Compiling entry function")[1:]:
+        name = re.search(r"'(\S+)'", part)[1]
+        template, simple = TEMPLATE.search(name), re.search(r"entryINS0_\d+([A-Za-z]+?)ENS", name)
+        key = f"{template[1].lower()} {ROUNDING[template[2]]} {template[3]}" if template else simple[1]
+        stack, stores, loads = (int(v) for v in re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
+        found[key] = {"registers": int(re.search(r"Used (\d+) registers", part)[1]), "stack": stack, "spills": stores + loads}
+    return found

@@ -1,0 +1,229 @@
+// A GPU on the host: the threads of a block are fibers that run one after the other up to what they do together. For tests; slow.
+//
+// What lanes of a warp do together counts their arrivals: lanes that meet at different instructions, or leave while others wait, are an
+// error. Shared memory starts as NaN. `backwards` runs the threads in the opposite order: where a barrier is missing, results differ.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <vector>
+
+namespace ngk::cuda {
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf at;
+  std::unique_ptr<char[]> stack;
+  bool begun = false, done = false;
+};
+
+// Where threads meet: of one warp, or of the block.
+struct Meeting {
+  int members = 0, arrived = 0;
+  const char* what = nullptr;
+  int64_t generation = 0;
+};
+
+struct Machine {
+  static constexpr int STACK = 1 << 17;
+  int64_t block = 0;
+  int thread = 0, left = 0;
+  bool backwards = false;
+  std::vector<Fiber> fibers;
+  std::vector<Meeting> warps;
+  Meeting all;
+  std::vector<float> given, taken;  // by thread, 8 numbers each: what lanes bring to a meeting and what they take from it
+  std::vector<const void*> rows;
+  std::unique_ptr<float[]> memory;
+  ucontext_t home;
+  jmp_buf back;
+  const std::function<void()>* body = nullptr;
+};
+inline Machine& machine() {
+  static Machine m;
+  return m;
+}
+
+[[noreturn]] inline void broken(const char* what) {
+  std::fprintf(stderr, "ngkernels, emulated GPU: %s\n", what);
+  std::abort();
+}
+
+inline void give_way() {
+  Machine& m = machine();
+  if (!_setjmp(m.fibers[static_cast<size_t>(m.thread)].at)) _longjmp(m.back, 1);
+}
+
+inline void fiber_main() {
+  (*machine().body)();
+  machine().fibers[static_cast<size_t>(machine().thread)].done = true;
+  ++machine().left;
+  _longjmp(machine().back, 1);
+}
+
+// Runs `body` on `threads` threads of one block.
+inline void run_block(int64_t block, int threads, int64_t shared, const std::function<void()>& body) {
+  Machine& m = machine();
+  m.block = block;
+  m.body = &body;
+  m.left = 0;
+  if (m.fibers.size() < static_cast<size_t>(threads)) m.fibers.resize(static_cast<size_t>(threads));
+  m.warps.assign(static_cast<size_t>((threads + 31) / 32), Meeting{32, 0, nullptr, 0});
+  m.all = Meeting{threads, 0, nullptr, 0};
+  m.given.assign(static_cast<size_t>(threads) * 8, 0);
+  m.taken.assign(static_cast<size_t>(threads) * 8, 0);
+  m.rows.assign(static_cast<size_t>(threads), nullptr);
+  m.memory.reset(new float[static_cast<size_t>(shared) / 4 + 64]);
+  std::memset(m.memory.get(), 0xff, static_cast<size_t>(shared) + 128);
+  for (int k = 0; k < threads; ++k) m.fibers[static_cast<size_t>(k)].begun = m.fibers[static_cast<size_t>(k)].done = false;
+  while (m.left < threads) {
+    const int before = m.left;
+    const int64_t met = m.all.generation;
+    int64_t together = 0;
+    for (const Meeting& w : m.warps) together += w.generation;
+    for (volatile int k = 0; k < threads; k = k + 1) {
+      m.thread = m.backwards ? threads - 1 - k : k;
+      Fiber& f = m.fibers[static_cast<size_t>(m.thread)];
+      if (f.done || _setjmp(m.back)) continue;
+      if (f.begun) _longjmp(f.at, 1);
+      f.begun = true;
+      if (!f.stack) f.stack.reset(new char[Machine::STACK]);
+      getcontext(&f.start);
+      f.start.uc_stack.ss_sp = f.stack.get();
+      f.start.uc_stack.ss_size = Machine::STACK;
+      f.start.uc_link = nullptr;
+      makecontext(&f.start, fiber_main, 0);
+      setcontext(&f.start);
+    }
+    int64_t now = 0;
+    for (const Meeting& w : m.warps) now += w.generation;
+    if (m.left == before && met == m.all.generation && together == now) broken("threads wait for others that never come");
+  }
+}
+
+// The last thread to come does `act` for all.
+template <class F>
+inline void meet(Meeting& at, const char* what, F&& act) {
+  if (at.arrived && std::strcmp(at.what, what)) broken("threads of a warp or a block meet at different instructions");
+  at.what = what;
+  if (++at.arrived == at.members) {
+    act();
+    at.arrived = 0;
+    ++at.generation;
+    return;
+  }
+  for (const int64_t generation = at.generation; generation == at.generation;) give_way();
+}
+
+inline int thread() { return machine().thread; }
+inline int64_t block() { return machine().block; }
+inline char* shared_memory() { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(machine().memory.get()) + 127) / 128 * 128); }
+inline void sync_block() {
+  meet(machine().all, "sync_block", [] {});
+}
+inline Meeting& own_warp() { return machine().warps[static_cast<size_t>(thread() / 32)]; }
+inline void sync_warp() {
+  meet(own_warp(), "sync_warp", [] {});
+}
+inline float* given(int t) { return &machine().given[static_cast<size_t>(t) * 8]; }
+inline float* taken(int t) { return &machine().taken[static_cast<size_t>(t) * 8]; }
+
+inline float shuffle_xor(float x, int mask) {
+  const int first = thread() / 32 * 32;
+  given(thread())[0] = x;
+  meet(own_warp(), "shuffle", [&] {
+    for (int l = 0; l < 32; ++l) taken(first + l)[1] = given(first + (l ^ mask))[0];
+  });
+  return taken(thread())[1];
+}
+
+inline float low_half(float packed, int k) {  // k-th bf16 of a pair
+  uint32_t u;
+  std::memcpy(&u, &packed, 4);
+  u = k ? u & 0xffff0000u : u << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+// d += a b by the layouts of the PTX manual; `a_at`, `b_at`: (row, k) of a and (k, column) of b, in the given numbers of a lane.
+template <int K, class A, class B>
+inline void multiply_all(int first, A&& a_at, B&& b_at) {
+  for (int l = 0; l < 32; ++l)
+    for (int e = 0; e < 4; ++e) {
+      const int row = l / 4 + e / 2 * 8, column = l % 4 * 2 + e % 2;
+      double sum = taken(first + l)[e];
+      for (int k = 0; k < K; ++k) sum += static_cast<double>(a_at(row, k)) * static_cast<double>(b_at(k, column));
+      taken(first + l)[4 + e] = static_cast<float>(sum);
+    }
+}
+inline void bring(float* d, const void* a, const void* b) {
+  std::memcpy(given(thread()), a, 16);
+  std::memcpy(given(thread()) + 4, b, 8);
+  std::memcpy(taken(thread()), d, 16);
+}
+inline void mma_bf16(float* d, const uint32_t* a, const uint32_t* b) {
+  const int first = thread() / 32 * 32;
+  bring(d, a, b);
+  meet(own_warp(), "mma bf16", [first] {
+    multiply_all<16>(
+        first, [first](int row, int k) { return low_half(given(first + row % 8 * 4 + k % 8 / 2)[k / 8 * 2 + row / 8], k % 2); },
+        [first](int k, int column) { return low_half(given(first + column * 4 + k % 8 / 2)[4 + k / 8], k % 2); });
+  });
+  std::memcpy(d, taken(thread()) + 4, 16);
+}
+inline float truncated(float x) {  // what the tensor cores read of a number
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  u &= ~0x1fffu;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+inline void mma_tf32(float* d, const float* a, const float* b) {
+  const int first = thread() / 32 * 32;
+  bring(d, a, b);
+  meet(own_warp(), "mma tf32", [first] {
+    multiply_all<8>(
+        first, [first](int row, int k) { return truncated(given(first + row % 8 * 4 + k % 4)[k / 4 * 2 + row / 8]); },
+        [first](int k, int column) { return truncated(given(first + column * 4 + k % 4)[4 + k / 4]); });
+  });
+  std::memcpy(d, taken(thread()) + 4, 16);
+}
+inline void load_transposed(uint32_t* r, const uint16_t* row) {
+  const int first = thread() / 32 * 32;
+  if (reinterpret_cast<uintptr_t>(row) % 16) broken("a row of a matrix that does not begin at a multiple of 16 bytes");
+  machine().rows[static_cast<size_t>(thread())] = row;
+  meet(own_warp(), "load matrices", [first] {
+    for (int l = 0; l < 32; ++l)
+      for (int m = 0; m < 4; ++m) {
+        uint32_t pair = 0;
+        for (int k = 0; k < 2; ++k)
+          pair |=
+              static_cast<uint32_t>(static_cast<const uint16_t*>(machine().rows[static_cast<size_t>(first + 8 * m + l % 4 * 2 + k)])[l / 4])
+              << (16 * k);
+        std::memcpy(taken(first + l) + m, &pair, 4);
+      }
+  });
+  std::memcpy(r, taken(thread()), 16);
+}
+inline uint32_t round_bf16(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return (u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 64 : (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+}
+inline uint32_t pack_bf16(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
+inline float to_tf32(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  if ((u & 0x7f800000u) != 0x7f800000u) u += 0x1000u;
+  u &= ~0x1fffu;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+
+}  // namespace ngk::cuda

@@ -1,0 +1,263 @@
+// What happens before and after the edges: a thread for each number. Partial results are summed in the order of the panels.
+#pragma once
+
+#include "statistics.h"
+
+namespace ngk::cuda {
+
+constexpr int THREADS = 256;  // of a block, where threads work on their own
+NGK_DEVICE int64_t own_index() { return block() * THREADS + thread(); }
+
+// out[k] = params[map[k]], 0 where map[k] is -1; with `bf16` rounded to it.
+struct Gather {
+  static constexpr bool TOGETHER = false;
+  struct Args {
+    const float* params;
+    const int32_t* map;
+    void* out;
+    int64_t n, bf16;
+  };
+  static NGK_DEVICE void run(const Args& g) {
+    const int64_t k = own_index();
+    if (k >= g.n) return;
+    const float x = g.map[k] >= 0 ? g.params[g.map[k]] : 0.0f;
+    if (g.bf16) {
+      static_cast<uint16_t*>(g.out)[k] = to_bf16(x);
+    } else {
+      static_cast<float*>(g.out)[k] = x;
+    }
+  }
+};
+
+// A term that nodes add to a stage: x [N, width] times matrices [n_out, width] at wd (destinations), ws (sources), bias at b (-1: none),
+// from `column` on.
+struct Term {
+  int64_t x, width, n_out, wd, ws, b, column;
+};
+
+// out [2, N, columns]: the terms of all nodes as destinations (with biases), as sources.
+struct Project {
+  static constexpr bool TOGETHER = false;
+  struct Args {
+    float* out;
+    const int64_t *xs, *owners;  // addresses of node states; term of each column, -1: padding
+    const Term* terms;
+    const float* params;
+    int64_t nodes, columns;
+  };
+  static NGK_DEVICE void run(const Args& g) {
+    const int64_t k = own_index();
+    if (k >= 2 * g.nodes * g.columns) return;
+    const int64_t column = k % g.columns, node = k / g.columns % g.nodes, side = k / g.columns / g.nodes;
+    float total = 0;
+    if (g.owners[column] >= 0) {
+      const Term& t = g.terms[g.owners[column]];
+      const int64_t o = column - t.column;
+      const float *x = reinterpret_cast<const float*>(g.xs[t.x]) + node * t.width, *w = g.params + (side ? t.ws : t.wd) + o * t.width;
+      if (!side && t.b >= 0) total = g.params[t.b + o];
+      for (int64_t i = 0; i < t.width; ++i) total = fmaf(x[i], w[i], total);
+    }
+    g.out[k] = total;
+  }
+};
+
+// grad_x [N, width]: over all terms of one node state, their gradients in sums [2, N, columns] times their matrices.
+struct NodeGradient {
+  static constexpr bool TOGETHER = false;
+  struct Args {
+    float* grad_x;
+    const float *sums, *params;
+    const Term* terms;
+    int64_t n_terms, nodes, columns, x, width;
+  };
+  static NGK_DEVICE void run(const Args& g) {
+    const int64_t k = own_index();
+    if (k >= g.nodes * g.width) return;
+    const int64_t i = k % g.width, node = k / g.width;
+    float total = 0;
+    for (int64_t n = 0; n < g.n_terms; ++n) {
+      const Term& t = g.terms[n];
+      if (t.x != g.x) continue;
+      for (int side = 0; side < 2; ++side) {
+        const float *s = g.sums + (side * g.nodes + node) * g.columns + t.column, *w = g.params + (side ? t.ws : t.wd) + i;
+        for (int64_t o = 0; o < t.n_out; ++o) total = fmaf(s[o], w[o * t.width], total);
+      }
+    }
+    g.grad_x[k] = total;
+  }
+};
+
+// sums [*, columns] += the partial rows of each key: entries starts[s] .. starts[s + 1] - 1 of `order` belong to row keys[s].
+struct Fold {
+  static constexpr bool TOGETHER = false;
+  struct Args {
+    float* sums;
+    const float* partial;
+    const int64_t *keys, *starts, *order;
+    int64_t n, columns;
+  };
+  static NGK_DEVICE void run(const Args& g) {
+    const int64_t k = own_index();
+    if (k >= g.n * g.columns) return;
+    const int64_t s = k / g.columns, c = k % g.columns;
+    float total = g.sums[g.keys[s] * g.columns + c];
+    for (int64_t e = g.starts[s]; e < g.starts[s + 1]; ++e) total += g.partial[g.order[e] * g.columns + c];
+    g.sums[g.keys[s] * g.columns + c] = total;
+  }
+};
+
+// gradients[k] += the blocks' numbers at map[k], one block after the other; -1: none.
+struct SumBlocks {
+  static constexpr bool TOGETHER = false;
+  struct Args {
+    float* gradients;
+    const float* partial;
+    const int32_t* map;
+    int64_t n, blocks, stride;
+  };
+  static NGK_DEVICE void run(const Args& g) {
+    const int64_t k = own_index();
+    if (k >= g.n || g.map[k] < 0) return;
+    float total = g.gradients[k];
+    for (int64_t b = 0; b < g.blocks; ++b) total += g.partial[b * g.stride + g.map[k]];
+    g.gradients[k] = total;
+  }
+};
+
+// Where the reductions of a message lie in out [rows, results, F], aux [rows, 0..1, F] and ties [rows, 0..2, F]; -1: not there.
+struct Slots {
+  int64_t sum, mean, low, high, std, var, mean_aux, low_ties, high_ties, results, ties;
+  NGK_INLINE_MEMBER bool spread() const { return std >= 0 || var >= 0; }
+};
+NGK_DEVICE float read_ties(const void* ties, int64_t at, int64_t bytes) {
+  const int64_t n = bytes == 2 ? static_cast<const uint16_t*>(ties)[at] : static_cast<const uint32_t*>(ties)[at];
+  return static_cast<float>(n ? n : 1);
+}
+
+// Merges the partial statistics of every output row and writes its reductions.
+struct Merge {
+  static constexpr bool TOGETHER = false;
+  struct Args {
+    float *out, *aux;
+    void* ties;
+    const float* partial;
+    const int64_t *keys, *starts, *order, *messages;  // messages: of each partial row
+    int64_t n, width, padded, tie_bytes;
+    Slots slots;
+  };
+  static NGK_DEVICE void run(const Args& g) {
+    const int64_t k = own_index();
+    if (k >= g.n * g.width) return;
+    const int64_t s = k / g.width, c = k % g.width;
+    float n = 0, first = 0, squares = 0, low = INFINITY, low_ties = 0, high = -INFINITY, high_ties = 0;
+    for (int64_t e = g.starts[s]; e < g.starts[s + 1]; ++e) {
+      const float *p = g.partial + g.order[e] * STATISTIC_PLANES * g.padded + c, more = static_cast<float>(g.messages[g.order[e]]);
+      if (g.slots.spread()) {
+        merge_spread(&first, &squares, n, p[0], p[g.padded], more);
+      } else {
+        first += p[0];
+      }
+      if (g.slots.low >= 0) merge_extreme<false>(&low, &low_ties, p[2 * g.padded], p[3 * g.padded]);
+      if (g.slots.high >= 0) merge_extreme<true>(&high, &high_ties, p[4 * g.padded], p[5 * g.padded]);
+      n += more;
+    }
+    write(g, g.keys[s], c, n, first, squares, low, low_ties, high, high_ties);
+  }
+  static NGK_DEVICE void write(const Args& g, int64_t row, int64_t c, float n, float first, float squares, float low, float low_ties,
+                               float high, float high_ties) {
+    const bool bad = first != first;  // a NaN among the messages stays one
+    const float mean = g.slots.spread() ? first : first / n, var = squares / n;
+    float* out = g.out + row * g.slots.results * g.width + c;
+    if (g.slots.sum >= 0) out[g.slots.sum * g.width] = g.slots.spread() ? first * n : first;
+    if (g.slots.mean >= 0) out[g.slots.mean * g.width] = mean;
+    if (g.slots.mean_aux) g.aux[row * g.width + c] = mean;
+    if (g.slots.var >= 0) out[g.slots.var * g.width] = var;
+    if (g.slots.std >= 0) out[g.slots.std * g.width] = var <= static_cast<float>(STD_THRESHOLD) ? 0.0f : sqrtf(var);
+    const int64_t at = row * g.slots.ties * g.width + c;
+    if (g.slots.low >= 0) {
+      out[g.slots.low * g.width] = bad ? first : low;
+      write_ties(g, at + g.slots.low_ties * g.width, low_ties);
+    }
+    if (g.slots.high >= 0) {
+      out[g.slots.high * g.width] = bad ? first : high;
+      write_ties(g, at + g.slots.high_ties * g.width, high_ties);
+    }
+  }
+  static NGK_DEVICE void write_ties(const Args& g, int64_t at, float n) {
+    if (g.tie_bytes == 2) {
+      static_cast<uint16_t*>(g.ties)[at] = static_cast<uint16_t>(n);
+    } else {
+      static_cast<uint32_t*>(g.ties)[at] = static_cast<uint32_t>(n);
+    }
+  }
+};
+
+// What turns a message m of each output row into its gradient, [rows, MESSAGE_PLANES, padded]:
+// constant + slope (m - mean) + [m == low] share + [m == high] share.
+struct Coefficients {
+  static constexpr bool TOGETHER = false;
+  struct Args {
+    float* to;
+    const float *out, *aux;
+    const void* ties;
+    const float *grad, *degrees;
+    int64_t rows, width, padded, tie_bytes;
+    Slots slots;
+  };
+  static NGK_DEVICE void run(const Args& g) {
+    const int64_t k = own_index();
+    if (k >= g.rows * g.padded) return;
+    const int64_t row = k / g.padded, c = k % g.padded;
+    float* to = g.to + row * MESSAGE_PLANES * g.padded + c;
+    for (int p = 0; p < MESSAGE_PLANES; ++p) to[p * g.padded] = 0;
+    if (c >= g.width) return;
+    const float *out = g.out + row * g.slots.results * g.width + c, *grad = g.grad + row * g.slots.results * g.width + c;
+    const float inverse = 1.0f / g.degrees[row];
+    float constant = g.slots.sum >= 0 ? grad[g.slots.sum * g.width] : 0.0f, slope = 0;
+    if (g.slots.mean >= 0) constant += grad[g.slots.mean * g.width] * inverse;
+    if (g.slots.std >= 0 && out[g.slots.std * g.width] > 0) slope = grad[g.slots.std * g.width] * inverse / out[g.slots.std * g.width];
+    if (g.slots.var >= 0) slope += 2.0f * grad[g.slots.var * g.width] * inverse;
+    to[0] = constant;
+    to[g.padded] = slope;
+    to[2 * g.padded] = g.slots.mean >= 0 ? out[g.slots.mean * g.width] : g.slots.mean_aux ? g.aux[row * g.width + c] : 0.0f;
+    const int64_t at = row * g.slots.ties * g.width + c;
+    if (g.slots.low >= 0) {
+      to[3 * g.padded] = out[g.slots.low * g.width];
+      to[4 * g.padded] = grad[g.slots.low * g.width] / read_ties(g.ties, at + g.slots.low_ties * g.width, g.tie_bytes);
+    }
+    if (g.slots.high >= 0) {
+      to[5 * g.padded] = out[g.slots.high * g.width];
+      to[6 * g.padded] = grad[g.slots.high * g.width] / read_ties(g.ties, at + g.slots.high_ties * g.width, g.tie_bytes);
+    }
+  }
+};
+
+// sums [parts, cells, 2 TABLE_LINES, width]: over a part of each cell's edges (starts[c] .. of `order`), for the lines of its two nodes.
+struct SumCells {
+  static constexpr bool TOGETHER = false;
+  struct Args {
+    float* sums;
+    const float *curves, *places;
+    const int64_t *order, *starts;
+    int64_t cells, parts, width, table_nodes, steps;
+  };
+  static NGK_DEVICE void run(const Args& g) {
+    const int64_t k = own_index();
+    if (k >= g.parts * g.cells * g.width) return;
+    const int64_t c = k % g.width, cell = k / g.width % g.cells, part = k / g.width / g.cells;
+    const int64_t begin = g.starts[cell], end = g.starts[cell + 1], share = (end - begin + g.parts - 1) / g.parts;
+    const int64_t first = begin + part * share, last = first + share < end ? first + share : end;
+    float total[2 * TABLE_LINES] = {0, 0, 0, 0, 0, 0};
+    for (int64_t e = first; e < last; ++e) {
+      float h[HERMITE];
+      hermite_cells<Number>(g.places + g.order[e], 1, static_cast<float>(int64_t(1) << g.steps), g.table_nodes / 2, h + 12, h, h + 6, 1);
+      const float x = g.curves[g.order[e] * g.width + c];
+      NGK_UNROLL
+      for (int l = 0; l < 2 * TABLE_LINES; ++l) total[l] = fmaf(h[l], x, total[l]);
+    }
+    NGK_UNROLL
+    for (int l = 0; l < 2 * TABLE_LINES; ++l) g.sums[((part * g.cells + cell) * 2 * TABLE_LINES + l) * g.width + c] = total[l];
+  }
+};
+
+}  // namespace ngk::cuda

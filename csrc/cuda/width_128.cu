@@ -1,0 +1,6 @@
+// Registers of up to 128 columns.
+#include "instances.h"
+
+namespace ngk::cuda {
+int launch_128(int precision, bool backward, const Launch& l) { return launch_aggregate<128>(precision, backward, l); }
+}  // namespace ngk::cuda

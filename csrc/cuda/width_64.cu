@@ -1,0 +1,6 @@
+// Registers of up to 64 columns.
+#include "instances.h"
+
+namespace ngk::cuda {
+int launch_64(int precision, bool backward, const Launch& l) { return launch_aggregate<64>(precision, backward, l); }
+}  // namespace ngk::cuda

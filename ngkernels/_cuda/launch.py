@@ -1,0 +1,60 @@
+"""Kernels by number, on a device or on the emulated one of the tests."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from .. import backends
+from .lower import WIDTHS
+
+KERNELS = ("gather", "project", "node_gradient", "fold", "sum_blocks", "merge", "coefficients", "sum_cells")  # csrc/cuda/launcher.h
+PRECISIONS = ("bf16", "tf32", "exact")
+THREADS = 256  # of a block, where threads work on their own
+BUDGET = 256 << 20  # bytes of partial results in memory at a time
+EMULATED_SHARED = 232448  # bytes of shared memory of an emulated block
+
+
+def precision(low: bool, tf32: bool) -> str:
+    """How matrix products round their operands; sums are in float32."""
+    return "bf16" if low else "tf32" if tf32 else "exact"
+
+
+def aggregate_kernel(d: int, precision: str, backward: bool) -> int:
+    return 16 + (WIDTHS.index(d) * len(PRECISIONS) + PRECISIONS.index(precision)) * 2 + backward
+
+
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block of threads can have."""
+    if device.type == "cpu":
+        return EMULATED_SHARED
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def run(kernel: int, args: Sequence[int], blocks: int, shared: int, device: torch.device) -> None:
+    """Launches `blocks` blocks of a kernel.
+
+    Raises:
+        RuntimeError: CUDA refused the launch, with its error code.
+    """
+    if blocks <= 0:
+        return
+    if device.type != "cpu":
+        torch.ops.ngkernels_C.cuda_launch(kernel, list(args), blocks, shared, device.index)
+        return
+    numbers = (ctypes.c_int64 * len(args))(*args)
+    error = backends.emulated().ngk_cuda_launch(kernel, numbers, ctypes.c_int64(len(args)), ctypes.c_int64(blocks), ctypes.c_int64(shared), None)
+    if error:
+        raise RuntimeError(f"ngkernels: emulated kernel {kernel} could not be launched, error {error}")
+
+
+def simple(name: str, threads: int, *args: int | torch.Tensor | None) -> None:
+    """Launches a kernel with so many threads; tensors stand for their addresses, None for none. One of them at least is a tensor."""
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    run(KERNELS.index(name), [address(a) for a in args], -(-threads // THREADS), 0, device)
+
+
+def address(a: int | torch.Tensor | None) -> int:
+    return 0 if a is None else a.data_ptr() if isinstance(a, torch.Tensor) else int(a)

@@ -1,0 +1,183 @@
+"""The blocks of a graph as panels: rectangles of edges, one for each warp, and the order in which partial results are summed.
+
+The cut of a block depends on its own size alone and every sum runs in the order of the panels, so results are bitwise the same from run to
+run and for a network alone or in a batch. All of it is made once for a graph and kept on the device.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, namedtuple
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..topology import COLUMNS, DENSE, KINDS
+from .lower import Unsupported
+
+Row = namedtuple("Row", COLUMNS)
+PANEL = ("block", "copy", "i0", "i1", "j0", "j1", "rows_i", "rows_j", "slot")  # csrc/cuda/args.h
+TILE = 16  # sources that a warp takes at a time
+WARPS = 4  # panels of a block of threads
+
+
+class Sums(NamedTuple):
+    """Partial rows by the row that they are added to: `order[starts[s]] ..` belong to keys[s]; messages: of each partial row."""
+
+    keys: torch.Tensor
+    starts: torch.Tensor
+    order: torch.Tensor
+    messages: torch.Tensor
+
+
+class Launch(NamedTuple):
+    """Panels whose partial results are in memory together; none of two adds to the same weights' gradients."""
+
+    panels: torch.Tensor  # int64 [n, len(PANEL)]
+    n: int
+    partials: int  # rows of partial results
+    slots: int  # places of edges
+    sums: Sums
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def forward_panel(row: Row) -> tuple[int, int]:
+    """Destinations and sources of a panel: a few tiles of several destinations, or long rows in parts where there are few destinations."""
+    tiles = ceil_div(row.n_src, TILE)
+    splits = min(ceil_div(row.n_src, 256), max(4, 2048 // row.n_dst))
+    return max(1, TILE // tiles), ceil_div(tiles, splits) * TILE
+
+
+def backward_panel(row: Row) -> tuple[int, int]:
+    """The larger, the fewer partial rows an edge has; small ones keep a GPU busy."""
+    edges = row.n_src * row.n_dst
+    tall, strips = (32, 1) if edges <= 1 << 17 else (64, 2) if edges <= 1 << 22 else (128, 4)
+    if row.n_dst < tall:
+        strips = min(64, strips * ceil_div(tall, row.n_dst))
+    return tall, strips * TILE
+
+
+class Plan:
+    """What is known of a topology table on one device."""
+
+    def __init__(self, topology: torch.Tensor, device: torch.device):
+        self.rows = [Row(*r) for r in topology[1 : 1 + int(topology[0]) * len(COLUMNS)].reshape(-1, len(COLUMNS)).tolist()]
+        self.device = device
+        self.active = [k for k, r in enumerate(self.rows) if r.copies and r.n_src and r.n_dst]
+        others = sorted({KINDS[self.rows[k].kind] for k in self.active} - {DENSE})
+        self.unsupported = f"{', '.join(others)} blocks" if others else None
+        self.turns = self._turns()
+        self._launches: dict = {}
+        self._degrees: dict = {}
+
+    def check(self) -> None:
+        """Raises Unsupported for blocks that the kernels do not run."""
+        if self.unsupported:
+            raise Unsupported(self.unsupported)
+
+    def _turns(self) -> dict[int, int]:
+        """Of each active block, how many before it have the same weights: their gradients add to what those left."""
+        seen: dict[tuple[int, int], int] = {}
+        turns = {}
+        for k in self.active:
+            row = self.rows[k]
+            turns[k] = seen.get((row.weight, row.offset), 0) if row.weight >= 0 else 0
+            seen[row.weight, row.offset] = turns[k] + 1
+        return turns
+
+    def degrees(self, rows: int) -> torch.Tensor:
+        """Number of messages of every output row, at least 1, float32 [rows]."""
+        if rows not in self._degrees:
+            count = np.zeros(rows, np.int64)
+            for r in (self.rows[k] for k in self.active):
+                count[(r.out + np.arange(r.copies)[:, None] * r.out_stride + np.arange(r.n_dst)).reshape(-1)] += r.n_src
+            self._degrees[rows] = torch.from_numpy(np.maximum(count, 1)).to(self.device, torch.float32)
+        return self._degrees[rows]
+
+    def _panels(self, k: int, size: tuple[int, int]) -> np.ndarray:
+        """[n, len(PANEL)] of one block; partial rows and slots are still their numbers: destinations, sources, edges in whole tiles."""
+        row, (tall, wide) = self.rows[k], size
+        copy, j0, i0 = (a.reshape(-1) for a in np.meshgrid(np.arange(row.copies), np.arange(0, row.n_src, wide), np.arange(0, row.n_dst, tall), indexing="ij"))
+        i1, j1 = np.minimum(i0 + tall, row.n_dst), np.minimum(j0 + wide, row.n_src)
+        return np.stack([np.full_like(i0, self.active.index(k)), copy, i0, i1, j0, j1, i1 - i0, j1 - j0, (i1 - i0) * -(-(j1 - j0) // TILE) * TILE], 1).astype(np.int64)
+
+    def reduce(self) -> Launch:
+        """All panels of a forward pass; a partial row for each destination of a panel."""
+        if "reduce" not in self._launches:
+            panels = np.concatenate([np.zeros((0, len(PANEL)), np.int64), *(self._panels(k, forward_panel(self.rows[k])) for k in self.active)])
+            count = panels[:, 6].copy()
+            panels[:, 6] = np.cumsum(count) - count
+            panels[:, 7:] = 0
+            key = self._keys(panels, count, [r.out for r in self.rows], [r.out_stride for r in self.rows], 2)
+            self._launches["reduce"] = self._launch(panels, key, np.repeat(panels[:, 5] - panels[:, 4], count), 0)
+        return self._launches["reduce"]
+
+    def gradients(self, nodes: int, row_bytes: int, slot_bytes: int, block_bytes: int, budget: int) -> list[Launch]:
+        """The panels of a backward pass, partial results of a launch up to about `budget` bytes; a partial row for each destination and
+        each source of a panel."""
+        key = (nodes, row_bytes, slot_bytes, block_bytes, budget)
+        if key not in self._launches:
+            self._launches[key] = [launch for turn in range(max([0, *self.turns.values()]) + 1) for launch in self._of_turn(turn, *key)]
+        return self._launches[key]
+
+    def _of_turn(self, turn: int, nodes: int, row_bytes: int, slot_bytes: int, block_bytes: int, budget: int) -> list[Launch]:
+        panels = [self._panels(k, backward_panel(self.rows[k])) for k in self.active if self.turns[k] == turn]
+        panels = np.concatenate([np.zeros((0, len(PANEL)), np.int64), *panels])
+        if not len(panels):
+            return []
+        size = (panels[:, 6] + panels[:, 7]) * row_bytes + panels[:, 8] * slot_bytes + block_bytes // WARPS
+        number = (np.cumsum(size) - size) // budget
+        ends = np.flatnonzero(np.diff(number, append=-1)) + 1
+        ends = np.unique(np.minimum(-(-ends // WARPS) * WARPS, len(panels)))  # whole blocks of threads
+        launches = []
+        for a, b in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
+            part = panels[a:b].copy()
+            tall, wide, slots = part[:, 6].copy(), part[:, 7].copy(), part[:, 8].copy()
+            part[:, 6] = np.cumsum(tall + wide) - tall - wide
+            part[:, 7] = part[:, 6] + tall
+            part[:, 8] = np.cumsum(slots) - slots
+            dst, src = ([getattr(r, side) for r in self.rows] for side in ("dst", "src"))
+            stride = [r.node_stride for r in self.rows]
+            keys = np.empty(int((tall + wide).sum()), np.int64)
+            keys[_runs(part[:, 6], tall)] = self._keys(part, tall, dst, stride, 2)
+            keys[_runs(part[:, 7], wide)] = nodes + self._keys(part, wide, src, stride, 4)
+            launches.append(self._launch(part, keys, np.zeros(len(keys), np.int64), int(slots.sum())))
+        return launches
+
+    def _keys(self, panels: np.ndarray, count: np.ndarray, first: list[int], stride: list[int], column: int) -> np.ndarray:
+        """Of `count` rows from column `column` (i0, j0) of each panel on: the numbers of their nodes or output rows."""
+        block = np.array(self.active, np.int64)[panels[:, 0]] if len(panels) else panels[:, 0]
+        start = np.array([*first, 0], np.int64)[block] + panels[:, 1] * np.array([*stride, 0], np.int64)[block] + panels[:, column]
+        return np.repeat(start, count) + _within(count)
+
+    def _launch(self, panels: np.ndarray, keys: np.ndarray, messages: np.ndarray, slots: int) -> Launch:
+        order = np.argsort(keys, kind="stable")
+        found, starts = np.unique(keys[order], return_index=True)
+        tables = (found, np.append(starts, len(keys)), order, messages)
+        sums = Sums(*(torch.from_numpy(np.ascontiguousarray(t, np.int64)).to(self.device) for t in tables))
+        return Launch(torch.from_numpy(np.ascontiguousarray(panels)).to(self.device), len(panels), len(keys), slots, sums)
+
+
+def _within(count: np.ndarray) -> np.ndarray:
+    return np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+
+
+def _runs(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """first[k] .. first[k] + count[k] - 1, one run after the other."""
+    return np.repeat(first, count) + _within(count)
+
+
+_by_content: OrderedDict = OrderedDict()
+
+
+def plan_of(topology: torch.Tensor, device: torch.device) -> Plan:
+    """The plan of a graph's topology table, by its content."""
+    key = (device, topology.cpu().numpy().tobytes())
+    plan = _by_content.pop(key, None) or Plan(topology, device)
+    _by_content[key] = plan
+    while len(_by_content) > 64:
+        _by_content.popitem(last=False)
+    return plan

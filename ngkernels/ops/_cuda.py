@@ -1,0 +1,40 @@
+"""Calls into the CUDA kernels, whose host side is imported at its first use: outputs are allocated here, kernels write them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+
+import torch
+
+from . import expression as ex
+from ._triton import differentiated, packed
+
+
+def _module(name: str):
+    return importlib.import_module(f"ngkernels._cuda.{name}")
+
+
+@contextlib.contextmanager
+def _named(op: str) -> Iterator[None]:
+    """Says of what the kernels do not run which op and backend it was."""
+    try:
+        yield
+    except _module("lower").Unsupported as error:
+        raise NotImplementedError(f"{op}: backend 'cuda' does not run {error} yet; use another backend") from error
+
+
+def _call(e: ex.E, compute: int, params: torch.Tensor | None = None, grads: list[torch.Tensor] | None = None):
+    e = e._replace(params=packed(e, e.params) if params is None else params)
+    return _module("call").Call(e, bool(compute & ex.LOW), bool(compute & ex.TF32), grads)
+
+
+def aggregate(e: ex.E, compute: int, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor) -> None:
+    with torch.cuda.device_of(e.table), _named("aggregate"):
+        _module("aggregate").forward(_call(e, compute), out, aux, ties)
+
+
+def aggregate_backward(grad, out, aux, ties, e: ex.E, compute: int, grads: list[torch.Tensor]) -> None:
+    with torch.cuda.device_of(e.table), _named("aggregate"), differentiated(e, compute, grads, _call) as call:
+        _module("aggregate").Backward(call).run(out, aux, ties, grad)

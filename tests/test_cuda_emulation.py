@@ -1,0 +1,256 @@
+"""The CUDA kernels on an emulated GPU (csrc/cuda/emulation.h): values and every gradient against the oracle in float64.
+
+What is verified: the layout of fragments over the lanes, their way from one product to the next, masks, the cut into panels, working
+memory, the order of threads. What is not: that a device does what the PTX manual says, and how fast.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import emulation
+import pytest
+import torch
+from compare import assert_bitwise, assert_budget, assert_close
+from oracle import mlp
+from sample_list import ENCODERS, GRAPHS, LOW_PRECISION, PLAIN, SAMPLES, SIZES, TABLES
+from samples import Sample, cast, float32_oracle, leaves, named, run, run_engine, run_oracle
+from samples import oracle as oracle_of
+from test_determinism import alone
+
+import ngkernels as ngk
+from ngkernels import backends
+from ngkernels._cuda import launch, plan
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "emulated"),
+    pytest.mark.skipif(not emulation.compiler(), reason="no C++ compiler"),
+]
+FLOAT32_FLOOR, TF32_FLOOR, BFLOAT16_FLOOR = 8e-6, 2**-10, 2**-8  # of the largest entry
+QUICK = (
+    "plain", "reduce-var-std-max-min-mean-sum", "reduce-sum", "activation-gelu", "activation-tanh", "gate-1", "product-0", "concat-2", "film-2", "table-residual-first",
+    "table-reciprocal", "table-packed", "table-no-update", "identity-3-channels", "identity-then-residual", "linear-reciprocal-3-channels", "linear-affine",
+    "linear-three-updates", "no-biases", "unequal-reversed", "packed-reversed", "single-edge", "restricted-middle", "sizes-D17-H3-F17-dx3", "sizes-D64-H17-F64-dx130",
+    "tiles-and-tails-reversed",
+)  # fmt: skip
+REDUCED = {s.name: s.but(s.name, head=0) for s in SAMPLES if s.reduce}
+SAMPLE_OF = {s.name: s.but(s.name, head=0) for s in (PLAIN, *TABLES, *ENCODERS, *GRAPHS, *SIZES)}
+
+
+def missing(s: Sample) -> str | None:
+    """What of a sample the kernels do not run, as they say it."""
+    kinds = {block[0] for net in s.networks for block in net.blocks}
+    if any(s.memory):
+        return "checkpoint"
+    if s.encoder == "fourier" and s.table == "never":
+        return "Fourier features without a table"
+    if s.table_range is not None:
+        return "weights beyond the encoder's table"
+    if 130 in (s.width, s.hidden, s.features):
+        return "registers of 130 columns"
+    return "(diagonal|sparse).* blocks" if kinds & {"diagonal", "sparse"} else None
+
+
+@pytest.fixture
+def emulated() -> Iterator[None]:
+    with backends.emulate_cuda(emulation.library()):
+        yield
+
+
+@pytest.fixture
+def backwards() -> Iterator[None]:
+    """The threads of a block run in the opposite order."""
+    backends.emulated().ngk_cuda_backwards(1)
+    yield
+    backends.emulated().ngk_cuda_backwards(0)
+
+
+def tiered() -> list:
+    assert set(QUICK) <= set(REDUCED)
+    return [pytest.param(s, id=n, marks=() if n in QUICK else pytest.mark.slow) for n, s in REDUCED.items() if missing(s) is None]
+
+
+@pytest.mark.parametrize("sample", tiered())
+def test_float32_within_twice_the_error_of_plain_pytorch(sample: Sample):
+    wanted, plain = float32_oracle(sample)
+    assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, FLOAT32_FLOOR)
+
+
+@pytest.mark.parametrize("sample", **named(s for s in REDUCED.values() if missing(s)))
+def test_what_is_not_there_is_named(sample: Sample):
+    with pytest.raises(NotImplementedError, match=f"backend 'cuda' (does not run|was forced but its kernels of) .*{missing(sample)}"):
+        run_engine(sample, cast(leaves(sample), torch.float32), "cuda")
+
+
+def test_float64_and_pair_updates_are_named():
+    with pytest.raises(NotImplementedError, match="does not run torch.float64 parameters"):
+        run_engine(SAMPLE_OF["plain"], leaves(PLAIN), "cuda")
+    with pytest.raises(NotImplementedError, match="readout: backend 'cuda' was forced but its kernels of readout are not written yet"):
+        run_engine(PLAIN, cast(leaves(PLAIN), torch.float32), "cuda")
+
+
+LOW = [s.but(s.name, head=0) for s in LOW_PRECISION if missing(s) is None]
+
+
+@pytest.mark.parametrize("sample", **named(LOW))
+@pytest.mark.parametrize("tf32", [False, True], ids=["bf16", "tf32"])
+def test_rounded_operands_within_twice_the_error_of_plain_autocast(sample: Sample, tf32: bool):
+    t = cast(leaves(sample), torch.float32)
+    wanted, plain = run_oracle(sample, cast(t, torch.float64)), run_oracle(sample, t, low=True)
+    if not tf32:
+        return assert_budget(run_engine(sample, t, "cuda", autocast=torch.bfloat16), wanted, plain, BFLOAT16_FLOOR)
+    plain = {n: (v + (plain[n].double() - v) / 8).to(plain[n].dtype) for n, v in wanted.items()}  # tf32 has three bits more
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert_budget(run_engine(sample, t, "cuda"), wanted, plain, TF32_FLOOR)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weight_dtypes_keep_their_gradients_dtype(dtype: torch.dtype):
+    sample = SAMPLE_OF["table-reverse"]  # twice, as two blocks add to these gradients
+    t = cast(leaves(sample), torch.float32, dtype)
+    wanted = run_oracle(sample, cast(t, torch.float64))
+    plain = run(lambda live: oracle_of(sample, {name: v.float() for name, v in live.items()}), t)
+    assert_budget(run_engine(sample, t, "cuda"), wanted, plain, torch.finfo(dtype).eps)
+
+
+# ---- the same bits ----
+BITWISE = ("plain", "table-residual-first", "identity-residual-first", "tiles-and-tails-reversed")
+
+
+@pytest.mark.parametrize("name", BITWISE)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["exact", "bf16"])
+def test_the_order_of_threads_does_not_matter(name: str, autocast: torch.dtype | None, request: pytest.FixtureRequest):
+    """Where a barrier is missing, it does."""
+    sample = SAMPLE_OF[name]
+    t = cast(leaves(sample), torch.float32)
+    wanted = run_engine(sample, t, "cuda", autocast=autocast)
+    request.getfixturevalue("backwards")
+    assert_bitwise(run_engine(sample, t, "cuda", autocast=autocast), wanted)
+
+
+@pytest.mark.parametrize("name", BITWISE)
+@pytest.mark.parametrize("shared", [100_000, 48_000, 36_000])
+def test_working_memory_outside_of_shared_memory(name: str, shared: int, monkeypatch):
+    sample = SAMPLE_OF[name]
+    t = cast(leaves(sample), torch.float32)
+    wanted = run_engine(sample, t, "cuda", autocast=torch.bfloat16)
+    monkeypatch.setattr(launch, "EMULATED_SHARED", shared)
+    assert_bitwise(run_engine(sample, t, "cuda", autocast=torch.bfloat16), wanted)
+
+
+@pytest.mark.parametrize("name", BITWISE)
+def test_partial_results_in_many_launches(name: str, monkeypatch):
+    """Sums over the blocks of a launch end at other places: the rest is the same."""
+    sample = SAMPLE_OF[name]
+    t = cast(leaves(sample), torch.float32)
+    wanted = run_engine(sample, t, "cuda")
+    monkeypatch.setattr(launch, "BUDGET", 1)
+    found = run_engine(sample, t, "cuda")
+    local = [n for n in wanted if n.startswith(("out", "grad.weights", "grad.x"))]
+    assert_bitwise({n: found[n] for n in local}, {n: wanted[n] for n in local})
+    assert_close(found, wanted, 2e-6)
+
+
+def test_a_network_alone_and_in_a_batch():
+    sample = SAMPLE_OF["plain"].but("batch", networks=(mlp(2, 35, 3, copies=2), mlp(4, 17)))
+    t = cast(leaves(sample), torch.float32)
+    batch = run_engine(sample, t, "cuda")
+    for network, copy in ((0, 1), (1, 0)):
+        found, wanted = alone(sample, t, batch, network, copy, "cuda")
+        assert_bitwise(found, wanted)
+
+
+# ---- which gradients ----
+@pytest.mark.parametrize("wanted", [{"weights.0"}, {"weights.1", "x"}, {"x0"}, {"message.edge.weight"}, {"encoder.weight"}, {"update1.in.bias", "x1"}], ids="+".join)
+@pytest.mark.parametrize("name", ["table-packed", "identity-residual-first", "linear-reverse"])
+def test_gradients_that_are_asked_for(name: str, wanted: set[str]):
+    sample = SAMPLE_OF[name]
+    t = cast(leaves(sample), torch.float32)
+    wanted = wanted & set(t)
+    every = run_engine(sample, t, "cuda")
+    assert_bitwise(run_engine(sample, t, "cuda", wanted), {n: v for n, v in every.items() if not n.startswith("grad.") or n[5:] in wanted})
+
+
+@pytest.mark.parametrize("networks", [(mlp(700, 2),), (mlp(2, 700),)], ids=["hub-in", "hub-out"])
+def test_hubs_above_every_panel(networks):
+    sample = PLAIN.but("hub", networks=networks, head=0, residual=(True,), width=3, features=2)
+    wanted, plain = float32_oracle(sample)
+    assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, FLOAT32_FLOOR)
+
+
+def test_nan_stays_with_its_neuron():
+    sample = PLAIN.but("nan", head=0, reduce=("sum", "mean", "min", "max", "std", "var"))
+    t = cast(leaves(sample), torch.float32)
+    clean = run_engine(sample, t, "cuda")
+    t["weights.1"][0, 2, 1, 0] = float("nan")
+    found = run_engine(sample, t, "cuda")["out.0"]
+    node, others = 8, [n for n in range(20) if n != 8]
+    assert found[node].isnan().all() and torch.equal(found[others], clean["out.0"][others])
+
+
+def test_panels_cover_every_edge_once():
+    for sizes in ((1, 1), (3, 5000), (5000, 3), (70, 4100), (16, 16), (17, 33)):
+        graph = ngk.NeuralGraph.mlp(list(sizes))
+        edges = ngk.EdgeState(graph, [torch.zeros(1, *sizes, 1)], ngk.encoders.Identity())
+        topology = edges.graph.edges_as(False, False, True).table
+        found = plan.Plan(topology, torch.device("cpu"))
+        for work in (found.reduce(), *found.gradients(graph.num_nodes, 64, 0, 0, 1 << 30)):
+            seen = torch.zeros(sizes[1], sizes[0], dtype=torch.int64)
+            for _, _, i0, i1, j0, j1, *_ in work.panels.tolist():
+                seen[i0:i1, j0:j1] += 1
+            assert (seen == 1).all() and work.panels[:, 4].remainder(16).eq(0).all()
+
+
+# ---- seeded bugs ----
+PATCHES = (
+    ("tail-of-sources-counts", "evaluator.h", "ok[h] = there && source < panel.j1;", "ok[h] = there;"),
+    ("rows-of-a-fragment-exchanged", "precision.h", "{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])", "{pack_bf16(v[2], v[3]), pack_bf16(v[0], v[1])"),
+    ("tf32-columns-in-their-own-order", "precision.h", "{v[0], v[2], v[1], v[3],", "{v[0], v[2], v[3], v[1],"),
+    ("transposed-rows-exchanged", "precision.h", "(lane() / 16 * 8 + lane() % 8) * ld + lane() / 8 % 2 * 8", "(lane() / 8 % 2 * 8 + lane() % 8) * ld + lane() / 16 * 8"),
+    ("no-barrier-before-the-product", "backprop.h", "        sync_block();\n        for (int h = 0", "        for (int h = 0"),
+    ("no-barrier-after-the-product", "backprop.h", "matrix_gradient(upper.gradient + h, up + h);\n        sync_block();", "matrix_gradient(upper.gradient + h, up + h);"),
+    ("features-read-before-they-are-there", "evaluator.h", "there && j + lane() < panel.j1);\n    sync_warp();", "there && j + lane() < panel.j1);"),
+    ("residual-gradient-lost", "backprop.h", "if (stage.add >= 0) store8(", "if (false) store8("),
+    ("second-half-forgotten", "backprop.h", "if (h >= upper.halves) break;", "if (h >= 1) break;"),
+    ("strip-overwrites-the-last-one", "backprop.h", "*to = strip ? *to + total : total;", "*to = total;"),
+    ("variance-between-lanes-lost", "statistics.h", "*squares + (other_squares + delta * delta * (na * nb / n))", "*squares + other_squares"),
+    ("ties-of-other-lanes-lost", "statistics.h", "*ties + (other == *best ? count : 0.0f)", "*ties"),
+    ("reversed-blocks-overwrite", "backprop.h", "eval.block->add ? x + read_value<float>(p, dtype) : x", "x"),
+    ("idle-warps-stage-what-they-had", "evaluator.h", "ok[h] = there && source < panel.j1;", "ok[h] = source < panel.j1;"),
+)  # fmt: skip
+
+
+@pytest.mark.mutants
+@pytest.mark.parametrize(("file", "old", "new"), [pytest.param(*p[1:], id=p[0]) for p in PATCHES])
+def test_seeded_bugs_are_caught(file: str, old: str, new: str, tmp_path: Path):
+    shutil.copytree(emulation.ROOT / "csrc", tmp_path / "csrc")
+    path = tmp_path / "csrc" / "cuda" / file
+    assert path.read_text().count(old) == 1, f"{file} has changed: renew this bug"
+    path.write_text(path.read_text().replace(old, new))
+    with backends.emulate_cuda(emulation.compile_emulation(tmp_path / "csrc", tmp_path / "mutant.so")):
+        try:
+            for name in ("plain", "tiles-and-tails-reversed"):
+                sample = SAMPLE_OF[name].but(name, reduce=("sum", "mean", "min", "max", "std", "var"))
+                wanted, plain = float32_oracle(sample)
+                t = cast(leaves(sample), torch.float32)
+                assert_budget(run_engine(sample, t, "cuda"), wanted, plain, FLOAT32_FLOOR)
+                for order in (0, 1):
+                    backends.emulated().ngk_cuda_backwards(order)
+                    found = run_engine(LOW[0], cast(leaves(LOW[0]), torch.float32), "cuda", autocast=torch.bfloat16)
+                    plain_low = run_oracle(LOW[0], cast(leaves(LOW[0]), torch.float32), low=True)
+                    assert_budget(found, run_oracle(LOW[0], leaves(LOW[0])), plain_low, BFLOAT16_FLOOR)
+                    assert_budget(run_engine(sample, t, "cuda"), wanted, plain, FLOAT32_FLOOR)
+            for name in ("linear-residual-first", "unequal-reversed"):
+                sample = SAMPLE_OF[name]
+                assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), *float32_oracle(sample), FLOAT32_FLOOR)
+        except AssertionError:
+            return
+        finally:
+            backends.emulated().ngk_cuda_backwards(0)
+    pytest.fail("nobody noticed")
