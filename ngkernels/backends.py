@@ -14,7 +14,7 @@ import torch
 
 OPS = ("aggregate", "attend", "readout", "checkpoint", "node_map")
 BACKENDS = ("reference", "cpp", "triton", "cuda")
-CUDA_OPS = ("aggregate",)  # that the cuda backend has kernels of
+CUDA_OPS = ("aggregate", "node_map")  # that the cuda backend runs; node_map in plain PyTorch, as with Triton
 
 _forced: list[str] = []
 _emulated: list[ctypes.CDLL] = []
@@ -68,17 +68,17 @@ def emulate_cuda(path: Path) -> Iterator[None]:
 
 def _cuda(device: torch.device | None, op: str | None) -> str | None:
     """None when the CUDA kernels of `op` (None: of some op) run on `device`, else the reason why not."""
-    if op in OPS and op not in CUDA_OPS:
-        return f"its kernels of {op} are not written yet"
     if _emulated:
-        return None if device is None or device.type == "cpu" else f"its emulation runs on cpu tensors, got {device}"
-    if reason := _library():
-        return reason
-    if not torch.ops.ngkernels_C.cuda_built():
-        return "the library was built without nvcc; install with a CUDA toolkit and NGKERNELS_CUDA=1"
-    if device is not None and device.type != "cuda":
-        return f"it runs on cuda tensors, got {device}"
-    return None if torch.cuda.is_available() else "no CUDA device is there"
+        reason = None if device is None or device.type == "cpu" else f"its emulation runs on cpu tensors, got {device}"
+    elif reason := _library():
+        pass
+    elif not torch.ops.ngkernels_C.cuda_built():
+        reason = "the library was built without nvcc; install with a CUDA toolkit and NGKERNELS_CUDA=1"
+    elif device is not None and device.type != "cuda":
+        reason = f"it runs on cuda tensors, got {device}"
+    else:
+        reason = None if torch.cuda.is_available() else "no CUDA device is there"
+    return reason or (f"its kernels of {op} are not written yet" if op in OPS and op not in CUDA_OPS else None)
 
 
 def why_not(backend: str, device: torch.device | None = None, op: str | None = None) -> str | None:
