@@ -1,4 +1,5 @@
-// aggregate, forward: each warp reduces the messages of a panel's destinations, one after the other, to partial rows of statistics.
+// Forward: each warp reduces the messages of a panel's destinations, one after the other, to partial rows of statistics; or it writes out
+// what the last stage computes for every edge.
 #pragma once
 
 #include "statistics.h"
@@ -8,6 +9,19 @@ namespace ngk::cuda {
 template <class P, int D>
 struct AggregateForward {
   static constexpr bool TOGETHER = true;  // threads work together
+  static NGK_DEVICE void emit(const Args& g, const Evaluator<P, D>& eval, const Panel& panel, int64_t i, int64_t j, int c,
+                              const typename P::Left* edge) {
+    float v[8];
+    eval.value(g.stages[g.edge_stages - 1], c, edge, v);
+    const Values& to = eval.block->values;
+    NGK_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      const int column = c * 16 + eval.column_of(k);
+      if (eval.ok[k / 2 % 2] && column < g.width)
+        write_value<float>(element_of(to, panel.copy, i, j + eval.row_of(k), column), static_cast<Dtype>(to.dtype), v[k]);
+    }
+  }
+
   static NGK_DEVICE void run(const Args& g) {
     Evaluator<P, D> eval(g);
     const int64_t number = g.first_panel + block() * WARPS + warp();
@@ -22,6 +36,10 @@ struct AggregateForward {
         typename P::Left edge[D / 16], query[D / 16];
         eval.run(0, static_cast<int>(g.edge_stages) - 1, edge);
         eval.run(static_cast<int>(g.edge_stages), static_cast<int>(g.edge_stages + g.message_stages) - 1, query);
+        if (g.combine == EMIT) {
+          for (int c = 0; c < fragments; ++c) emit(g, eval, panel, i, j, c, edge);
+          continue;
+        }
         NGK_ROLLED
         for (int c = 0; c < fragments; ++c) {
           typename Evaluator<P, D>::Message m;
@@ -30,7 +48,7 @@ struct AggregateForward {
         }
         stats.seen += static_cast<float>(eval.ok[0]) + static_cast<float>(eval.ok[1]);
       }
-      stats.write(g.partial + (panel.rows_i + i - panel.i0) * STATISTIC_PLANES * 16 * fragments);
+      if (g.combine != EMIT) stats.write(g.partial + (panel.rows_i + i - panel.i0) * STATISTIC_PLANES * 16 * fragments);
     }
   }
 };

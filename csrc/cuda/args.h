@@ -21,7 +21,8 @@ struct Stage {
   int back;           // FROM_REGISTER: transposed matrix
   int gradient;       // FROM_REGISTER: place among the gradients of matrices
   int sums;           // first block of 16 columns among the column sums: of its bias, then (FROM_RAW) of each direction and channel
-  int held;           // 1: a later stage adds v of this one
+  int held;      // 1: a later stage adds v of this one
+  int mark;      // 1: gradients stop at its result, and go to a stored edge state
 };
 constexpr int STAGE_INTS = sizeof(Stage) / sizeof(int);
 
@@ -32,7 +33,7 @@ struct Values {
 // A block of the graph.
 struct Rows {
   int64_t n_src, n_dst, src, dst, node_stride, out, out_stride, direction, affine, add;  // affine: place of its (scale, shift), -1: none
-  Values raw, gradient;                                                                  // data 0: not there, not wanted
+  Values raw, gradient, values, carrier;  // data 0: not there, not wanted; values: what evaluate writes, or reads as gradient
 };
 constexpr int ROWS_INTS = sizeof(Rows) / sizeof(int64_t);
 
@@ -61,7 +62,7 @@ struct Args {
   float *parameters, *curves, *places;
   int32_t* cells;
   int64_t n_panels, first_panel, n_nodes, columns, table_nodes;  // columns: of all node terms
-  int64_t edge_stages, message_stages, channels, combine, width, steps;
+  int64_t edge_stages, message_stages, channels, combine, width, carrier_width, steps;
   int64_t matrices_copied, n_constants;  // elements of the matrices that are copied to shared memory; numbers
   int64_t spread, low, high;             // which statistics are wanted
   int64_t need_parameters, need_nodes, need_raw, need_table;

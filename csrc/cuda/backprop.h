@@ -21,7 +21,7 @@ struct Backprop {
   Element* staged;
   // of a tile
   const Panel* panel = nullptr;
-  int64_t i = 0, strip = 0, number = 0;
+  int64_t i = 0, source = 0, strip = 0, number = 0;  // destination, first source, which strip of sources and which tile it is
   bool active = false;
 
   NGK_DEVICE Backprop(const Args& args, const Evaluator<P, D>& e) : g(args), eval(e) {
@@ -144,17 +144,51 @@ struct Backprop {
     for (int k = lane(); k < 16 * g.channels; k += LANES) eval.feature_gradients[k] = 0;
     sync_warp();
   }
-  NGK_DEVICE void write_features(int64_t j) const {
+  NGK_DEVICE void write_features() const {
     sync_warp();
     const Values& to = eval.block->gradient;
-    if (!to.data || !g.need_raw || !active || lane() >= 16 || j + lane() >= panel->j1) return;
+    if (!to.data || !g.need_raw || !active || lane() >= 16 || source + lane() >= panel->j1) return;
     const Dtype dtype = static_cast<Dtype>(to.dtype);
     const float scale = eval.block->affine >= 0 ? eval.constants[eval.block->affine] : 1.0f;
     for (int c = 0; c < g.channels; ++c) {
-      char* p = reinterpret_cast<char*>(to.data) +
-                (panel->copy * to.copy + (j + lane()) * to.src + i * to.dst + c * to.channel) * dtype_size(dtype);
+      char* p = element_of(to, panel->copy, i, source + lane(), c);
       const float x = eval.feature_gradients[lane() * g.channels + c] * scale;
       write_value<float>(p, dtype, eval.block->add ? x + read_value<float>(p, dtype) : x);
+    }
+  }
+
+  // Writes the gradient of columns 16 c .. of a register to the stored state that it stops at.
+  NGK_DEVICE void carry(int c, const float* v) const {
+    const Values& to = eval.block->carrier;
+    if (!to.data || !active) return;
+    NGK_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      const int column = c * 16 + eval.column_of(k);
+      if (eval.ok[k / 2 % 2] && column < g.carrier_width)
+        write_value<float>(element_of(to, panel->copy, i, source + eval.row_of(k), column), static_cast<Dtype>(to.dtype), v[k]);
+    }
+  }
+
+  // The gradient of what was written out, to the last stage and its staged rows.
+  NGK_DEVICE void from_values() const {
+    const Stage& last = g.stages[g.edge_stages - 1];
+    const Values& from = eval.block->values;
+    NGK_ROLLED
+    for (int c = 0; c < KB; ++c) {
+      float e[8];
+      NGK_UNROLL
+      for (int k = 0; k < 8; ++k) {
+        const int column = c * 16 + eval.column_of(k);
+        const bool there = eval.ok[k / 2 % 2] && column < g.width && from.data;
+        e[k] = there ? read_value<float>(element_of(from, panel->copy, i, source + eval.row_of(k), column), static_cast<Dtype>(from.dtype)) : 0.0f;
+      }
+      if (last.mark) {
+        carry(c, e);
+        continue;
+      }
+      if (last.add >= 0) store8(waiting + c * FRAGMENTS, e);
+      if (last.source == FROM_REGISTER) P::stage(rows(0) + c * 16, LD, e);
+      sink(last, 0, c, e);
     }
   }
 
@@ -199,7 +233,7 @@ struct Backprop {
   // From the staged gradients of stage last - 1 (in buffers up and up + 1) down to stage `first`.
   NGK_DEVICE void descend(int first, int last, int64_t up) const {
     NGK_ROLLED
-    for (int k = last - 2; k >= first; --k) {
+    for (int k = last - 2; k >= first && !g.stages[k + 1].mark; --k) {
       const Stage& upper = g.stages[k + 1];
       const int64_t down = g.free_buffers[(last - 2 - k) % 2];
       below(upper, g.stages[k], up, down);
@@ -234,6 +268,11 @@ struct Backprop {
         for (int k = 0; k < 8; ++k) v[k] += d[k];
       }
       load8(eval.kept(stage.slot, c), x);
+      if (stage.mark) {
+        carry(c, v);
+        if (g.need_parameters) P::stage(rows(g.inputs_buffer) + c * 16, LD, x);
+        continue;
+      }
       if (stage.act >= 0) {
         activate8(stage.act, x, d);
         NGK_UNROLL
@@ -266,7 +305,8 @@ struct Backprop {
     const float none[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     for (int64_t c = 0; c < g.columns / 16; ++c) store8(sources + c * FRAGMENTS, none);
   }
-  NGK_DEVICE void write_sources(int64_t j) const {
+  NGK_DEVICE void write_sources() const {
+    const int64_t j = source;
     if (!wants_nodes()) return;
     for (int64_t c = 0; c < g.columns / 16; ++c) {
       float v[8];
@@ -314,19 +354,23 @@ struct AggregateBackward {
       back.number = at;
       back.strip = back.active ? at / height : 0;
       back.i = back.active ? panel.i0 + at % height : panel.i0;
-      const int64_t j = panel.j0 + back.strip * 16;
+      back.source = panel.j0 + back.strip * 16;
       if (at % height == 0) back.clear_sources();
-      eval.tile(panel, back.i, j, back.active);
+      eval.tile(panel, back.i, back.source, back.active);
       back.clear_features();
       typename P::Left edge[D / 16], query[D / 16];
       const int edges = static_cast<int>(g.edge_stages), all = static_cast<int>(g.edge_stages + g.message_stages);
       eval.run(0, edges - 1, edge);
       eval.run(edges, all - 1, query);
-      back.from_messages(edge, query);
+      if (g.combine == EMIT) {
+        back.from_values();
+      } else {
+        back.from_messages(edge, query);
+      }
       if (g.message_stages) back.descend(edges, all, g.message_buffer);
       back.descend(0, edges, 0);
-      back.write_features(j);
-      if (back.active && (at + 1) % height == 0) back.write_sources(j);
+      back.write_features();
+      if (back.active && (at + 1) % height == 0) back.write_sources();
     }
     if (g.need_parameters) back.write_parameters();
   }

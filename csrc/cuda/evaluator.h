@@ -53,6 +53,11 @@ NGK_DEVICE X* placed_of_warp(const Place& p, int64_t size) {
   return placed<X>(p) + warp() * size;
 }
 
+NGK_DEVICE char* element_of(const Values& v, int64_t copy, int64_t i, int64_t j, int64_t channel) {
+  return reinterpret_cast<char*>(v.data) +
+         (copy * v.copy + j * v.src + i * v.dst + channel * v.channel) * dtype_size(static_cast<Dtype>(v.dtype));
+}
+
 constexpr int HERMITE = 16;  // numbers of an edge: weights of the table's lines, of their derivatives, the cell (-1: beyond the table)
 
 template <class P, int D>
@@ -112,13 +117,10 @@ struct Evaluator {
 
   NGK_DEVICE void load_features(const Panel& panel, int64_t i, int64_t j, bool there) {
     const Values& raw = block->raw;
-    const char* base = reinterpret_cast<const char*>(raw.data);
-    const Dtype dtype = static_cast<Dtype>(raw.dtype);
-    const int64_t at = panel.copy * raw.copy + j * raw.src + i * raw.dst;
     for (int c = 0; c < g.channels; ++c) {
       float x = 0;
-      if (there && base) {
-        x = read_value<float>(base + (at + c * raw.channel) * dtype_size(dtype), dtype);
+      if (there && raw.data) {
+        x = read_value<float>(element_of(raw, panel.copy, i, j, c), static_cast<Dtype>(raw.dtype));
         if (block->affine >= 0) x = fmaf(x, constants[block->affine], constants[block->affine + 1]);
       }
       features[lane() * g.channels + c] = x;
@@ -208,15 +210,19 @@ struct Evaluator {
 
   NGK_DEVICE float* kept(int slot, int c) const { return stash + (static_cast<int64_t>(slot) * KB + c) * FRAGMENTS; }
 
+  // v of a stage, fragment c.
+  NGK_DEVICE void value(const Stage& stage, int c, const Left* a, float* v) const {
+    fragment(stage, 0, c, a, v);
+    if (stage.add < 0) return;
+    float d[8];
+    load8(kept(stage.add, c), d);
+    NGK_UNROLL
+    for (int k = 0; k < 8; ++k) v[k] += d[k];
+  }
   // A stage, from the register a to the next one, fragment c.
   NGK_DEVICE Left next(const Stage& stage, int c, const Left* a) const {
     float v[8], d[8];
-    fragment(stage, 0, c, a, v);
-    if (stage.add >= 0) {
-      load8(kept(stage.add, c), d);
-      NGK_UNROLL
-      for (int k = 0; k < 8; ++k) v[k] += d[k];
-    }
+    value(stage, c, a, v);
     if (stage.slot >= 0) store8(kept(stage.slot, c), v);
     if (stage.act >= 0) activate8(stage.act, v, d);
     return P::left(v);
@@ -246,7 +252,7 @@ struct Evaluator {
     float e[8], shift[8], q[8], m[8];
   };
   NGK_DEVICE void message(int c, const Left* edge, const Left* query, Message* out) const {
-    fragment(g.stages[g.edge_stages - 1], 0, c, edge, out->e);
+    value(g.stages[g.edge_stages - 1], c, edge, out->e);
     if (g.combine == FILM) fragment(g.stages[g.edge_stages - 1], 1, c, edge, out->shift);
     if (g.combine != PLAIN) fragment(g.stages[g.edge_stages + g.message_stages - 1], 0, c, query, out->q);
     NGK_UNROLL

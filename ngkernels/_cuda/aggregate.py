@@ -1,4 +1,4 @@
-"""aggregate, forward and backward, in CUDA C++."""
+"""aggregate and evaluate, forward, and the backward pass of both, in CUDA C++."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def forward(call: Call, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor
     """Writes the reductions `out` [rows, K, F], the mean `aux` [rows, 0..1, F] and the tie counts [rows, 0..2, F]; zeros for rows without messages."""
     for t in (out, aux, ties):
         t.zero_()
-    work = call.plan.reduce()
+    work = call.work.reduce()
     if not work.n or not out.numel():
         return
     width = padded(call.low.width)
@@ -39,13 +39,22 @@ def coefficients(call: Call, out: torch.Tensor, aux: torch.Tensor, ties: torch.T
     return to
 
 
+def evaluate(call: Call) -> None:
+    """Writes the values of every edge to the call's tensors."""
+    work = call.work.reduce()
+    if work.n:
+        call.run(call.fields(call.project()), work)
+
+
 class Backward:
     """One backward pass: writes the wanted gradients of the call."""
 
     def __init__(self, call: Call):
         self.call = call
-        self.params, self.table = call.grad_params.numel() > 0, call.grad_table.numel() > 0 and call.low.steps >= 0
-        self.nodes, self.raw = any(g.numel() for g in call.grad_xs), any(g.numel() for g in call.grad_weights)
+        self.marked = any(s.mark for s in call.low.stages)  # gradients stop at a virtual checkpoint: none reach the weights
+        self.params, self.table = call.grad_params.numel() > 0, call.grad_table.numel() > 0 and call.low.steps >= 0 and not self.marked
+        self.nodes, self.raw = any(g.numel() for g in call.grad_xs), any(g.numel() for g in call.grad_weights) and not self.marked
+        self.carriers = any(g.numel() for g in call.grad_carriers)
         self.columns = call.low.columns if self.nodes or self.params else 0
         self.curve = call.table.shape[3] if self.table else 0
         self.block_size = call.low.n_gradients * call.low.d**2 + call.low.n_sums * 16 if self.params else 0
@@ -55,24 +64,28 @@ class Backward:
         call = self.call
         for t in (*call.grad_xs, call.grad_params, call.grad_table):
             t.zero_()
-        covered = dict.fromkeys(range(len(call.grad_weights)), 0)
-        for r in (call.plan.rows[k] for k in call.plan.active if not call.plan.turns[k]):
-            if r.weight >= 0:
-                covered[r.weight] += r.copies * r.n_src * r.n_dst
-        for k, g in enumerate(call.grad_weights):
-            if g.numel() and covered[k] * g.shape[-1] != g.numel():
-                g.zero_()
+        covered: dict[tuple[bool, int], int] = {}
+        for r, turn in ((call.plan.rows[k], call.work.turns[k]) for k in call.work.active):
+            edges = r.copies * r.n_src * r.n_dst
+            own = (True, 0 if r.emit_offset >= 0 else r.block)
+            covered[own] = covered.get(own, 0) + edges * self.marked
+            covered[False, r.weight] = covered.get((False, r.weight), 0) + edges * (not turn and not self.marked)
+        for carrier, tensors in ((False, call.grad_weights), (True, call.grad_carriers)):
+            for k, g in enumerate(tensors):
+                if g.numel() and covered.get((carrier, k), 0) * g.shape[-1] != g.numel():
+                    g.zero_()
 
-    def run(self, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor, grad: torch.Tensor) -> None:
+    def run(self, reduced: tuple[torch.Tensor, ...] = ()) -> None:
+        """`reduced`: of aggregate, what it returned and the gradient of its first."""
         call = self.call
         self.clear()
-        if not out.numel() or not (self.params or self.table or self.nodes or self.raw):
+        if not (self.params or self.table or self.nodes or self.raw or self.carriers) or (reduced and not reduced[0].numel()):
             return
         sizes = (4 * self.columns, 4 * self.curve + 8 if self.table else 0, 4 * self.block_size)
-        launches = call.plan.gradients(call.n_nodes, *sizes, launch.BUDGET)
+        launches = call.work.gradients(call.n_nodes, *sizes, launch.BUDGET)
         if not launches:
             return
-        fields = call.fields(call.project()) | {"coefficients": coefficients(call, out, aux, ties, grad)}
+        fields = call.fields(call.project()) | {"coefficients": coefficients(call, *reduced) if reduced else None}
         fields |= {f"need_{name}": int(value) for name, value in (("parameters", self.params), ("nodes", self.nodes), ("raw", self.raw), ("table", self.table))}
         sums = call.params.new_zeros(2, call.n_nodes, call.low.columns)
         for work in launches:
@@ -84,7 +97,7 @@ class Backward:
         """One launch, and its partial results added to the sums."""
         call = self.call
         blocks = -(-work.n // WARPS)
-        partial = call.params.new_empty(work.partials, self.columns)
+        partial = (call.params.new_zeros if self.marked else call.params.new_empty)(work.partials, self.columns)
         parameters = call.params.new_empty(blocks, self.block_size)
         found = {"partial": partial, "parameters": parameters}
         if self.table:

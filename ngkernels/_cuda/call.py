@@ -16,7 +16,7 @@ from .plan import WARPS, Launch, Row, plan_of
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FIELDS = (
     "stages", "blocks", "panels", "matrices", "constants", "nodes", "table", "coefficients", "partial", "parameters", "curves", "places", "cells", "n_panels",
-    "first_panel", "n_nodes", "columns", "table_nodes", "edge_stages", "message_stages", "channels", "combine", "width", "steps", "matrices_copied",
+    "first_panel", "n_nodes", "columns", "table_nodes", "edge_stages", "message_stages", "channels", "combine", "width", "carrier_width", "steps", "matrices_copied",
     "n_constants", "spread", "low", "high", "need_parameters", "need_nodes", "need_raw", "need_table", "n_slots", "n_gradients", "n_sums", "message_buffer",
     "free_0", "free_1", "inputs_buffer",
 )  # fmt: skip
@@ -31,43 +31,52 @@ class Call:
 
     Args:
         low, tf32: whether matrix products may round their operands to bfloat16, to tf32. grads: gradients of e's tensors, empty where not
-            wanted; None: forward.
+            wanted; None: forward. values: of evaluate, by block, what it writes or the gradients of that; empty where not wanted.
 
     Raises:
         Unsupported: what the kernels do not run.
     """
 
-    def __init__(self, e: prog.Expression, low: bool, tf32: bool, grads: Sequence[torch.Tensor] | None = None):
+    def __init__(self, e: prog.Expression, low: bool, tf32: bool, grads: Sequence[torch.Tensor] | None = None, values: Sequence[torch.Tensor] = ()):
         self.params, self.table = e.params.contiguous(), e.table.contiguous()
         if self.params.dtype != torch.float32:
             raise Unsupported(f"{self.params.dtype} parameters")
-        wrong = [w.dtype for w in e.weights if w.dtype not in DTYPES]
+        wrong = [t.dtype for t in (*e.weights, *values) if t.dtype not in DTYPES]
         if wrong:
-            raise Unsupported(f"{wrong[0]} weights")
+            raise Unsupported(f"{wrong[0]} edge values")
         self.device = self.params.device
         self.xs = [x.contiguous() for x in e.xs]
         self.backward = grads is not None
         self.low = lower(tuple(e.program), tuple(x.shape[1] for x in e.xs), len(e.weights), self.backward)
-        self.plan = plan_of(e.topology, self.device)
+        self.values, self.plan = values, plan_of(e.topology, self.device)
         self.plan.check()
+        emits = self.low.combine == prog.EMIT
+        self.work = self.plan.work(tuple(k for k in self.plan.active if self.owned(values, self.plan.rows[k]) is not None) if emits else None)
         self.precision = launch.precision(low, tf32)
         self.n_nodes = self.xs[0].shape[0] if self.xs else 0
         self.weights, w, x = e.weights, len(e.weights), len(e.xs)
         grads = grads or []
         self.grad_weights, self.grad_xs = grads[:w], grads[w : w + x]
         self.grad_params, self.grad_table = (grads[w + x], grads[w + x + 1]) if self.backward else (None, None)
-        if any(t.numel() for t in grads[w + x + 2 :]):
-            raise Unsupported("gradients of stored edge states (checkpoints)")
+        self.grad_carriers = grads[w + x + 2 :]
         self.tables = tables_of(self.low, self.device)
-        self.blocks = torch.tensor([v for k in self.plan.active for v in self._block(k)], dtype=torch.int64).to(self.device)
+        self.blocks = torch.tensor([v for k in self.work.active for v in self._block(k)], dtype=torch.int64).to(self.device)
         self.kernel = launch.aggregate_kernel(self.low.d, self.precision, self.backward)
 
     # ---- tables ----
     def _block(self, k: int) -> list[int]:
         r, low = self.plan.rows[k], self.low
         affine = -1 if low.affine < 0 or r.weight < 0 else low.affine + 2 * r.weight
-        head = [r.n_src, r.n_dst, r.src, r.dst, r.node_stride, r.out, r.out_stride, r.variant if low.directions > 1 else 0, affine, int(self.plan.turns[k] > 0)]
-        return [*head, *values_of(r, self.weights), *values_of(r, self.grad_weights)]
+        head = [r.n_src, r.n_dst, r.src, r.dst, r.node_stride, r.out, r.out_stride, r.variant if low.directions > 1 else 0, affine, int(self.work.turns[k] > 0)]
+        raw = (values_of(r, tensors[r.weight] if len(tensors) and r.weight >= 0 else None, r.src_axis == 2, r.offset, r.edge_stride) for tensors in (self.weights, self.grad_weights))
+        own = (values_of(r, self.owned(tensors, r), False, r.emit_offset, r.emit_stride) for tensors in (self.values, self.grad_carriers))
+        return [*head, *(v for view in (*raw, *own) for v in view)]
+
+    @staticmethod
+    def owned(tensors: Sequence[torch.Tensor], r: Row) -> torch.Tensor | None:
+        """What a block has of tensors by block; a packed graph has one of all."""
+        found = tensors[0 if r.emit_offset >= 0 else r.block] if len(tensors) else None
+        return found if found is not None and found.numel() else None
 
     def packed(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(matrices as fragments, constants)."""
@@ -95,7 +104,7 @@ class Call:
         found |= {"stages": self.tables[0], "blocks": self.blocks, "matrices": matrices, "constants": constants, "nodes": nodes}
         found |= {"table": self.table if low.steps >= 0 else None, "n_nodes": self.n_nodes, "columns": low.columns}
         found |= {"table_nodes": self.table.shape[1] if low.steps >= 0 else 0, "edge_stages": low.edge_stages}
-        found |= {"message_stages": len(low.stages) - low.edge_stages, "channels": low.channels, "combine": low.combine, "width": low.width}
+        found |= {"message_stages": len(low.stages) - low.edge_stages, "channels": low.channels, "combine": low.combine, "width": low.width, "carrier_width": low.carrier_width}
         found |= {"steps": max(low.steps, 0), "n_constants": constants.numel(), "spread": int("std" in names or "var" in names)}
         found |= {"low": int("min" in names), "high": int("max" in names), "n_slots": low.slots, "n_gradients": low.n_gradients, "n_sums": low.n_sums}
         return found | dict(zip(("message_buffer", "free_0", "free_1", "inputs_buffer"), low.buffers, strict=True))
@@ -161,15 +170,19 @@ class Call:
         return inside, outside, copied
 
 
-def values_of(r: Row, tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """The view of a block's edge values (args.h Values): zeros where there are none."""
-    if not len(tensors) or r.weight < 0 or not tensors[r.weight].numel():
+def values_of(r: Row, t: torch.Tensor | None, flip: bool, offset: int, stride: int) -> tuple[int, ...]:
+    """A block's view of edge values (args.h Values), zeros where there are none.
+
+    Args:
+        flip: the tensor's first axis runs over destinations. offset, stride: of a packed graph, the block's first edge and edges from one
+            copy to the next; else offset is -1.
+    """
+    if t is None or not t.numel():
         return NO_VALUES
-    t, flip = tensors[r.weight], r.src_axis == 2
-    if r.offset >= 0:  # packed: rows of one tensor [E, C]
+    if offset >= 0:  # rows of one tensor [E, C]
         e = t.stride(0)
         source, destination = (e, r.n_src * e) if flip else (r.n_dst * e, e)
-        start, copy, channel = r.offset * e, r.edge_stride * e, t.stride(1)
+        start, copy, channel = offset * e, stride * e, t.stride(1)
     else:
         start, copy, source, destination, channel = 0, t.stride(0), t.stride(2 if flip else 1), t.stride(1 if flip else 2), t.stride(3)
     return t.data_ptr() + start * t.element_size(), DTYPES.index(t.dtype), copy, source, destination, channel

@@ -18,7 +18,6 @@ WIDTHS = (16, 32, 64, 128)  # columns of a register
 FROM_RAW, FROM_REGISTER, FROM_TABLE, FROM_NODES, FROM_COPY = range(5)
 NAMES = {
     prog.FOURIER: "Fourier features without a table",
-    prog.MARK: "stored edge states (checkpoints)",
     prog.NORM: "layer norms of edge states",
     prog.MASK: "tokens among the nodes",
 }
@@ -44,6 +43,7 @@ class Stage(NamedTuple):
     gradient: int = -1
     sums: int = -1
     held: int = 0
+    mark: int = 0
 
 
 class Term(NamedTuple):
@@ -68,7 +68,8 @@ class Lowered(NamedTuple):
     directions: int
     combine: int
     mask: int
-    width: int  # of a message
+    width: int  # of a message or of a value
+    carrier_width: int  # of the stored state at which gradients stop, 0: none
     steps: int  # of the table: log2 of cells a unit; -1: no table
     affine: int  # place of the (scale, shift) pairs among the constants, -1: none
     slots: int
@@ -113,6 +114,9 @@ class _Lowering:
         if op == prog.ACT:
             self.attach(k, "act", arg0)
             return
+        if op == prog.MARK:
+            self.stages[-1]["mark"], self.stage_of[k] = 1, len(self.stages) - 1
+            return
         if op == prog.ADD:
             self.attach(k, "add", self.stage_of[arg0])
             self.stages[self.stage_of[arg0]]["held"] = 1
@@ -137,15 +141,15 @@ class _Lowering:
         """Whether raw features are more than the input of the first linear step."""
         if len(self.instructions) < 2:
             return True
-        return self.instructions[1][0] not in (prog.LIN, prog.TABLE, *NAMES) or any(r[0] == prog.ADD and r[8] == 0 for r in self.instructions)
+        return self.channels > 8 or self.instructions[1][0] not in (prog.LIN, prog.TABLE, *NAMES) or any(r[0] == prog.ADD and r[8] == 0 for r in self.instructions)
 
     def begin(self, k: int, source: int, width: int, **more) -> None:
-        self.stages.append({"source": source, "width": width, "halves": 1, "act": -1, "add": -1, "held": 0, "instruction": k, **more})
+        self.stages.append({"source": source, "width": width, "halves": 1, "act": -1, "add": -1, "held": 0, "mark": 0, "instruction": k, **more})
         self.stage_of[k] = len(self.stages) - 1
 
     def attach(self, k: int, name: str, value: int) -> None:
         stage = self.stages[-1]
-        if stage["act"] >= 0 or stage[name] >= 0:
+        if stage["act"] >= 0 or stage[name] >= 0 or (stage["mark"] and name == "add"):
             raise Unsupported("this order of activations and sums")
         stage[name] = value
         self.stage_of[k] = len(self.stages) - 1
@@ -158,17 +162,17 @@ class _Lowering:
 
     # ---- places ----
     def lowered(self) -> Lowered:
-        whole = self.combine == prog.PLAIN
+        whole = self.combine in (prog.PLAIN, prog.EMIT)
         edges = len(self.stages) if whole else sum(s["instruction"] < self.start for s in self.stages)
         lasts = {edges - 1, len(self.stages) - 1}
         for k in lasts:
             s = self.stages[k]
-            if s["act"] >= 0 or s["add"] >= 0 or s["held"] or s["source"] == FROM_COPY:
-                raise Unsupported("messages that are not the result of a linear step")
+            if s["act"] >= 0 or s["held"] or (self.combine != prog.EMIT and (s["add"] >= 0 or s["mark"] or s["source"] == FROM_COPY)):
+                raise Unsupported("results that are not those of a linear step")
         constants, forward, back, terms, stages = _Places(self), [], [], [], []
         slots = n_sums = 0
         for k, s in enumerate(self.stages):
-            found = {name: s[name] for name in ("source", "width", "halves", "act", "add", "held")}
+            found = {name: s[name] for name in ("source", "width", "halves", "act", "add", "held", "mark")}
             if s["held"] or (self.backward and k not in lasts):
                 found["slot"], slots = slots, slots + 1
             if s["add"] >= 0:
@@ -196,7 +200,7 @@ class _Lowering:
         deep = not whole and len(self.stages) - edges > 1
         return Lowered(
             tuple(stages), edges, tuple(terms), len(terms) * self.d, self.d, self.channels, self.directions, self.combine, self.mask, self.width,
-            self.steps, affine, slots, constants.map(), matrices, self.gradient_places(stages, len(forward)), len(forward), n_sums,
+            max([0, *(s["width"] for s in self.stages if s["mark"])]), self.steps, affine, slots, constants.map(), matrices, self.gradient_places(stages, len(forward)), len(forward), n_sums,
             (2, 3, 2, 4) if deep else (2, 2, 0, 3),
         )  # fmt: skip
 
@@ -270,6 +274,4 @@ def lower(program: tuple[int, ...], x_widths: tuple[int, ...], weights: int, bac
     Raises:
         Unsupported: what the kernels do not run.
     """
-    if program[2] not in (prog.PLAIN, prog.FILM, prog.GATE, prog.PRODUCT):
-        raise Unsupported("anything but messages")
     return _Lowering(program, x_widths, weights, backward).lowered()

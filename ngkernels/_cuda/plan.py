@@ -69,14 +69,38 @@ class Plan:
         self.active = [k for k, r in enumerate(self.rows) if r.copies and r.n_src and r.n_dst]
         others = sorted({KINDS[self.rows[k].kind] for k in self.active} - {DENSE})
         self.unsupported = f"{', '.join(others)} blocks" if others else None
-        self.turns = self._turns()
-        self._launches: dict = {}
+        self._works: dict = {}
         self._degrees: dict = {}
 
     def check(self) -> None:
         """Raises Unsupported for blocks that the kernels do not run."""
         if self.unsupported:
             raise Unsupported(self.unsupported)
+
+    def degrees(self, rows: int) -> torch.Tensor:
+        """Number of messages of every output row, at least 1, float32 [rows]."""
+        if rows not in self._degrees:
+            count = np.zeros(rows, np.int64)
+            for r in (self.rows[k] for k in self.active):
+                count[(r.out + np.arange(r.copies)[:, None] * r.out_stride + np.arange(r.n_dst)).reshape(-1)] += r.n_src
+            self._degrees[rows] = torch.from_numpy(np.maximum(count, 1)).to(self.device, torch.float32)
+        return self._degrees[rows]
+
+    def work(self, active: tuple[int, ...] | None = None) -> Work:
+        """The panels of the blocks `active`; None: of all that have edges."""
+        key = tuple(self.active) if active is None else active
+        if key not in self._works:
+            self._works[key] = Work(self, list(key))
+        return self._works[key]
+
+
+class Work:
+    """The panels of some blocks of a graph."""
+
+    def __init__(self, plan: Plan, active: list[int]):
+        self.rows, self.device, self.active = plan.rows, plan.device, active
+        self.turns = self._turns()
+        self._launches: dict = {}
 
     def _turns(self) -> dict[int, int]:
         """Of each active block, how many before it have the same weights: their gradients add to what those left."""
@@ -87,15 +111,6 @@ class Plan:
             turns[k] = seen.get((row.weight, row.offset), 0) if row.weight >= 0 else 0
             seen[row.weight, row.offset] = turns[k] + 1
         return turns
-
-    def degrees(self, rows: int) -> torch.Tensor:
-        """Number of messages of every output row, at least 1, float32 [rows]."""
-        if rows not in self._degrees:
-            count = np.zeros(rows, np.int64)
-            for r in (self.rows[k] for k in self.active):
-                count[(r.out + np.arange(r.copies)[:, None] * r.out_stride + np.arange(r.n_dst)).reshape(-1)] += r.n_src
-            self._degrees[rows] = torch.from_numpy(np.maximum(count, 1)).to(self.device, torch.float32)
-        return self._degrees[rows]
 
     def _panels(self, k: int, size: tuple[int, int]) -> np.ndarray:
         """[n, len(PANEL)] of one block; partial rows and slots are still their numbers: destinations, sources, edges in whole tiles."""

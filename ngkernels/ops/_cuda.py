@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -25,9 +25,9 @@ def _named(op: str) -> Iterator[None]:
         raise NotImplementedError(f"{op}: backend 'cuda' does not run {error} yet; use another backend") from error
 
 
-def _call(e: ex.E, compute: int, params: torch.Tensor | None = None, grads: list[torch.Tensor] | None = None):
+def _call(e: ex.E, compute: int, params: torch.Tensor | None = None, grads: list[torch.Tensor] | None = None, values: Sequence[torch.Tensor] = ()):
     e = e._replace(params=packed(e, e.params) if params is None else params)
-    return _module("call").Call(e, bool(compute & ex.LOW), bool(compute & ex.TF32), grads)
+    return _module("call").Call(e, bool(compute & ex.LOW), bool(compute & ex.TF32), grads, values)
 
 
 def aggregate(e: ex.E, compute: int, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor) -> None:
@@ -37,4 +37,14 @@ def aggregate(e: ex.E, compute: int, out: torch.Tensor, aux: torch.Tensor, ties:
 
 def aggregate_backward(grad, out, aux, ties, e: ex.E, compute: int, grads: list[torch.Tensor]) -> None:
     with torch.cuda.device_of(e.table), _named("aggregate"), differentiated(e, compute, grads, _call) as call:
-        _module("aggregate").Backward(call).run(out, aux, ties, grad)
+        _module("aggregate").Backward(call).run((out, aux, ties, grad))
+
+
+def evaluate(e: ex.E, compute: int, out: list[torch.Tensor]) -> None:
+    with torch.cuda.device_of(e.table), _named("evaluate"):
+        _module("aggregate").evaluate(_call(e, compute, values=out))
+
+
+def evaluate_backward(grad_out: list[torch.Tensor], e: ex.E, compute: int, grads: list[torch.Tensor]) -> None:
+    with torch.cuda.device_of(e.table), _named("evaluate"), differentiated(e, compute, grads, _call, values=grad_out) as call:
+        _module("aggregate").Backward(call).run()

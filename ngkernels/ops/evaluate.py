@@ -7,7 +7,7 @@ import torch
 from ..graph import NeuralGraph
 from ..reference import evaluate as reference
 from ..topology import DENSE
-from . import _triton
+from . import _cuda, _triton
 from . import expression as ex
 from .autograd import register
 from .double_backward import second_derivatives
@@ -55,11 +55,12 @@ def _fake_backward(grads, weights, xs, params, table, carriers, topology, progra
 
 def _forward(weights, xs, params, table, carriers, topology, program, shapes, dtype, compute):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    if ex.backend_of(compute) == "triton":
+    kernels = {"triton": _triton, "cuda": _cuda}.get(ex.backend_of(compute))
+    if kernels is not None:
         out = _fake(*e, shapes, dtype, compute)
         if shapes and shapes[0] == 2:  # packed: a restricted graph leaves rows out
             out[0].zero_()
-        _triton.evaluate(e, compute, out)
+        kernels.evaluate(e, compute, out)
         return out
     with torch.no_grad():
         return [t.to(DTYPES[dtype], copy=True) for t in reference.emit(*e, compute & 1, ex.split_shapes(shapes))]
@@ -67,9 +68,10 @@ def _forward(weights, xs, params, table, carriers, topology, program, shapes, dt
 
 def _backward(grads, weights, xs, params, table, carriers, topology, program, shapes, compute, need):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    if ex.backend_of(compute) == "triton":
+    kernels = {"triton": _triton, "cuda": _cuda}.get(ex.backend_of(compute))
+    if kernels is not None:
         out = ex.empty_gradients(e, need)
-        _triton.evaluate_backward([g.contiguous() for g in grads], e, compute, out)
+        kernels.evaluate_backward([g.contiguous() for g in grads], e, compute, out)
         return out
     return ex.reference_gradients(lambda f: reference.emit(*f, compute & 1, ex.split_shapes(shapes)), e, [g.to(table.dtype) for g in grads], need)
 
