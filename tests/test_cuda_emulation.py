@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import emulation
+import pair_samples
 import pytest
 import torch
 from compare import assert_bitwise, assert_budget, assert_close
-from oracle import mlp
-from sample_list import ENCODERS, GRAPHS, LOW_PRECISION, PLAIN, SAMPLES, SIZES, TABLES
+from oracle import Network, mlp
+from pair_list import OPTIONS
+from pair_list import PLAIN as PAIR
+from sample_list import LOW_PRECISION, PLAIN, SAMPLES
 from samples import Sample, cast, float32_oracle, leaves, named, run, run_engine, run_oracle
 from samples import oracle as oracle_of
 from test_determinism import alone
@@ -33,24 +36,20 @@ QUICK = (
     "plain", "reduce-var-std-max-min-mean-sum", "reduce-sum", "activation-gelu", "activation-tanh", "gate-1", "product-0", "concat-2", "film-2", "table-residual-first",
     "table-reciprocal", "table-packed", "table-no-update", "identity-3-channels", "identity-then-residual", "linear-reciprocal-3-channels", "linear-affine",
     "linear-three-updates", "no-biases", "unequal-reversed", "packed-reversed", "single-edge", "restricted-middle", "sizes-D17-H3-F17-dx3", "sizes-D64-H17-F64-dx130",
-    "tiles-and-tails-reversed",
+    "tiles-and-tails-reversed", "residual-blocks-reversed", "blocks-inside-a-layer", "diagonal-alone", "packed", "restricted-unequal", "sparse-reversed",
+    "sparse-unequal", "sparse-packed", "sparse-table", "sparse-restricted-packed", "sparse-memory-packed", "memory-virtual+virtual-none",
+    "memory-same+virtual-virtual+same", "memory-virtual-same-packed", "memory-same-widest", "memory-virtual-none-affine", "head-of-the-raw-weight",
 )  # fmt: skip
-REDUCED = {s.name: s.but(s.name, head=0) for s in SAMPLES if s.reduce}
-SAMPLE_OF = {s.name: s.but(s.name, head=0) for s in (PLAIN, *TABLES, *ENCODERS, *GRAPHS, *SIZES)}
+SAMPLE_OF = {s.name: s for s in SAMPLES}
 
 
 def missing(s: Sample) -> str | None:
     """What of a sample the kernels do not run, as they say it."""
-    kinds = {block[0] for net in s.networks for block in net.blocks}
-    if any(s.memory):
-        return "checkpoint"
     if s.encoder == "fourier" and s.table == "never":
         return "Fourier features without a table"
     if s.table_range is not None:
         return "weights beyond the encoder's table"
-    if 130 in (s.width, s.hidden, s.features):
-        return "registers of 130 columns"
-    return "(diagonal|sparse).* blocks" if kinds & {"diagonal", "sparse"} else None
+    return "registers of 130 columns" if 130 in (s.width, s.hidden, s.features) else None
 
 
 @pytest.fixture
@@ -68,8 +67,8 @@ def backwards() -> Iterator[None]:
 
 
 def tiered() -> list:
-    assert set(QUICK) <= set(REDUCED)
-    return [pytest.param(s, id=n, marks=() if n in QUICK else pytest.mark.slow) for n, s in REDUCED.items() if missing(s) is None]
+    assert set(QUICK) <= set(SAMPLE_OF)
+    return [pytest.param(s, id=n, marks=() if n in QUICK else pytest.mark.slow) for n, s in SAMPLE_OF.items() if missing(s) is None]
 
 
 @pytest.mark.parametrize("sample", tiered())
@@ -78,20 +77,22 @@ def test_float32_within_twice_the_error_of_plain_pytorch(sample: Sample):
     assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, FLOAT32_FLOOR)
 
 
-@pytest.mark.parametrize("sample", **named(s for s in REDUCED.values() if missing(s)))
+@pytest.mark.parametrize("sample", **named(s for s in SAMPLE_OF.values() if missing(s)))
 def test_what_is_not_there_is_named(sample: Sample):
-    with pytest.raises(NotImplementedError, match=f"backend 'cuda' (does not run|was forced but its kernels of) .*{missing(sample)}"):
+    with pytest.raises(NotImplementedError, match=f"(aggregate|evaluate): backend 'cuda' does not run .*{missing(sample)}"):
         run_engine(sample, cast(leaves(sample), torch.float32), "cuda")
 
 
 def test_float64_and_pair_updates_are_named():
     with pytest.raises(NotImplementedError, match="does not run torch.float64 parameters"):
         run_engine(SAMPLE_OF["plain"], leaves(PLAIN), "cuda")
-    with pytest.raises(NotImplementedError, match="readout: backend 'cuda' was forced but its kernels of readout are not written yet"):
-        run_engine(PLAIN, cast(leaves(PLAIN), torch.float32), "cuda")
+    with pytest.raises(NotImplementedError, match="does not run updates that read reverse partners"):
+        pair_samples.run_engine(READ_OUT, cast(pair_samples.leaves(READ_OUT), torch.float32), "cuda")
+    with pytest.raises(NotImplementedError, match="attend: backend 'cuda' was forced but its kernels of attend are not written yet"):
+        pair_samples.run_engine(PAIR, cast(pair_samples.leaves(PAIR), torch.float32), "cuda")
 
 
-LOW = [s.but(s.name, head=0) for s in LOW_PRECISION if missing(s) is None]
+LOW = [s for s in LOW_PRECISION if missing(s) is None]
 
 
 @pytest.mark.parametrize("sample", **named(LOW))
@@ -120,7 +121,7 @@ def test_weight_dtypes_keep_their_gradients_dtype(dtype: torch.dtype):
 
 
 # ---- the same bits ----
-BITWISE = ("plain", "table-residual-first", "identity-residual-first", "tiles-and-tails-reversed")
+BITWISE = ("plain", "table-residual-first", "identity-residual-first", "tiles-and-tails-reversed", "sparse-unequal", "memory-virtual-same")
 
 
 @pytest.mark.parametrize("name", BITWISE)
@@ -177,7 +178,10 @@ def test_gradients_that_are_asked_for(name: str, wanted: set[str]):
     assert_bitwise(run_engine(sample, t, "cuda", wanted), {n: v for n, v in every.items() if not n.startswith("grad.") or n[5:] in wanted})
 
 
-@pytest.mark.parametrize("networks", [(mlp(700, 2),), (mlp(2, 700),)], ids=["hub-in", "hub-out"])
+HUB = Network((3, 60), (("sparse", 1, 0, tuple((k, 1) for k in range(60)) + ((3, 0), (9, 0), (3, 2))), ("dense", 1, 0)))
+
+
+@pytest.mark.parametrize("networks", [(mlp(700, 2),), (mlp(2, 700),), (HUB,)], ids=["hub-in", "hub-out", "hub-sparse"])
 def test_hubs_above_every_panel(networks):
     sample = PLAIN.but("hub", networks=networks, head=0, residual=(True,), width=3, features=2)
     wanted, plain = float32_oracle(sample)

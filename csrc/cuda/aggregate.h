@@ -9,7 +9,7 @@ namespace ngk::cuda {
 template <class P, int D>
 struct AggregateForward {
   static constexpr bool TOGETHER = true;  // threads work together
-  static NGK_DEVICE void emit(const Args& g, const Evaluator<P, D>& eval, const Panel& panel, int64_t i, int64_t j, int c,
+  static NGK_DEVICE void emit(const Args& g, const Evaluator<P, D>& eval, const Panel& panel, int c,
                               const typename P::Left* edge) {
     float v[8];
     eval.value(g.stages[g.edge_stages - 1], c, edge, v);
@@ -18,7 +18,7 @@ struct AggregateForward {
     for (int k = 0; k < 8; ++k) {
       const int column = c * 16 + eval.column_of(k);
       if (eval.ok[k / 2 % 2] && column < g.width)
-        write_value<float>(element_of(to, panel.copy, i, j + eval.row_of(k), column), static_cast<Dtype>(to.dtype), v[k]);
+        write_value<float>(element_of(to, panel.copy, eval.destination, eval.place[k / 2 % 2], column), static_cast<Dtype>(to.dtype), v[k]);
     }
   }
 
@@ -37,7 +37,7 @@ struct AggregateForward {
         eval.run(0, static_cast<int>(g.edge_stages) - 1, edge);
         eval.run(static_cast<int>(g.edge_stages), static_cast<int>(g.edge_stages + g.message_stages) - 1, query);
         if (g.combine == EMIT) {
-          for (int c = 0; c < fragments; ++c) emit(g, eval, panel, i, j, c, edge);
+          for (int c = 0; c < fragments; ++c) emit(g, eval, panel, c, edge);
           continue;
         }
         NGK_ROLLED

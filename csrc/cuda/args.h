@@ -30,14 +30,16 @@ constexpr int STAGE_INTS = sizeof(Stage) / sizeof(int);
 struct Values {
   int64_t data, dtype, copy, src, dst, channel;  // address; strides in elements
 };
-// A block of the graph.
+// A block of the graph. Edges one by one come as lines, up to 16 edges of one destination: (destination, first edge, edges), and the edges
+// (source, number, number of its raw features); addresses, 0: every pair is an edge. Edge values then go by number instead of source.
 struct Rows {
   int64_t n_src, n_dst, src, dst, node_stride, out, out_stride, direction, affine, add;  // affine: place of its (scale, shift), -1: none
+  int64_t lines, edges;
   Values raw, gradient, values, carrier;  // data 0: not there, not wanted; values: what evaluate writes, or reads as gradient
 };
 constexpr int ROWS_INTS = sizeof(Rows) / sizeof(int64_t);
 
-// A rectangle of a block that one warp works through, 16 sources of a destination at a time.
+// A rectangle of a block that one warp works through, 16 sources of a destination at a time; or its lines i0 .. i1 - 1.
 struct Panel {
   int64_t block, copy, i0, i1, j0, j1;
   int64_t rows_i, rows_j;  // first partial row of its destinations, of its sources

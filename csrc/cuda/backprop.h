@@ -89,7 +89,7 @@ struct Backprop {
     total += shuffle_xor(total, 4);
     if (!active || (lane() & 4)) return;
     float* to = g.partial + (panel->rows_i + i - panel->i0) * g.columns + column + (upper ? 8 : 0) + lane() % 4 * 2 + (odd ? 1 : 0);
-    *to = strip ? *to + total : total;
+    *to = strip && !eval.line ? *to + total : total;
   }
   // Adds v times the rows' factors, row by row, to this lane's own numbers.
   NGK_DEVICE void add_columns(int64_t at, const float* v, float top, float bottom) const {
@@ -147,11 +147,13 @@ struct Backprop {
   NGK_DEVICE void write_features() const {
     sync_warp();
     const Values& to = eval.block->gradient;
-    if (!to.data || !g.need_raw || !active || lane() >= 16 || source + lane() >= panel->j1) return;
+    if (!to.data || !g.need_raw || !active || lane() >= 16) return;
+    const typename Evaluator<P, D>::Edge e = eval.edge(*panel, source, lane());
+    if (!e.ok) return;
     const Dtype dtype = static_cast<Dtype>(to.dtype);
     const float scale = eval.block->affine >= 0 ? eval.constants[eval.block->affine] : 1.0f;
     for (int c = 0; c < g.channels; ++c) {
-      char* p = element_of(to, panel->copy, i, source + lane(), c);
+      char* p = element_of(to, panel->copy, eval.destination, e.raw, c);
       const float x = eval.feature_gradients[lane() * g.channels + c] * scale;
       write_value<float>(p, dtype, eval.block->add ? x + read_value<float>(p, dtype) : x);
     }
@@ -165,7 +167,7 @@ struct Backprop {
     for (int k = 0; k < 8; ++k) {
       const int column = c * 16 + eval.column_of(k);
       if (eval.ok[k / 2 % 2] && column < g.carrier_width)
-        write_value<float>(element_of(to, panel->copy, i, source + eval.row_of(k), column), static_cast<Dtype>(to.dtype), v[k]);
+        write_value<float>(element_of(to, panel->copy, eval.destination, eval.place[k / 2 % 2], column), static_cast<Dtype>(to.dtype), v[k]);
     }
   }
 
@@ -180,7 +182,7 @@ struct Backprop {
       for (int k = 0; k < 8; ++k) {
         const int column = c * 16 + eval.column_of(k);
         const bool there = eval.ok[k / 2 % 2] && column < g.width && from.data;
-        e[k] = there ? read_value<float>(element_of(from, panel->copy, i, source + eval.row_of(k), column), static_cast<Dtype>(from.dtype)) : 0.0f;
+        e[k] = there ? read_value<float>(element_of(from, panel->copy, eval.destination, eval.place[k / 2 % 2], column), static_cast<Dtype>(from.dtype)) : 0.0f;
       }
       if (last.mark) {
         carry(c, e);
@@ -197,7 +199,7 @@ struct Backprop {
     const Stage& last = g.stages[g.edge_stages - 1];
     const Stage& last_query = g.stages[g.edge_stages + g.message_stages - (g.message_stages ? 1 : 0)];
     const int stride = 16 * eval.message_fragments();
-    const float* k = g.coefficients + (eval.block->out + panel->copy * eval.block->out_stride + i) * MESSAGE_PLANES * stride;
+    const float* k = g.coefficients + (eval.block->out + panel->copy * eval.block->out_stride + eval.destination) * MESSAGE_PLANES * stride;
     NGK_ROLLED
     for (int c = 0; c < KB; ++c) {
       float e[8] = {0, 0, 0, 0, 0, 0, 0, 0}, shift[8] = {0, 0, 0, 0, 0, 0, 0, 0}, query_gradient[8] = {0, 0, 0, 0, 0, 0, 0, 0};
@@ -306,15 +308,13 @@ struct Backprop {
     for (int64_t c = 0; c < g.columns / 16; ++c) store8(sources + c * FRAGMENTS, none);
   }
   NGK_DEVICE void write_sources() const {
-    const int64_t j = source;
     if (!wants_nodes()) return;
     for (int64_t c = 0; c < g.columns / 16; ++c) {
       float v[8];
       load8(sources + c * FRAGMENTS, v);
       NGK_UNROLL
       for (int k = 0; k < 8; ++k)
-        if (j + eval.row_of(k) < panel->j1)
-          g.partial[(panel->rows_j + j - panel->j0 + eval.row_of(k)) * g.columns + c * 16 + eval.column_of(k)] = v[k];
+        if (eval.ok[k / 2 % 2]) g.partial[(panel->rows_j + strip * 16 + eval.row_of(k)) * g.columns + c * 16 + eval.column_of(k)] = v[k];
     }
   }
   // The block's gradients of parameters: fragments of matrices, then sums of columns.
@@ -347,14 +347,15 @@ struct AggregateBackward {
     for (int w = 0; w < WARPS; ++w)
       if (first + w < g.n_panels && tiles(g.panels[first + w]) > most) most = tiles(g.panels[first + w]);
     const Panel& panel = g.panels[number < g.n_panels ? number : first];
-    const int64_t own = number < g.n_panels ? tiles(panel) : 0, height = panel.i1 - panel.i0;
+    const bool lines = g.blocks[panel.block].lines;  // each of them is a strip of its own
+    const int64_t own = number < g.n_panels ? tiles(panel) : 0, height = lines ? 1 : panel.i1 - panel.i0;
     back.panel = &panel;
     for (int64_t at = 0; at < most; ++at) {
       back.active = at < own;
       back.number = at;
       back.strip = back.active ? at / height : 0;
-      back.i = back.active ? panel.i0 + at % height : panel.i0;
-      back.source = panel.j0 + back.strip * 16;
+      back.i = !back.active ? panel.i0 : lines ? panel.i0 + at : panel.i0 + at % height;
+      back.source = lines ? 0 : panel.j0 + back.strip * 16;
       if (at % height == 0) back.clear_sources();
       eval.tile(panel, back.i, back.source, back.active);
       back.clear_features();

@@ -74,8 +74,24 @@ struct Evaluator {
   Left* carry;
   // of a tile
   const Rows* block = nullptr;
+  const int64_t* line = nullptr;                         // null: every pair is an edge
   const float *s = nullptr, *t[2] = {nullptr, nullptr};  // node terms of its destination, of this lane's two sources
+  int64_t destination = 0, place[2] = {0, 0};            // places of this lane's two edges among edge values
   bool ok[2] = {false, false};
+
+  struct Edge {
+    int64_t source, place, raw;
+    bool ok;
+  };
+  // Row r of the tile of sources from j on; where there is no such edge, another one that is.
+  NGK_DEVICE Edge edge(const Panel& panel, int64_t j, int r) const {
+    if (!line) {
+      const int64_t source = j + r < panel.j1 ? j + r : panel.j1 - 1;
+      return {source, source, source, j + r < panel.j1};
+    }
+    const int64_t* e = reinterpret_cast<const int64_t*>(block->edges) + 3 * (line[1] + (r < line[2] ? r : 0));
+    return {e[0], e[1], e[2], r < line[2]};
+  }
 
   // Copies what all warps read into shared memory. Every thread of the block comes here.
   NGK_DEVICE explicit Evaluator(const Args& args) : g(args) {
@@ -99,28 +115,31 @@ struct Evaluator {
     sync_block();
   }
 
-  // The edges from sources j .. j + 15 (below j1) to destination i; with `there` false, from none.
+  // The edges from sources j .. j + 15 (below j1) to destination i, or those of line i; with `there` false, from none.
   NGK_DEVICE void tile(const Panel& panel, int64_t i, int64_t j, bool there) {
     block = g.blocks + panel.block;
+    line = block->lines ? reinterpret_cast<const int64_t*>(block->lines) + 3 * i : nullptr;
+    destination = line ? line[0] : i;
     const int64_t first = panel.copy * block->node_stride;
-    s = g.nodes + (block->dst + first + i) * g.columns + lane() % 4 * 2;
+    s = g.nodes + (block->dst + first + destination) * g.columns + lane() % 4 * 2;
     NGK_UNROLL
     for (int h = 0; h < 2; ++h) {
-      const int64_t source = j + lane() / 4 + 8 * h;
-      ok[h] = there && source < panel.j1;
-      t[h] = g.nodes + (g.n_nodes + block->src + first + (source < panel.j1 ? source : panel.j1 - 1)) * g.columns + lane() % 4 * 2;
+      const Edge e = edge(panel, j, lane() / 4 + 8 * h);
+      ok[h] = there && e.ok;
+      place[h] = e.place;
+      t[h] = g.nodes + (g.n_nodes + block->src + first + e.source) * g.columns + lane() % 4 * 2;
     }
     sync_warp();  // the last tile's features are read
-    if (lane() < 16) load_features(panel, i, j + lane(), there && j + lane() < panel.j1);
+    if (lane() < 16) load_features(panel, edge(panel, j, lane()), there);
     sync_warp();
   }
 
-  NGK_DEVICE void load_features(const Panel& panel, int64_t i, int64_t j, bool there) {
+  NGK_DEVICE void load_features(const Panel& panel, const Edge& e, bool there) {
     const Values& raw = block->raw;
     for (int c = 0; c < g.channels; ++c) {
       float x = 0;
-      if (there && raw.data) {
-        x = read_value<float>(element_of(raw, panel.copy, i, j, c), static_cast<Dtype>(raw.dtype));
+      if (there && e.ok && raw.data) {
+        x = read_value<float>(element_of(raw, panel.copy, destination, e.raw, c), static_cast<Dtype>(raw.dtype));
         if (block->affine >= 0) x = fmaf(x, constants[block->affine], constants[block->affine + 1]);
       }
       features[lane() * g.channels + c] = x;

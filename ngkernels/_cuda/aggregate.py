@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import program as prog
+from ..topology import DENSE, DIAGONAL, KINDS
 from . import launch
 from .call import MESSAGE_PLANES, STATISTIC_PLANES, Call, slots_of
 from .launch import simple
@@ -66,7 +67,7 @@ class Backward:
             t.zero_()
         covered: dict[tuple[bool, int], int] = {}
         for r, turn in ((call.plan.rows[k], call.work.turns[k]) for k in call.work.active):
-            edges = r.copies * r.n_src * r.n_dst
+            edges = r.copies * {DENSE: r.n_src * r.n_dst, DIAGONAL: r.n_src}.get(KINDS[r.kind], 0)  # of a sparse block for certain: none
             own = (True, 0 if r.emit_offset >= 0 else r.block)
             covered[own] = covered.get(own, 0) + edges * self.marked
             covered[False, r.weight] = covered.get((False, r.weight), 0) + edges * (not turn and not self.marked)

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from .. import program as prog
+from ..topology import DENSE, KINDS
 from . import launch
 from .launch import simple
 from .lower import Lowered, Unsupported, lower
@@ -68,6 +69,7 @@ class Call:
         r, low = self.plan.rows[k], self.low
         affine = -1 if low.affine < 0 or r.weight < 0 else low.affine + 2 * r.weight
         head = [r.n_src, r.n_dst, r.src, r.dst, r.node_stride, r.out, r.out_stride, r.variant if low.directions > 1 else 0, affine, int(self.work.turns[k] > 0)]
+        head += [t.data_ptr() for t in self.plan.lists[k]] if k in self.plan.lists else [0, 0]
         raw = (values_of(r, tensors[r.weight] if len(tensors) and r.weight >= 0 else None, r.src_axis == 2, r.offset, r.edge_stride) for tensors in (self.weights, self.grad_weights))
         own = (values_of(r, self.owned(tensors, r), False, r.emit_offset, r.emit_stride) for tensors in (self.values, self.grad_carriers))
         return [*head, *(v for view in (*raw, *own) for v in view)]
@@ -179,10 +181,13 @@ def values_of(r: Row, t: torch.Tensor | None, flip: bool, offset: int, stride: i
     """
     if t is None or not t.numel():
         return NO_VALUES
+    listed = KINDS[r.kind] != DENSE  # by number
     if offset >= 0:  # rows of one tensor [E, C]
         e = t.stride(0)
-        source, destination = (e, r.n_src * e) if flip else (r.n_dst * e, e)
+        source, destination = (e, 0) if listed else (e, r.n_src * e) if flip else (r.n_dst * e, e)
         start, copy, channel = offset * e, stride * e, t.stride(1)
+    elif listed:
+        start, copy, source, destination, channel = 0, t.stride(0), t.stride(1), 0, t.stride(2)
     else:
         start, copy, source, destination, channel = 0, t.stride(0), t.stride(2 if flip else 1), t.stride(1 if flip else 2), t.stride(3)
     return t.data_ptr() + start * t.element_size(), DTYPES.index(t.dtype), copy, source, destination, channel

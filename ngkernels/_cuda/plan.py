@@ -12,13 +12,35 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..topology import COLUMNS, DENSE, KINDS
+from ..edge_index import read_lists
+from ..topology import COLUMNS, DENSE, DIAGONAL, KINDS, SPARSE
 from .lower import Unsupported
 
 Row = namedtuple("Row", COLUMNS)
 PANEL = ("block", "copy", "i0", "i1", "j0", "j1", "rows_i", "rows_j", "slot")  # csrc/cuda/args.h
 TILE = 16  # sources that a warp takes at a time
 WARPS = 4  # panels of a block of threads
+
+
+class Lines(NamedTuple):
+    """Edges one by one, as lines: up to TILE edges of one destination. lines [n, 3]: destination, first edge, edges; edges [e, 3]: source,
+    number, number of the raw features."""
+
+    lines: np.ndarray
+    edges: np.ndarray
+
+    @classmethod
+    def of(cls, row: Row, topology: torch.Tensor) -> Lines:
+        if KINDS[row.kind] == DIAGONAL:
+            n = np.arange(row.n_src)
+            return cls(np.stack([n, n, np.ones_like(n)], 1), np.stack([n, n, n], 1))
+        dst, src, number, partner = (t.numpy() for t in read_lists(topology[row.lists :], row.count))
+        begins = np.flatnonzero(np.diff(dst, prepend=-1))
+        degree = np.diff(begins, append=len(dst))
+        parts = -(-degree // TILE)
+        first = np.repeat(begins, parts) + _within(parts) * TILE
+        count = np.minimum(TILE, np.repeat(begins + degree, parts) - first)
+        return cls(np.stack([dst[first], first, count], 1), np.stack([src, number, partner if row.src_axis == 2 else number], 1))
 
 
 class Sums(NamedTuple):
@@ -66,8 +88,10 @@ class Plan:
     def __init__(self, topology: torch.Tensor, device: torch.device):
         self.rows = [Row(*r) for r in topology[1 : 1 + int(topology[0]) * len(COLUMNS)].reshape(-1, len(COLUMNS)).tolist()]
         self.device = device
-        self.active = [k for k, r in enumerate(self.rows) if r.copies and r.n_src and r.n_dst]
-        others = sorted({KINDS[self.rows[k].kind] for k in self.active} - {DENSE})
+        self.active = [k for k, r in enumerate(self.rows) if r.copies and (r.count if KINDS[r.kind] == SPARSE else r.n_src and r.n_dst)]
+        others = sorted({KINDS[self.rows[k].kind] for k in self.active} - {DENSE, DIAGONAL, SPARSE})
+        self.lines = {k: Lines.of(self.rows[k], topology) for k in self.active if KINDS[self.rows[k].kind] in (DIAGONAL, SPARSE)}
+        self.lists = {k: tuple(torch.from_numpy(np.ascontiguousarray(t, np.int64)).to(device) for t in found) for k, found in self.lines.items()}
         self.unsupported = f"{', '.join(others)} blocks" if others else None
         self._works: dict = {}
         self._degrees: dict = {}
@@ -81,8 +105,13 @@ class Plan:
         """Number of messages of every output row, at least 1, float32 [rows]."""
         if rows not in self._degrees:
             count = np.zeros(rows, np.int64)
-            for r in (self.rows[k] for k in self.active):
-                count[(r.out + np.arange(r.copies)[:, None] * r.out_stride + np.arange(r.n_dst)).reshape(-1)] += r.n_src
+            for k in self.active:
+                r, base = self.rows[k], np.arange(self.rows[k].copies)[:, None]
+                if k in self.lines:
+                    dst, _, messages = self.lines[k].lines.T
+                    np.add.at(count, (r.out + base * r.out_stride + dst).reshape(-1), np.tile(messages, r.copies))
+                else:
+                    count[(r.out + base * r.out_stride + np.arange(r.n_dst)).reshape(-1)] += r.n_src
             self._degrees[rows] = torch.from_numpy(np.maximum(count, 1)).to(self.device, torch.float32)
         return self._degrees[rows]
 
@@ -98,7 +127,7 @@ class Work:
     """The panels of some blocks of a graph."""
 
     def __init__(self, plan: Plan, active: list[int]):
-        self.rows, self.device, self.active = plan.rows, plan.device, active
+        self.rows, self.lines, self.device, self.active = plan.rows, plan.lines, plan.device, active
         self.turns = self._turns()
         self._launches: dict = {}
 
@@ -115,9 +144,11 @@ class Work:
     def _panels(self, k: int, size: tuple[int, int]) -> np.ndarray:
         """[n, len(PANEL)] of one block; partial rows and slots are still their numbers: destinations, sources, edges in whole tiles."""
         row, (tall, wide) = self.rows[k], size
+        if k in self.lines:
+            row, (tall, wide) = row._replace(n_dst=len(self.lines[k].lines), n_src=TILE), (TILE, TILE)
         copy, j0, i0 = (a.reshape(-1) for a in np.meshgrid(np.arange(row.copies), np.arange(0, row.n_src, wide), np.arange(0, row.n_dst, tall), indexing="ij"))
         i1, j1 = np.minimum(i0 + tall, row.n_dst), np.minimum(j0 + wide, row.n_src)
-        return np.stack([np.full_like(i0, self.active.index(k)), copy, i0, i1, j0, j1, i1 - i0, j1 - j0, (i1 - i0) * -(-(j1 - j0) // TILE) * TILE], 1).astype(np.int64)
+        return np.stack([np.full_like(i0, self.active.index(k)), copy, i0, i1, j0, j1, i1 - i0, (i1 - i0) * TILE if k in self.lines else j1 - j0, (i1 - i0) * -(-(j1 - j0) // TILE) * TILE], 1).astype(np.int64)
 
     def reduce(self) -> Launch:
         """All panels of a forward pass; a partial row for each destination of a panel."""
@@ -126,8 +157,8 @@ class Work:
             count = panels[:, 6].copy()
             panels[:, 6] = np.cumsum(count) - count
             panels[:, 7:] = 0
-            key = self._keys(panels, count, [r.out for r in self.rows], [r.out_stride for r in self.rows], 2)
-            self._launches["reduce"] = self._launch(panels, key, np.repeat(panels[:, 5] - panels[:, 4], count), 0)
+            keys, messages = self._keys(panels, count, "out", "out_stride", False)
+            self._launches["reduce"] = self._launch(panels, keys, messages, 0)
         return self._launches["reduce"]
 
     def gradients(self, nodes: int, row_bytes: int, slot_bytes: int, block_bytes: int, budget: int) -> list[Launch]:
@@ -154,24 +185,36 @@ class Work:
             part[:, 6] = np.cumsum(tall + wide) - tall - wide
             part[:, 7] = part[:, 6] + tall
             part[:, 8] = np.cumsum(slots) - slots
-            dst, src = ([getattr(r, side) for r in self.rows] for side in ("dst", "src"))
-            stride = [r.node_stride for r in self.rows]
             keys = np.empty(int((tall + wide).sum()), np.int64)
-            keys[_runs(part[:, 6], tall)] = self._keys(part, tall, dst, stride, 2)
-            keys[_runs(part[:, 7], wide)] = nodes + self._keys(part, wide, src, stride, 4)
+            keys[_runs(part[:, 6], tall)] = self._keys(part, tall, "dst", "node_stride", False)[0]
+            found = self._keys(part, wide, "src", "node_stride", True)[0]
+            keys[_runs(part[:, 7], wide)] = np.where(found >= 0, nodes + found, -1)
             launches.append(self._launch(part, keys, np.zeros(len(keys), np.int64), int(slots.sum())))
         return launches
 
-    def _keys(self, panels: np.ndarray, count: np.ndarray, first: list[int], stride: list[int], column: int) -> np.ndarray:
-        """Of `count` rows from column `column` (i0, j0) of each panel on: the numbers of their nodes or output rows."""
-        block = np.array(self.active, np.int64)[panels[:, 0]] if len(panels) else panels[:, 0]
-        start = np.array([*first, 0], np.int64)[block] + panels[:, 1] * np.array([*stride, 0], np.int64)[block] + panels[:, column]
-        return np.repeat(start, count) + _within(count)
+    def _keys(self, panels: np.ndarray, count: np.ndarray, first: str, stride: str, sources: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Of `count` partial rows of each panel, of its destinations or `sources`: the nodes or output rows that they belong to (-1: none),
+        and the messages of each."""
+        start = np.array([[getattr(self.rows[k], first), getattr(self.rows[k], stride)] for k in self.active], np.int64).reshape(-1, 2)[panels[:, 0]]
+        owner, within = np.repeat(np.arange(len(panels)), count), _within(count)
+        place = panels[owner, 4 if sources else 2] + within
+        messages = (panels[:, 5] - panels[:, 4])[owner]
+        for number, k in enumerate(self.active):
+            if k not in self.lines:
+                continue
+            mine = np.flatnonzero(panels[owner, 0] == number)
+            lines, edges = self.lines[k]
+            line = panels[owner[mine], 2] + (within[mine] // TILE if sources else within[mine])
+            dst, begin, messages[mine] = lines[line].T
+            r = within[mine] % TILE
+            place[mine] = np.where(r < messages[mine], edges[begin + np.minimum(r, messages[mine] - 1), 0], -1) if sources else dst
+        return np.where(place >= 0, start[owner, 0] + panels[owner, 1] * start[owner, 1] + place, -1), messages
 
     def _launch(self, panels: np.ndarray, keys: np.ndarray, messages: np.ndarray, slots: int) -> Launch:
         order = np.argsort(keys, kind="stable")
+        order = order[keys[order] >= 0]
         found, starts = np.unique(keys[order], return_index=True)
-        tables = (found, np.append(starts, len(keys)), order, messages)
+        tables = (found, np.append(starts, len(order)), order, messages)
         sums = Sums(*(torch.from_numpy(np.ascontiguousarray(t, np.int64)).to(self.device) for t in tables))
         return Launch(torch.from_numpy(np.ascontiguousarray(panels)).to(self.device), len(panels), len(keys), slots, sums)
 
