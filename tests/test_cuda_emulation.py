@@ -45,8 +45,6 @@ SAMPLE_OF = {s.name: s for s in SAMPLES}
 
 def missing(s: Sample) -> str | None:
     """What of a sample the kernels do not run, as they say it."""
-    if s.encoder == "fourier" and s.table == "never":
-        return "Fourier features without a table"
     if s.table_range is not None:
         return "weights beyond the encoder's table"
     return "registers of 130 columns" if 130 in (s.width, s.hidden, s.features) else None

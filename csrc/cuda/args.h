@@ -5,7 +5,7 @@
 
 namespace ngk::cuda {
 
-enum Source : int { FROM_RAW, FROM_REGISTER, FROM_TABLE, FROM_NODES, FROM_COPY };
+enum Source : int { FROM_RAW, FROM_REGISTER, FROM_TABLE, FROM_NODES, FROM_COPY, FROM_FOURIER };
 
 // One step on the register of an edge: v = source + start [+ what was kept], then an activation. Registers are D columns wide, or two
 // halves of D columns (FiLM's scales and shifts), padded with zeros.
@@ -23,6 +23,7 @@ struct Stage {
   int sums;           // first block of 16 columns among the column sums: of its bias, then (FROM_RAW) of each direction and channel
   int held;      // 1: a later stage adds v of this one
   int mark;      // 1: gradients stop at its result, and go to a stored edge state
+  int frequencies, count, groups;  // FROM_FOURIER: place of [directions, count, channels] among the constants; matrices of D features each
 };
 constexpr int STAGE_INTS = sizeof(Stage) / sizeof(int);
 

@@ -37,6 +37,9 @@ struct Backprop {
 
   NGK_DEVICE bool wants_nodes() const { return g.need_nodes || g.need_parameters; }
 
+  // Whether products of a stage's gradient are wanted.
+  static NGK_DEVICE bool staged_too(const Stage& stage) { return stage.source == FROM_REGISTER || stage.source == FROM_FOURIER; }
+
   // ---- what a tile adds to ----
   NGK_DEVICE Element* rows(int64_t buffer) const {  // of this warp, at this lane's place in a fragment
     return staged + (buffer * WARPS * 16 + warp() * 16 + lane() / 4) * LD + lane() % 4 * 2;
@@ -189,7 +192,7 @@ struct Backprop {
         continue;
       }
       if (last.add >= 0) store8(waiting + c * FRAGMENTS, e);
-      if (last.source == FROM_REGISTER) P::stage(rows(0) + c * 16, LD, e);
+      if (staged_too(last)) P::stage(rows(0) + c * 16, LD, e);
       sink(last, 0, c, e);
     }
   }
@@ -221,14 +224,14 @@ struct Backprop {
         }
       }
       sink(last, 0, c, e);
-      if (last.source == FROM_REGISTER) P::stage(rows(0) + c * 16, LD, e);
+      if (staged_too(last)) P::stage(rows(0) + c * 16, LD, e);
       if (g.combine == FILM) {
         sink(last, 1, c, shift);
-        if (last.source == FROM_REGISTER) P::stage(rows(1) + c * 16, LD, shift);
+        if (staged_too(last)) P::stage(rows(1) + c * 16, LD, shift);
       }
       if (g.combine == PLAIN) continue;
       sink(last_query, 0, c, query_gradient);
-      if (last_query.source == FROM_REGISTER) P::stage(rows(g.message_buffer) + c * 16, LD, query_gradient);
+      if (staged_too(last_query)) P::stage(rows(g.message_buffer) + c * 16, LD, query_gradient);
     }
   }
 
@@ -245,6 +248,52 @@ struct Backprop {
         sync_block();
       }
       up = down;
+    }
+    const Stage& lowest = g.stages[first];
+    if (lowest.source == FROM_FOURIER && !lowest.mark && !stopped(first, last)) through_fourier(lowest, up);
+  }
+  NGK_DEVICE bool stopped(int first, int last) const {
+    for (int k = first; k < last; ++k)
+      if (g.stages[k].mark) return true;
+    return false;
+  }
+
+  // From the staged gradients of a stage to its features' matrices and frequencies' weights, D features at a time.
+  NGK_DEVICE void through_fourier(const Stage& stage, int64_t up) const {
+    NGK_ROLLED
+    for (int group = 0; group < stage.groups; ++group) {
+      NGK_ROLLED
+      for (int c = 0; c < KB; ++c) {
+        const int first = group * D + c * 16;
+        float f[8];
+        if (g.need_parameters) {
+          eval.fourier(stage, first, false, f);
+          P::stage(rows(g.inputs_buffer) + c * 16, LD, f);
+        }
+        if (!g.need_raw) continue;
+        float v[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+        for (int h = 0; h < stage.halves; ++h) {
+          const Element* w = eval.matrices + (static_cast<int64_t>(stage.back + group * stage.halves + h) * KB + c) * KB * FRAGMENTS + lane() * 8;
+          NGK_ROLLED
+          for (int k = 0; k < KB; ++k) P::multiply(v, P::staged(rows(up + h) + k * 16, LD), P::right(w + k * FRAGMENTS));
+        }
+        eval.fourier(stage, first, true, f);
+        for (int x = 0; x < g.channels; ++x) {
+          float total[2] = {0, 0};
+          NGK_UNROLL
+          for (int k = 0; k < 8; ++k) {
+            const int column = first + eval.column_of(k), q = column < stage.count ? column : column - stage.count;
+            if (column >= 2 * stage.count) continue;
+            const float b = eval.constants[stage.frequencies + (eval.block->direction * stage.count + q) * g.channels + x];
+            total[k / 2 % 2] = fmaf(v[k] * f[k], 6.283185307179586f * b, total[k / 2 % 2]);
+          }
+          add_feature_gradients(x, total);
+        }
+      }
+      if (!g.need_parameters) continue;
+      sync_block();
+      for (int h = 0; h < stage.halves; ++h) matrix_gradient(stage.gradient + group * stage.halves + h, up + h);
+      sync_block();
     }
   }
 
@@ -282,7 +331,7 @@ struct Backprop {
       }
       if (stage.add >= 0) store8(waiting + c * FRAGMENTS, v);
       if (g.need_parameters) P::stage(rows(g.inputs_buffer) + c * 16, LD, x);
-      if (stage.source == FROM_REGISTER) P::stage(rows(down) + c * 16, LD, v);
+      if (staged_too(stage)) P::stage(rows(down) + c * 16, LD, v);
       sink(stage, 0, c, v);
     }
   }

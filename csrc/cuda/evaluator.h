@@ -178,6 +178,8 @@ struct Evaluator {
       from_raw(stage, h, c, v);
     } else if (stage.source == FROM_TABLE) {
       from_table(stage, h, c, v);
+    } else if (stage.source == FROM_FOURIER) {
+      from_fourier(stage, h, c, v);
     } else if (stage.source == FROM_COPY) {
       NGK_UNROLL
       for (int k = 0; k < 8; ++k) {
@@ -224,6 +226,33 @@ struct Evaluator {
       NGK_UNROLL
       for (int e = 0; e < 4; ++e)
         if (cell < 0) v[e / 2 * 4 + r * 2 + e % 2] = NAN;  // weights beyond the table: there should be none
+    }
+  }
+
+  // The 16 features cos | sin of 2 pi b w from column `first` on, or (FROM_FOURIER's way back) their derivatives by 2 pi b w.
+  NGK_DEVICE void fourier(const Stage& stage, int first, bool derivative, float* v) const {
+    NGK_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      const int column = first + column_of(k), q = column < stage.count ? column : column - stage.count;
+      if (column >= 2 * stage.count) {
+        v[k] = 0;
+        continue;
+      }
+      const float *b = constants + stage.frequencies + (block->direction * stage.count + q) * g.channels, *w = features + row_of(k) * g.channels;
+      float t = 0, rest = 0, cosine, sine;
+      for (int x = 0; x < g.channels; ++x) t = fmaf(b[x], w[x], t);
+      if (g.channels == 1) t = b[0] * w[0], rest = fmaf(b[0], w[0], -t);  // the product's rounding error, put back after the turns are off
+      cos_sin_turns<Number>(t, rest, &cosine, &sine);
+      v[k] = column < stage.count ? (derivative ? -sine : cosine) : derivative ? cosine : sine;
+    }
+  }
+  NGK_DEVICE void from_fourier(const Stage& stage, int h, int c, float* v) const {
+    NGK_ROLLED
+    for (int k = 0; k < stage.groups * KB; ++k) {
+      float f[8];
+      fourier(stage, k * 16, false, f);
+      const Element* w = matrices + ((static_cast<int64_t>(stage.weight + k / KB * stage.halves + h) * KB + c) * KB + k % KB) * FRAGMENTS;
+      P::multiply(v, P::left(f), P::right(w + lane() * 8));
     }
   }
 

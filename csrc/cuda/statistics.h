@@ -33,7 +33,7 @@ struct Statistics {
       Four shift = seen ? load4(plane(1, c)) : Four{{0, 0, 0, 0}}, squares = seen ? load4(plane(2, c)) : Four{{0, 0, 0, 0}};
       NGK_UNROLL
       for (int e = 0; e < 4; ++e) {
-        if (!seen) shift.v[e] = m[value_of(e, ok[0] ? 0 : 1)];
+        if (!seen) shift.v[e] = ok[0] ? m[value_of(e, 0)] : m[value_of(e, 1)];
         NGK_UNROLL
         for (int h = 0; h < 2; ++h) {
           const float d = m[value_of(e, h)] - shift.v[e];

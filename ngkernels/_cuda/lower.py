@@ -15,9 +15,8 @@ import numpy as np
 from .. import program as prog
 
 WIDTHS = (16, 32, 64, 128)  # columns of a register
-FROM_RAW, FROM_REGISTER, FROM_TABLE, FROM_NODES, FROM_COPY = range(5)
+FROM_RAW, FROM_REGISTER, FROM_TABLE, FROM_NODES, FROM_COPY, FROM_FOURIER = range(6)
 NAMES = {
-    prog.FOURIER: "Fourier features without a table",
     prog.NORM: "layer norms of edge states",
     prog.MASK: "tokens among the nodes",
 }
@@ -44,6 +43,9 @@ class Stage(NamedTuple):
     sums: int = -1
     held: int = 0
     mark: int = 0
+    frequencies: int = -1
+    count: int = 0
+    groups: int = 0
 
 
 class Term(NamedTuple):
@@ -114,6 +116,10 @@ class _Lowering:
         if op == prog.ACT:
             self.attach(k, "act", arg0)
             return
+        if op == prog.FOURIER:
+            if self.stages:
+                raise Unsupported("raw features that are read beside their Fourier features")
+            return
         if op == prog.MARK:
             self.stages[-1]["mark"], self.stage_of[k] = 1, len(self.stages) - 1
             return
@@ -126,7 +132,8 @@ class _Lowering:
                 raise Unsupported("weights beyond the encoder's table")
             source, self.steps = FROM_TABLE, arg0
         else:
-            source = FROM_NODES if n_in == 0 else FROM_RAW if k == 1 and not self.stages else FROM_REGISTER
+            fourier = self.instructions[k - 1][0] == prog.FOURIER
+            source = FROM_NODES if n_in == 0 else FROM_FOURIER if fourier else FROM_RAW if k == 1 and not self.stages else FROM_REGISTER
             if arg1 >= 0:
                 raise Unsupported("updates that read reverse partners")
             if arg0 and source != FROM_RAW:
@@ -141,7 +148,7 @@ class _Lowering:
         """Whether raw features are more than the input of the first linear step."""
         if len(self.instructions) < 2:
             return True
-        return self.channels > 8 or self.instructions[1][0] not in (prog.LIN, prog.TABLE, *NAMES) or any(r[0] == prog.ADD and r[8] == 0 for r in self.instructions)
+        return (self.channels > 8 and self.instructions[1][0] == prog.LIN) or self.instructions[1][0] not in (prog.LIN, prog.TABLE, prog.FOURIER, *NAMES) or any(r[0] == prog.ADD and r[8] == 0 for r in self.instructions)
 
     def begin(self, k: int, source: int, width: int, **more) -> None:
         self.stages.append({"source": source, "width": width, "halves": 1, "act": -1, "add": -1, "held": 0, "mark": 0, "instruction": k, **more})
@@ -191,10 +198,18 @@ class _Lowering:
             if s["source"] == FROM_REGISTER:
                 found["weight"] = found["gradient"] = len(forward)
                 for h in range(s["halves"]):
-                    forward.append(self.packed(s, h, transposed=False))
-                    back.append(self.packed(s, h, transposed=True))
+                    forward.append(self.packed(s, h, False))
+                    back.append(self.packed(s, h, True))
+            if s["source"] == FROM_FOURIER:
+                count, frequencies = s["n_in"] // 2, self.instructions[s["instruction"] - 1][3]
+                found |= {"count": count, "groups": -(-s["n_in"] // self.d), "weight": len(forward), "gradient": len(forward)}
+                found["frequencies"] = constants.put(np.arange(frequencies, frequencies + self.directions * count * self.channels))
+                for group in range(found["groups"]):
+                    for h in range(s["halves"]):
+                        forward.append(self.packed(s, h, False, group * self.d))
+                        back.append(self.packed(s, h, True, group * self.d))
             stages.append(Stage(**found))
-        stages = [s._replace(back=s.weight + len(forward)) if s.source == FROM_REGISTER else s for s in stages]
+        stages = [s._replace(back=s.weight + len(forward)) if s.gradient >= 0 else s for s in stages]
         matrices = np.concatenate([np.zeros(0, np.int32), *forward, *(back if self.backward else [])])
         affine = -1 if self.affine < 0 else constants.put(np.arange(self.affine, self.affine + 2 * self.weights))
         deep = not whole and len(self.stages) - edges > 1
@@ -204,12 +219,13 @@ class _Lowering:
             (2, 3, 2, 4) if deep else (2, 2, 0, 3),
         )  # fmt: skip
 
-    def packed(self, s: dict, h: int, transposed: bool) -> np.ndarray:
-        """Parameters of a matrix [n_out, n_in] as right operands: [fragments of results, fragments of inputs, lanes, 8]."""
+    def packed(self, s: dict, h: int, transposed: bool, first: int = 0) -> np.ndarray:
+        """Parameters of a matrix [n_out, n_in], of its columns from `first` on, as right operands: [fragments of results, fragments of
+        inputs, lanes, 8]."""
         c, k, lane, e = np.meshgrid(np.arange(self.kb), np.arange(self.kb), np.arange(32), np.arange(8), indexing="ij")
         inner = k * 16 + 2 * (lane % 4) + np.array([0, 1, 8, 9])[e % 4]
         outer = c * 16 + e // 4 * 8 + lane // 4
-        i, o = (outer, inner) if transposed else (inner, outer)
+        i, o = (outer + first, inner) if transposed else (inner + first, outer)
         return np.where((o < s["width"]) & (i < s["n_in"]), s["w"] + (h * s["width"] + o) * s["n_in"] + i, -1).astype(np.int32).reshape(-1)
 
     def gradient_places(self, stages: Sequence[Stage], matrices: int) -> np.ndarray:
@@ -221,7 +237,8 @@ class _Lowering:
             for h in range(s["halves"]):
                 if stage.gradient >= 0:
                     o, i = np.meshgrid(column, np.arange(n_in), indexing="ij")
-                    fragment = ((stage.gradient + h) * self.kb + o // 16) * self.kb + i // 16
+                    matrix = stage.gradient + i // self.d * s["halves"] + h
+                    fragment = (matrix * self.kb + o // 16) * self.kb + i % self.d // 16
                     lane, value = o % 8 * 4 + i % 8 // 2, i % 16 // 8 * 4 + o % 16 // 8 * 2 + i % 2
                     places[s["w"] + (h * s["width"] + o) * n_in + i] = (fragment * 32 + lane) * 8 + value
                 if stage.bias >= 0:
