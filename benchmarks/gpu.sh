@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a machine with a GPU can tell about the Triton kernels: what it is, tests, compute-sanitizer, timings; logs go into $OUT, timings into
+# What a machine with a GPU can tell about the Triton and CUDA kernels: what it is, tests, compute-sanitizer, timings; logs go into $OUT, timings into
 # benchmarks/results/<device>. A step that fails does not stop the next one; the exit status says whether all passed. Needs no network.
 # PY: the Python to use. LONG=1: the whole matrix of tests and of timings (hours: every sample is compiled). Without it a step is cut off
 # where the LIMIT of all of them, 600 seconds, is used up, and what came after it is named as missing.
@@ -43,12 +43,14 @@ tests_of() {
 step device nvidia-smi
 step environment "$PY" -m ngkernels.env
 step device-tests tests_of -m 'not big' tests/test_triton_device.py
+step cuda-device-tests tests_of tests/test_cuda_device.py
 step node-map "$PY" -m pytest -q -p no:cacheprovider tests/test_node_map.py -k "not instruction_set and not gradcheck"
 step demo "$PY" -m neural_graphs.cli demo --smoke --device cuda --bf16 --out "$OUT/demo"
 step large "$PY" -m pytest -q -p no:cacheprovider -m big tests/test_triton_device.py
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 for tool in memcheck racecheck; do
     step "sanitizer-$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 "$PY" -m pytest -q -p no:cacheprovider tests/test_triton_device.py -k sanitizer
+    step "cuda-sanitizer-$tool" "$sanitizer" --tool "$tool" --error-exitcode 9 "$PY" -m pytest -q -p no:cacheprovider tests/test_cuda_device.py -k sanitizer
 done
 if [ -n "${LONG:-}" ]; then
     for name in aggregate readout checkpoint attend sparse random_expressions determinism; do

@@ -191,8 +191,8 @@ NGK_INLINE void fourier_row(const typename V::T* b, int m, int C, const typename
 // Cells of a tile's weights in the table, and the quintic Hermite weights of (value, slope, curvature) at the cell's two
 // ends with their derivatives: cell [n] (-1: beyond the table, NaN too), c and d [6][stride]; n is rounded up to W.
 template <class V>
-NGK_APART void hermite_cells(const typename V::T* value, int n, typename V::T steps, int64_t half, typename V::T* cell,
-                                             typename V::T* c, typename V::T* d, int stride) {
+NGK_APART void hermite_cells(const typename V::T* value, int n, typename V::T steps, int64_t half, typename V::T* cell, typename V::T* c,
+                             typename V::T* d, int stride) {
   using T = typename V::T;
   using R = typename V::R;
   const R one = V::set1(T(1)), three = V::set1(T(3)), six = V::set1(T(6)), lo = V::set1(T(-half)), hi = V::set1(T(half)), zero = V::zero();

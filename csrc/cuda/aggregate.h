@@ -9,10 +9,7 @@ namespace ngk::cuda {
 template <class P, int D>
 struct AggregateForward {
   static constexpr bool TOGETHER = true;  // threads work together
-  static NGK_DEVICE void emit(const Args& g, const Evaluator<P, D>& eval, const Panel& panel, int c,
-                              const typename P::Left* edge) {
-    float v[8];
-    eval.value(g.stages[g.edge_stages - 1], c, edge, v);
+  static NGK_DEVICE void emit(const Args& g, const Evaluator<P, D>& eval, const Panel& panel, int c, const float* v) {
     const Values& to = eval.block->values;
     NGK_UNROLL
     for (int k = 0; k < 8; ++k) {
@@ -29,22 +26,24 @@ struct AggregateForward {
     const Panel& panel = g.panels[number];
     const int fragments = eval.message_fragments();
     float* memory = placed_of_warp<float>(g.statistics, static_cast<int64_t>(STATISTIC_PLANES + 1) * fragments * LANES * 4);
+    NGK_ROLLED
     for (int64_t i = panel.i0; i < panel.i1; ++i) {
       Statistics stats{g, memory, fragments};
+      NGK_ROLLED
       for (int64_t j = panel.j0; j < panel.j1; j += 16) {
         eval.tile(panel, i, j, true);
         typename P::Left edge[D / 16], query[D / 16];
         eval.run(0, static_cast<int>(g.edge_stages) - 1, edge);
         eval.run(static_cast<int>(g.edge_stages), static_cast<int>(g.edge_stages + g.message_stages) - 1, query);
-        if (g.combine == EMIT) {
-          for (int c = 0; c < fragments; ++c) emit(g, eval, panel, c, edge);
-          continue;
-        }
         NGK_ROLLED
         for (int c = 0; c < fragments; ++c) {
           typename Evaluator<P, D>::Message m;
           eval.message(c, edge, query, &m);
-          if (eval.ok[0] || eval.ok[1]) stats.add(c, m.m, eval.ok);
+          if (g.combine == EMIT) {
+            emit(g, eval, panel, c, m.m);
+          } else if (eval.ok[0] || eval.ok[1]) {
+            stats.add(c, m.m, eval.ok);
+          }
         }
         stats.seen += static_cast<float>(eval.ok[0]) + static_cast<float>(eval.ok[1]);
       }

@@ -21,9 +21,11 @@ struct Stage {
   int back;           // FROM_REGISTER: transposed matrix
   int gradient;       // FROM_REGISTER: place among the gradients of matrices
   int sums;           // first block of 16 columns among the column sums: of its bias, then (FROM_RAW) of each direction and channel
-  int held;      // 1: a later stage adds v of this one
-  int mark;      // 1: gradients stop at its result, and go to a stored edge state
-  int frequencies, count, groups;  // FROM_FOURIER: place of [directions, count, channels] among the constants; matrices of D features each
+  int held;           // 1: a later stage adds v of this one
+  int mark;           // 1: gradients stop at its result, and go to a stored edge state
+  // FROM_FOURIER, and FROM_TABLE for weights beyond the table (groups 0: there are none): place of [directions, count, channels] among the
+  // constants; matrices of D features each.
+  int frequencies, count, groups;
 };
 constexpr int STAGE_INTS = sizeof(Stage) / sizeof(int);
 

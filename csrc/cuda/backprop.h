@@ -30,7 +30,9 @@ struct Backprop {
     waiting = placed_of_warp<float>(g.waiting, KB * FRAGMENTS) + lane() * 8;
     gradients = placed<float>(g.gradients);
     staged = placed<Element>(g.staged);
+    NGK_ROLLED
     for (int64_t k = 0; k < g.n_sums; ++k) store4(sums + k * LANES * 4, {{0, 0, 0, 0}});
+    NGK_ROLLED
     for (int64_t k = thread(); k < g.n_gradients * KB * KB * FRAGMENTS; k += WARPS * LANES) gradients[k] = 0;
     sync_block();
   }
@@ -38,7 +40,15 @@ struct Backprop {
   NGK_DEVICE bool wants_nodes() const { return g.need_nodes || g.need_parameters; }
 
   // Whether products of a stage's gradient are wanted.
-  static NGK_DEVICE bool staged_too(const Stage& stage) { return stage.source == FROM_REGISTER || stage.source == FROM_FOURIER; }
+  static NGK_DEVICE bool staged_too(const Stage& stage) { return stage.source == FROM_REGISTER || stage.groups; }
+  // Puts them down; of a table, those of weights beyond it.
+  NGK_DEVICE void stage_gradient(const Stage& stage, int64_t buffer, int c, const float* v) const {
+    if (!staged_too(stage)) return;
+    float x[8];
+    NGK_UNROLL
+    for (int k = 0; k < 8; ++k) x[k] = stage.source == FROM_TABLE && !eval.row_beyond(k) ? 0.0f : v[k];
+    P::stage(rows(buffer) + c * 16, LD, x);
+  }
 
   // ---- what a tile adds to ----
   NGK_DEVICE Element* rows(int64_t buffer) const {  // of this warp, at this lane's place in a fragment
@@ -50,12 +60,13 @@ struct Backprop {
     if (stage.node >= 0 && wants_nodes()) node_sums(stage.node + h * D + c * 16, v);
     if (stage.sums >= 0 && g.need_parameters) {
       add_columns(stage.sums + h * KB + c, v, 1, 1);
-      if (stage.source == FROM_RAW)
-        for (int k = 0; k < g.channels; ++k)
-          add_columns(stage.sums + ((1 + eval.block->direction * g.channels + k) * stage.halves + h) * KB + c, v,
-                      eval.features[lane() / 4 * g.channels + k], eval.features[(lane() / 4 + 8) * g.channels + k]);
+      if (stage.source == FROM_RAW) NGK_ROLLED
+      for (int k = 0; k < g.channels; ++k)
+        add_columns(stage.sums + ((1 + eval.block->direction * g.channels + k) * stage.halves + h) * KB + c, v,
+                    eval.features[lane() / 4 * g.channels + k], eval.features[(lane() / 4 + 8) * g.channels + k]);
     }
     if (stage.source == FROM_RAW && g.need_raw) {
+      NGK_ROLLED
       for (int k = 0; k < g.channels; ++k) {
         const float* w = eval.raw_weights(stage, k, h, c);
         float x[2] = {0, 0};
@@ -134,8 +145,9 @@ struct Backprop {
         if (active && g.need_table) g.curves[place * total_width + h * stage.width + c * 16 + column] = gz;
         if (!g.need_raw) continue;
         float slope = 0;
+        NGK_ROLLED
         for (int k = 0; k < 2 * TABLE_LINES; ++k) slope = fmaf(rise[k], line[k * total_width + column], slope);
-        x[r] = fmaf(gz, cell < 0 ? NAN : slope * static_cast<float>(int64_t(1) << g.steps), x[r]);
+        x[r] = fmaf(gz, cell < 0 ? (stage.groups ? 0.0f : NAN) : slope * static_cast<float>(int64_t(1) << g.steps), x[r]);
       }
     }
     if (g.need_raw) add_feature_gradients(0, x);
@@ -144,6 +156,7 @@ struct Backprop {
   // ---- one tile ----
   NGK_DEVICE void clear_features() const {
     sync_warp();
+    NGK_ROLLED
     for (int k = lane(); k < 16 * g.channels; k += LANES) eval.feature_gradients[k] = 0;
     sync_warp();
   }
@@ -155,6 +168,7 @@ struct Backprop {
     if (!e.ok) return;
     const Dtype dtype = static_cast<Dtype>(to.dtype);
     const float scale = eval.block->affine >= 0 ? eval.constants[eval.block->affine] : 1.0f;
+    NGK_ROLLED
     for (int c = 0; c < g.channels; ++c) {
       char* p = element_of(to, panel->copy, eval.destination, e.raw, c);
       const float x = eval.feature_gradients[lane() * g.channels + c] * scale;
@@ -170,7 +184,8 @@ struct Backprop {
     for (int k = 0; k < 8; ++k) {
       const int column = c * 16 + eval.column_of(k);
       if (eval.ok[k / 2 % 2] && column < g.carrier_width)
-        write_value<float>(element_of(to, panel->copy, eval.destination, eval.place[k / 2 % 2], column), static_cast<Dtype>(to.dtype), v[k]);
+        write_value<float>(element_of(to, panel->copy, eval.destination, eval.place[k / 2 % 2], column), static_cast<Dtype>(to.dtype),
+                           v[k]);
     }
   }
 
@@ -185,14 +200,16 @@ struct Backprop {
       for (int k = 0; k < 8; ++k) {
         const int column = c * 16 + eval.column_of(k);
         const bool there = eval.ok[k / 2 % 2] && column < g.width && from.data;
-        e[k] = there ? read_value<float>(element_of(from, panel->copy, eval.destination, eval.place[k / 2 % 2], column), static_cast<Dtype>(from.dtype)) : 0.0f;
+        e[k] = there ? read_value<float>(element_of(from, panel->copy, eval.destination, eval.place[k / 2 % 2], column),
+                                         static_cast<Dtype>(from.dtype))
+                     : 0.0f;
       }
       if (last.mark) {
         carry(c, e);
         continue;
       }
       if (last.add >= 0) store8(waiting + c * FRAGMENTS, e);
-      if (staged_too(last)) P::stage(rows(0) + c * 16, LD, e);
+      stage_gradient(last, 0, c, e);
       sink(last, 0, c, e);
     }
   }
@@ -224,14 +241,14 @@ struct Backprop {
         }
       }
       sink(last, 0, c, e);
-      if (staged_too(last)) P::stage(rows(0) + c * 16, LD, e);
+      stage_gradient(last, 0, c, e);
       if (g.combine == FILM) {
         sink(last, 1, c, shift);
-        if (staged_too(last)) P::stage(rows(1) + c * 16, LD, shift);
+        stage_gradient(last, 1, c, shift);
       }
       if (g.combine == PLAIN) continue;
       sink(last_query, 0, c, query_gradient);
-      if (staged_too(last_query)) P::stage(rows(g.message_buffer) + c * 16, LD, query_gradient);
+      stage_gradient(last_query, g.message_buffer, c, query_gradient);
     }
   }
 
@@ -244,13 +261,22 @@ struct Backprop {
       below(upper, g.stages[k], up, down);
       if (g.need_parameters) {
         sync_block();
+        NGK_ROLLED
         for (int h = 0; h < upper.halves; ++h) matrix_gradient(upper.gradient + h, up + h);
         sync_block();
       }
       up = down;
     }
     const Stage& lowest = g.stages[first];
-    if (lowest.source == FROM_FOURIER && !lowest.mark && !stopped(first, last)) through_fourier(lowest, up);
+    if (!lowest.groups || stopped(first, last)) return;
+    if (lowest.source == FROM_FOURIER || beyond_table()) through_fourier(lowest, up);
+    if (lowest.source == FROM_TABLE) sync_block();  // all have seen all weights
+  }
+  // Whether any warp has weights beyond the table.
+  NGK_DEVICE bool beyond_table() const {
+    sync_block();
+    const int64_t size = eval.features_of_warp();
+    return eval.beyond(eval.hermite - warp() * size, WARPS * 16, size);
   }
   NGK_DEVICE bool stopped(int first, int last) const {
     for (int k = first; k < last; ++k)
@@ -265,19 +291,18 @@ struct Backprop {
       NGK_ROLLED
       for (int c = 0; c < KB; ++c) {
         const int first = group * D + c * 16;
-        float f[8];
-        if (g.need_parameters) {
-          eval.fourier(stage, first, false, f);
-          P::stage(rows(g.inputs_buffer) + c * 16, LD, f);
-        }
+        if (g.need_parameters) P::stage(rows(g.inputs_buffer) + c * 16, LD, eval.fourier(stage, first, false).v);
         if (!g.need_raw) continue;
         float v[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+        NGK_ROLLED
         for (int h = 0; h < stage.halves; ++h) {
-          const Element* w = eval.matrices + (static_cast<int64_t>(stage.back + group * stage.halves + h) * KB + c) * KB * FRAGMENTS + lane() * 8;
+          const Element* w =
+              eval.matrices + (static_cast<int64_t>(stage.back + group * stage.halves + h) * KB + c) * KB * FRAGMENTS + lane() * 8;
           NGK_ROLLED
           for (int k = 0; k < KB; ++k) P::multiply(v, P::staged(rows(up + h) + k * 16, LD), P::right(w + k * FRAGMENTS));
         }
-        eval.fourier(stage, first, true, f);
+        const Eight f = eval.fourier(stage, first, true);
+        NGK_ROLLED
         for (int x = 0; x < g.channels; ++x) {
           float total[2] = {0, 0};
           NGK_UNROLL
@@ -285,13 +310,14 @@ struct Backprop {
             const int column = first + eval.column_of(k), q = column < stage.count ? column : column - stage.count;
             if (column >= 2 * stage.count) continue;
             const float b = eval.constants[stage.frequencies + (eval.block->direction * stage.count + q) * g.channels + x];
-            total[k / 2 % 2] = fmaf(v[k] * f[k], 6.283185307179586f * b, total[k / 2 % 2]);
+            total[k / 2 % 2] = fmaf(v[k] * f.v[k], 6.283185307179586f * b, total[k / 2 % 2]);
           }
           add_feature_gradients(x, total);
         }
       }
       if (!g.need_parameters) continue;
       sync_block();
+      NGK_ROLLED
       for (int h = 0; h < stage.halves; ++h) matrix_gradient(stage.gradient + group * stage.halves + h, up + h);
       sync_block();
     }
@@ -301,6 +327,7 @@ struct Backprop {
     Left a[2][KB];
     NGK_UNROLL
     for (int h = 0; h < 2; ++h) NGK_UNROLL
+    NGK_ROLLED
     for (int k = 0; k < KB; ++k)
       if (h < upper.halves) a[h][k] = P::staged(rows(up + h) + k * 16, LD);
     NGK_ROLLED
@@ -331,7 +358,7 @@ struct Backprop {
       }
       if (stage.add >= 0) store8(waiting + c * FRAGMENTS, v);
       if (g.need_parameters) P::stage(rows(g.inputs_buffer) + c * 16, LD, x);
-      if (staged_too(stage)) P::stage(rows(down) + c * 16, LD, v);
+      stage_gradient(stage, down, c, v);
       sink(stage, 0, c, v);
     }
   }
@@ -339,6 +366,7 @@ struct Backprop {
   // Adds the product of staged gradients, transposed, and inputs over all edges of the block; 16 x 16 numbers at a time are one warp's.
   NGK_DEVICE void matrix_gradient(int64_t matrix, int64_t buffer) const {
     const Element *gz = staged + buffer * WARPS * 16 * LD, *x = staged + g.inputs_buffer * WARPS * 16 * LD;
+    NGK_ROLLED
     for (int u = warp(); u < KB * KB; u += WARPS) {
       float* own = gradients + (matrix * KB * KB + u) * FRAGMENTS + lane() * 8;
       float acc[8];
@@ -354,10 +382,12 @@ struct Backprop {
   NGK_DEVICE void clear_sources() const {
     if (!wants_nodes()) return;
     const float none[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    NGK_ROLLED
     for (int64_t c = 0; c < g.columns / 16; ++c) store8(sources + c * FRAGMENTS, none);
   }
   NGK_DEVICE void write_sources() const {
     if (!wants_nodes()) return;
+    NGK_ROLLED
     for (int64_t c = 0; c < g.columns / 16; ++c) {
       float v[8];
       load8(sources + c * FRAGMENTS, v);
@@ -371,13 +401,16 @@ struct Backprop {
     sync_block();
     const int64_t n = g.n_gradients * KB * KB * FRAGMENTS;
     float *to = g.parameters + block() * (n + g.n_sums * 16), *all = placed<float>(g.sums);
+    NGK_ROLLED
     for (int64_t k = thread(); k < n; k += WARPS * LANES) to[k] = gradients[k];
+    NGK_ROLLED
     for (int64_t k = thread(); k < g.n_sums * 16; k += WARPS * LANES) {
       const int column = static_cast<int>(k % 16);
       float total = 0;
-      for (int w = 0; w < WARPS; ++w)
-        for (int r = 0; r < 8; ++r)
-          total += all[(w * g.n_sums + k / 16) * LANES * 4 + (r * 4 + column % 8 / 2) * 4 + column / 8 * 2 + column % 2];
+      NGK_ROLLED
+      for (int w = 0; w < WARPS; ++w) NGK_ROLLED
+      for (int r = 0; r < 8; ++r)
+        total += all[(w * g.n_sums + k / 16) * LANES * 4 + (r * 4 + column % 8 / 2) * 4 + column / 8 * 2 + column % 2];
       to[n + k] = total;
     }
   }
@@ -393,12 +426,14 @@ struct AggregateBackward {
     Backprop<P, D> back(g, eval);
     const int64_t first = g.first_panel + block() * WARPS, number = first + warp();
     int64_t most = 0;
+    NGK_ROLLED
     for (int w = 0; w < WARPS; ++w)
       if (first + w < g.n_panels && tiles(g.panels[first + w]) > most) most = tiles(g.panels[first + w]);
     const Panel& panel = g.panels[number < g.n_panels ? number : first];
     const bool lines = g.blocks[panel.block].lines;  // each of them is a strip of its own
     const int64_t own = number < g.n_panels ? tiles(panel) : 0, height = lines ? 1 : panel.i1 - panel.i0;
     back.panel = &panel;
+    NGK_ROLLED
     for (int64_t at = 0; at < most; ++at) {
       back.active = at < own;
       back.number = at;

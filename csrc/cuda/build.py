@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -65,12 +66,13 @@ def compile_one(nvcc: str, source: Path, target: Path, options: list[str]) -> st
     return log.read_text()
 
 
-def compile_all(nvcc: str, folder: Path, options: list[str], jobs: int | None = None) -> list[Path]:
-    """The object files of all sources, in `folder`."""
+def compile_all(nvcc: str, folder: Path, options: list[str], jobs: int | None = None, chosen: Sequence[Path] | None = None) -> list[Path]:
+    """The object files of all sources, or of those `chosen`, in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    targets = [folder / f"{p.stem}.o" for p in sources()]
+    chosen = sources() if chosen is None else chosen
+    targets = [folder / f"{p.stem}.o" for p in chosen]
     with ThreadPoolExecutor(jobs or int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda pair: compile_one(nvcc, *pair, options), zip(sources(), targets)))
+        list(pool.map(lambda pair: compile_one(nvcc, *pair, options), zip(chosen, targets)))
     return targets
 
 

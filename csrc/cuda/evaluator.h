@@ -60,10 +60,39 @@ NGK_DEVICE char* element_of(const Values& v, int64_t copy, int64_t i, int64_t j,
 
 constexpr int HERMITE = 16;  // numbers of an edge: weights of the table's lines, of their derivatives, the cell (-1: beyond the table)
 
+struct Eight {
+  float v[8];
+};
+// The 16 features cos | sin of 2 pi b w from column `first` on, or their derivatives by 2 pi b w. b: [count, channels]; w: of this lane's
+// first row. One at a time: the code is long.
+NGK_DEVICE Eight fourier_features(const float* b, int count, const float* w, int channels, int first, bool derivative) {
+  Eight f;
+  NGK_ROLLED
+  for (int k = 0; k < 4; ++k) {
+    const int column = first + k / 2 * 8 + lane() % 4 * 2 + k % 2, q = column < count ? column : column - count;
+    float x[2] = {0, 0};
+    NGK_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      if (column >= 2 * count) break;
+      const float *frequency = b + static_cast<int64_t>(q) * channels, *weight = w + 8 * h * channels;
+      float t = 0, rest = 0, cosine, sine;
+      NGK_ROLLED
+      for (int c = 0; c < channels; ++c) t = fmaf(frequency[c], weight[c], t);
+      // of one channel: the product's rounding error, put back after the turns are off
+      if (channels == 1) t = frequency[0] * weight[0], rest = fmaf(frequency[0], weight[0], -t);
+      cos_sin_turns<Number>(t, rest, &cosine, &sine);
+      x[h] = column < count ? (derivative ? -sine : cosine) : derivative ? cosine : sine;
+    }
+    NGK_UNROLL
+    for (int e = 0; e < 4; ++e)
+      if (e == k) f.v[e / 2 * 4 + e % 2] = x[0], f.v[e / 2 * 4 + 2 + e % 2] = x[1];
+  }
+  return f;
+}
+
 template <class P, int D>
 struct Evaluator {
   static constexpr int KB = D / 16, FRAGMENTS = 256;  // fragments of a row of a register; numbers of a fragment
-  static constexpr bool ROLLED = D > 32;              // one fragment's code for all: smaller and sooner compiled
   using Left = typename P::Left;
   using Element = typename P::Element;
 
@@ -93,15 +122,17 @@ struct Evaluator {
     return {e[0], e[1], e[2], r < line[2]};
   }
 
+  NGK_DEVICE int64_t features_of_warp() const { return 16 * (2 * g.channels + (g.table ? HERMITE : 0)); }
+
   // Copies what all warps read into shared memory. Every thread of the block comes here.
   NGK_DEVICE explicit Evaluator(const Args& args) : g(args) {
-    const int64_t size = 16 * (2 * g.channels + (g.table ? HERMITE : 0));
-    features = placed_of_warp<float>(g.features, size);
+    features = placed_of_warp<float>(g.features, features_of_warp());
     feature_gradients = features + 16 * g.channels;
     hermite = feature_gradients + 16 * g.channels;
     stash = placed_of_warp<float>(g.stash, g.n_slots * KB * FRAGMENTS) + lane() * 8;
     carry = placed_of_warp<Left>(g.carry, KB * LANES) + lane();
     float* own = placed<float>(g.constants_copied);
+    NGK_ROLLED
     for (int64_t k = thread(); k < g.n_constants; k += WARPS * LANES) own[k] = g.constants[k];
     constants = own;
     matrices = static_cast<const Element*>(g.matrices);
@@ -109,6 +140,7 @@ struct Evaluator {
       float* copy = placed<float>(g.copied);
       const float* from = static_cast<const float*>(g.matrices);
       const int64_t n = g.matrices_copied * static_cast<int64_t>(sizeof(Element)) / 16;
+      NGK_ROLLED
       for (int64_t k = thread(); k < n; k += WARPS * LANES) store4(copy + 4 * k, load4(from + 4 * k));
       matrices = reinterpret_cast<const Element*>(copy);
     }
@@ -136,6 +168,7 @@ struct Evaluator {
 
   NGK_DEVICE void load_features(const Panel& panel, const Edge& e, bool there) {
     const Values& raw = block->raw;
+    NGK_ROLLED
     for (int c = 0; c < g.channels; ++c) {
       float x = 0;
       if (there && e.ok && raw.data) {
@@ -209,12 +242,29 @@ struct Evaluator {
   NGK_DEVICE const float* table_line(const Stage& stage, int64_t cell, int h, int c) const {
     return g.table + (block->direction * g.table_nodes + cell) * TABLE_LINES * stage.width * stage.halves + h * stage.width + c * 16;
   }
+  // Whether any of `rows` edges, from those of this lane's warp or of all, has a weight beyond the table.
+  NGK_DEVICE bool beyond(const float* hermite_rows, int rows, int64_t stride) const {
+    bool any = false;
+    NGK_ROLLED
+    for (int r = 0; r < rows; ++r) any |= hermite_rows[r / 16 * stride + r % 16 * HERMITE + 12] < 0;
+    return any;
+  }
+  NGK_DEVICE bool row_beyond(int k) const { return hermite[row_of(k) * HERMITE + 12] < 0; }
+
   NGK_DEVICE void from_table(const Stage& stage, int h, int c, float* v) const {
+    float direct[8];
+    const bool some = stage.groups && beyond(hermite, 16, 0);
+    if (some) {
+      NGK_UNROLL
+      for (int k = 0; k < 8; ++k) direct[k] = v[k];
+      from_fourier(stage, h, c, direct);
+    }
     NGK_UNROLL
     for (int r = 0; r < 2; ++r) {
       const float* weights = hermite + (lane() / 4 + 8 * r) * HERMITE;
       const float cell = weights[12];
       const float* line = table_line(stage, cell < 0 ? 0 : static_cast<int64_t>(cell), h, c);
+      NGK_ROLLED
       for (int k = 0; k < 2 * TABLE_LINES; ++k) {
         NGK_UNROLL
         for (int e = 0; e < 4; ++e) {
@@ -225,88 +275,84 @@ struct Evaluator {
       }
       NGK_UNROLL
       for (int e = 0; e < 4; ++e)
-        if (cell < 0) v[e / 2 * 4 + r * 2 + e % 2] = NAN;  // weights beyond the table: there should be none
+        if (cell < 0) v[e / 2 * 4 + r * 2 + e % 2] = some ? direct[e / 2 * 4 + r * 2 + e % 2] : NAN;  // NaN: there should be none
     }
   }
 
-  // The 16 features cos | sin of 2 pi b w from column `first` on, or (FROM_FOURIER's way back) their derivatives by 2 pi b w.
-  NGK_DEVICE void fourier(const Stage& stage, int first, bool derivative, float* v) const {
-    NGK_UNROLL
-    for (int k = 0; k < 8; ++k) {
-      const int column = first + column_of(k), q = column < stage.count ? column : column - stage.count;
-      if (column >= 2 * stage.count) {
-        v[k] = 0;
-        continue;
-      }
-      const float *b = constants + stage.frequencies + (block->direction * stage.count + q) * g.channels, *w = features + row_of(k) * g.channels;
-      float t = 0, rest = 0, cosine, sine;
-      for (int x = 0; x < g.channels; ++x) t = fmaf(b[x], w[x], t);
-      if (g.channels == 1) t = b[0] * w[0], rest = fmaf(b[0], w[0], -t);  // the product's rounding error, put back after the turns are off
-      cos_sin_turns<Number>(t, rest, &cosine, &sine);
-      v[k] = column < stage.count ? (derivative ? -sine : cosine) : derivative ? cosine : sine;
-    }
+  NGK_DEVICE Eight fourier(const Stage& stage, int first, bool derivative) const {
+    return fourier_features(constants + stage.frequencies + block->direction * stage.count * g.channels, stage.count,
+                            features + lane() / 4 * g.channels, static_cast<int>(g.channels), first, derivative);
   }
   NGK_DEVICE void from_fourier(const Stage& stage, int h, int c, float* v) const {
     NGK_ROLLED
     for (int k = 0; k < stage.groups * KB; ++k) {
-      float f[8];
-      fourier(stage, k * 16, false, f);
+      const Eight f = fourier(stage, k * 16, false);
       const Element* w = matrices + ((static_cast<int64_t>(stage.weight + k / KB * stage.halves + h) * KB + c) * KB + k % KB) * FRAGMENTS;
-      P::multiply(v, P::left(f), P::right(w + lane() * 8));
+      P::multiply(v, P::left(f.v), P::right(w + lane() * 8));
     }
   }
 
   NGK_DEVICE float* kept(int slot, int c) const { return stash + (static_cast<int64_t>(slot) * KB + c) * FRAGMENTS; }
 
-  // v of a stage, fragment c.
-  NGK_DEVICE void value(const Stage& stage, int c, const Left* a, float* v) const {
-    fragment(stage, 0, c, a, v);
-    if (stage.add < 0) return;
-    float d[8];
-    load8(kept(stage.add, c), d);
-    NGK_UNROLL
-    for (int k = 0; k < 8; ++k) v[k] += d[k];
-  }
   // A stage, from the register a to the next one, fragment c.
   NGK_DEVICE Left next(const Stage& stage, int c, const Left* a) const {
     float v[8], d[8];
-    value(stage, c, a, v);
+    fragment(stage, 0, c, a, v);
+    if (stage.add >= 0) {
+      load8(kept(stage.add, c), d);
+      NGK_UNROLL
+      for (int k = 0; k < 8; ++k) v[k] += d[k];
+    }
     if (stage.slot >= 0) store8(kept(stage.slot, c), v);
     if (stage.act >= 0) activate8(stage.act, v, d);
     return P::left(v);
   }
 
-  // Stages first .. last - 1; a: the register that the next one reads.
+  // Stages first .. last - 1; a: the register that the next one reads. One fragment's code serves all: unrolled, it is many times as long.
   NGK_DEVICE void run(int first, int last, Left* a) const {
     NGK_ROLLED
     for (int k = first; k < last; ++k) {
-      if constexpr (ROLLED) {
-        NGK_ROLLED
-        for (int c = 0; c < KB; ++c) carry[c * LANES] = next(g.stages[k], c, a);
-        NGK_UNROLL
-        for (int c = 0; c < KB; ++c) a[c] = carry[c * LANES];
-      } else {
-        Left b[KB];
-        NGK_UNROLL
-        for (int c = 0; c < KB; ++c) b[c] = next(g.stages[k], c, a);
-        NGK_UNROLL
-        for (int c = 0; c < KB; ++c) a[c] = b[c];
-      }
+      NGK_ROLLED
+      for (int c = 0; c < KB; ++c) carry[c * LANES] = next(g.stages[k], c, a);
+      NGK_UNROLL
+      for (int c = 0; c < KB; ++c) a[c] = carry[c * LANES];
     }
   }
 
   // The parts of fragment c of a message: m = e, s q + t, sigmoid(s) q or s q.
   struct Message {
-    float e[8], shift[8], q[8], m[8];
+    float e[8] = {}, shift[8] = {}, q[8] = {}, m[8];
   };
   NGK_DEVICE void message(int c, const Left* edge, const Left* query, Message* out) const {
-    value(g.stages[g.edge_stages - 1], c, edge, out->e);
-    if (g.combine == FILM) fragment(g.stages[g.edge_stages - 1], 1, c, edge, out->shift);
-    if (g.combine != PLAIN) fragment(g.stages[g.edge_stages + g.message_stages - 1], 0, c, query, out->q);
+    const int last = static_cast<int>(g.edge_stages) - 1;
+    NGK_ROLLED
+    for (int part = 0; part < 3; ++part) {  // one piece of code for all three
+      if (part == 1 ? g.combine != FILM : part == 2 && (g.combine == PLAIN || g.combine == EMIT)) continue;
+      Left a[KB];
+      NGK_UNROLL
+      for (int k = 0; k < KB; ++k) a[k] = part == 2 ? query[k] : edge[k];
+      const Stage& stage = g.stages[part == 2 ? last + g.message_stages : last];
+      float v[8];
+      fragment(stage, part == 1, c, a, v);
+      if (stage.add >= 0) {
+        float d[8];
+        load8(kept(stage.add, c), d);
+        NGK_UNROLL
+        for (int k = 0; k < 8; ++k) v[k] += d[k];
+      }
+      NGK_UNROLL
+      for (int k = 0; k < 8; ++k) {
+        out->e[k] = part == 0 ? v[k] : out->e[k];
+        out->shift[k] = part == 1 ? v[k] : out->shift[k];
+        out->q[k] = part == 2 ? v[k] : out->q[k];
+      }
+    }
     NGK_UNROLL
     for (int k = 0; k < 8; ++k) {
       if (g.combine == GATE) out->e[k] = sigmoid<Number>(out->e[k]);
-      out->m[k] = g.combine == PLAIN ? out->e[k] : g.combine == FILM ? fmaf(out->e[k], out->q[k], out->shift[k]) : out->e[k] * out->q[k];
+      out->m[k] = g.combine == PLAIN || g.combine == EMIT ? out->e[k]
+                  : g.combine == FILM                     ? fmaf(out->e[k], out->q[k], out->shift[k])
+                                                          : out->e[k] * out->q[k];
     }
   }
   NGK_DEVICE int message_fragments() const { return static_cast<int>((g.width + 15) / 16); }

@@ -138,7 +138,7 @@ class Call:
         found = {
             "features": warp * 16 * (2 * low.channels + (HERMITE if low.steps >= 0 else 0)),
             "stash": warp * low.slots * kb * 256,
-            "carry": (WARPS * kb * LANES * 8 * element) if low.d > 32 else 0,
+            "carry": WARPS * kb * LANES * 8 * element,
             "copied": low.matrices.size * element,
             "constants_copied": 4 * low.constants.size,
         }

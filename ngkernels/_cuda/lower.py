@@ -128,13 +128,12 @@ class _Lowering:
             self.stages[self.stage_of[arg0]]["held"] = 1
             return
         if op == prog.TABLE:
-            if w >= 0:
-                raise Unsupported("weights beyond the encoder's table")
-            source, self.steps = FROM_TABLE, arg0
+            source, self.steps, fourier = FROM_TABLE, arg0, arg1 if w >= 0 else -1
+            n_in = 2 * n_in if w >= 0 else 0
         else:
-            fourier = self.instructions[k - 1][0] == prog.FOURIER
-            source = FROM_NODES if n_in == 0 else FROM_FOURIER if fourier else FROM_RAW if k == 1 and not self.stages else FROM_REGISTER
-            if arg1 >= 0:
+            fourier = self.instructions[k - 1][3] if self.instructions[k - 1][0] == prog.FOURIER else -1
+            source = FROM_NODES if n_in == 0 else FROM_FOURIER if fourier >= 0 else FROM_RAW if k == 1 and not self.stages else FROM_REGISTER
+            if arg1 >= 0 and op == prog.LIN:
                 raise Unsupported("updates that read reverse partners")
             if arg0 and source != FROM_RAW:
                 raise Unsupported("reciprocal features whose register is read twice")
@@ -142,7 +141,7 @@ class _Lowering:
         if halves == 2 and x >= 0:
             raise Unsupported("node terms of FiLM's scales")
         term = (x, wd, ws) if x >= 0 else None
-        self.begin(k, source, n_out // halves, halves=halves, n_in=n_in, w=w, b=b, term=term, step=arg0)
+        self.begin(k, source, n_out // halves, halves=halves, n_in=n_in, w=w, b=b, term=term, step=arg0, fourier=fourier)
 
     def raw_is_a_register(self) -> bool:
         """Whether raw features are more than the input of the first linear step."""
@@ -200,8 +199,8 @@ class _Lowering:
                 for h in range(s["halves"]):
                     forward.append(self.packed(s, h, False))
                     back.append(self.packed(s, h, True))
-            if s["source"] == FROM_FOURIER:
-                count, frequencies = s["n_in"] // 2, self.instructions[s["instruction"] - 1][3]
+            if s.get("fourier", -1) >= 0:  # the features themselves, or those of weights beyond the table
+                count, frequencies = s["n_in"] // 2, s["fourier"]
                 found |= {"count": count, "groups": -(-s["n_in"] // self.d), "weight": len(forward), "gradient": len(forward)}
                 found["frequencies"] = constants.put(np.arange(frequencies, frequencies + self.directions * count * self.channels))
                 for group in range(found["groups"]):
