@@ -27,9 +27,9 @@ bool supports(const char* name) {
 // 176 GFLOP/s a core).
 const Isa& isa_for(int64_t compute) {
 #if defined(__x86_64__)
-  const bool pays = __builtin_cpu_is("amd");
-  if (forced == "avx512_bf16" || (forced.empty() && compute == 1 && pays && supports("avx512_bf16"))) {
-    if (compute == 1) return isa_avx512_bf16();
+  const bool pays = __builtin_cpu_is("amd"), low = compute & 1;  // above this bit stands the backend
+  if (forced == "avx512_bf16" || (forced.empty() && low && pays && supports("avx512_bf16"))) {
+    if (low) return isa_avx512_bf16();
     return isa_avx512();
   }
   if (forced == "avx512" || (forced.empty() && supports("avx512"))) return isa_avx512();
