@@ -6,6 +6,7 @@ memory, the order of threads. What is not: that a device does what the PTX manua
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -222,20 +223,35 @@ PATCHES = (
     ("rows-of-a-fragment-exchanged", "precision.h", "{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])", "{pack_bf16(v[2], v[3]), pack_bf16(v[0], v[1])"),
     ("tf32-columns-in-their-own-order", "precision.h", "{v[0], v[2], v[1], v[3],", "{v[0], v[2], v[3], v[1],"),
     ("transposed-rows-exchanged", "precision.h", "(lane() / 16 * 8 + lane() % 8) * ld + lane() / 8 % 2 * 8", "(lane() / 8 % 2 * 8 + lane() % 8) * ld + lane() / 16 * 8"),
-    ("no-barrier-before-the-product", "backprop.h", "        sync_block();\n        for (int h = 0", "        for (int h = 0"),
     ("no-barrier-after-the-product", "backprop.h", "matrix_gradient(upper.gradient + h, up + h);\n        sync_block();", "matrix_gradient(upper.gradient + h, up + h);"),
     ("features-read-before-they-are-there", "evaluator.h", "edge(panel, j, lane()), there);\n    sync_warp();", "edge(panel, j, lane()), there);"),
     ("residual-gradient-lost", "backprop.h", "if (stage.add >= 0) store8(", "if (false) store8("),
     ("second-half-forgotten", "backprop.h", "if (h >= upper.halves) break;", "if (h >= 1) break;"),
     ("strip-overwrites-the-last-one", "backprop.h", "*to = strip && !eval.line ? *to + total : total;", "*to = total;"),
     ("variance-between-lanes-lost", "statistics.h", "*squares + (other_squares + delta * delta * (na * nb / n))", "*squares + other_squares"),
-    ("ties-of-other-lanes-lost", "statistics.h", "*ties + (other == *best ? count : 0.0f)", "*ties"),
     ("reversed-blocks-overwrite", "backprop.h", "eval.block->add ? x + read_value<float>(p, dtype) : x", "x"),
     ("line-of-one-edge", "evaluator.h", "3 * (line[1] + (r < line[2] ? r : 0))", "3 * line[1]"),
     ("table-and-features-both", "backprop.h", "stage.source == FROM_TABLE && !eval.row_beyond(k) ? 0.0f : v[k]", "v[k]"),
     ("beyond-the-table-forgotten", "backprop.h", "if (lowest.source == FROM_FOURIER || beyond_table())", "if (lowest.source == FROM_FOURIER)"),
-    ("gradients-pass-a-stored-state", "backprop.h", "k >= first && !g.stages[k + 1].mark", "k >= first"),
 )  # fmt: skip
+
+
+def passes(library: Path) -> bool:
+    """Whether a library of kernels gives right values for a few samples."""
+    with backends.emulate_cuda(library):
+        try:
+            for name in ("plain", "linear-residual-first", "unequal-reversed", "sparse-unequal", "table-reciprocal-beyond", "memory-none-virtual", "tiles-and-tails-reversed"):
+                sample = SAMPLE_OF[name].but(name, reduce=("sum", "mean", "min", "max", "std", "var"), head=0)
+                wanted, plain = float32_oracle(sample)
+                assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, FLOAT32_FLOOR)
+            t = cast(leaves(LOW[0]), torch.float32)
+            wanted, plain = run_oracle(LOW[0], cast(t, torch.float64)), run_oracle(LOW[0], t, low=True)
+            for order in (0, 1):
+                backends.emulated().ngk_cuda_backwards(order)
+                assert_budget(run_engine(LOW[0], t, "cuda", autocast=torch.bfloat16), wanted, plain, BFLOAT16_FLOOR)
+        except AssertionError:
+            return False
+    return True
 
 
 @pytest.mark.mutants
@@ -245,24 +261,8 @@ def test_seeded_bugs_are_caught(file: str, old: str, new: str, tmp_path: Path):
     path = tmp_path / "csrc" / "cuda" / file
     assert path.read_text().count(old) == 1, f"{file} has changed: renew this bug"
     path.write_text(path.read_text().replace(old, new))
-    with backends.emulate_cuda(emulation.compile_emulation(tmp_path / "csrc", tmp_path / "mutant.so")):
-        try:
-            for name in ("plain", "tiles-and-tails-reversed"):
-                sample = SAMPLE_OF[name].but(name, reduce=("sum", "mean", "min", "max", "std", "var"))
-                wanted, plain = float32_oracle(sample)
-                t = cast(leaves(sample), torch.float32)
-                assert_budget(run_engine(sample, t, "cuda"), wanted, plain, FLOAT32_FLOOR)
-                for order in (0, 1):
-                    backends.emulated().ngk_cuda_backwards(order)
-                    found = run_engine(LOW[0], cast(leaves(LOW[0]), torch.float32), "cuda", autocast=torch.bfloat16)
-                    plain_low = run_oracle(LOW[0], cast(leaves(LOW[0]), torch.float32), low=True)
-                    assert_budget(found, run_oracle(LOW[0], leaves(LOW[0])), plain_low, BFLOAT16_FLOOR)
-                    assert_budget(run_engine(sample, t, "cuda"), wanted, plain, FLOAT32_FLOOR)
-            for name in ("linear-residual-first", "unequal-reversed", "sparse-unequal", "table-reciprocal-beyond", "memory-none-virtual"):
-                sample = SAMPLE_OF[name]
-                assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), *float32_oracle(sample), FLOAT32_FLOOR)
-        except AssertionError:
-            return
-        finally:
-            backends.emulated().ngk_cuda_backwards(0)
-    pytest.fail("nobody noticed")
+    library = emulation.compile_emulation(tmp_path / "csrc", tmp_path / "mutant.so")
+    child = os.fork()  # a bug may end its process, which is to notice it too
+    if not child:
+        os._exit(0 if passes(library) else 1)
+    assert os.waitpid(child, 0)[1] != 0, "nobody noticed"
