@@ -85,6 +85,9 @@ endef
 lint: build  ## check Python with ruff
 	$(PY) -m ruff check .
 
+# CUDA kernels for the GPU that is there alone: every further architecture takes minutes more
+gpu gpu-long: export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)
+
 gpu: build  ## on a machine with a GPU: tests of the Triton kernels, compute-sanitizer, timings; logs into $(OUT)
 	@PY="$(PY)" OUT="$(OUT)" benchmarks/gpu.sh
 

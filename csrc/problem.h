@@ -115,7 +115,7 @@ struct Problem {
   }
 
   const Kernels& kernels(int64_t compute) const {
-    const Isa& isa = isa_for(compute & 1);  // the other bits say which backend was asked for
+    const Isa& isa = isa_for(compute);
     return f64 ? isa.f64 : isa.f32;
   }
 

@@ -14,7 +14,7 @@ import torch
 
 OPS = ("aggregate", "attend", "readout", "checkpoint", "node_map")
 BACKENDS = ("reference", "cpp", "triton", "cuda")
-CUDA_OPS = ("aggregate", "readout", "checkpoint", "node_map")  # that the cuda backend runs; node_map in plain PyTorch, as with Triton
+CUDA_OPS = ("aggregate", "readout", "checkpoint", "node_map")  # that the cuda backend runs; node_map in plain PyTorch
 
 _forced: list[str] = []
 _emulated: list[ctypes.CDLL] = []
