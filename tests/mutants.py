@@ -101,7 +101,7 @@ AGGREGATE = tuple(one(name, "aggregate", *rest) for name, *rest in (
     ("restricted-by-source", f"{TOPOLOGY}.edge_rows", "not in (None, b.dst)", "not in (None, b.src)"),
     ("order-of-reductions-ignored", "ngkernels:aggregate", "return out if natural == reduce else", "return out if True else"),
     ("packed-from-the-start", f"{EDGES}._read", 'row["offset"] + copy', "copy"),
-    ("table-one-cell-off", "ngkernels.encoders:grid_basis", "torch.arange(-inner, inner + 1,", "torch.arange(-inner + 1, inner + 2,", "cpp"),
+    ("table-one-cell-off", "ngkernels.ops.tabulate:grid_basis", "torch.arange(-inner, inner + 1,", "torch.arange(-inner + 1, inner + 2,", "cpp"),
     ("table-too-coarse", "ngkernels.encoders:table_step", "max(0, ", "max(0, -2 + ", "cpp"),
     ("table-that-is-not-complete", "ngkernels.program:make_table", "enc.table_range is None and limit is not None and half", "half", "cpp"),
     ("autocast-reaches-the-folding", "ngkernels.program:full_precision", "torch.autocast(kind, enabled=False)", "nullcontext()"),
