@@ -92,6 +92,7 @@ def test_sizes_that_take_too_long_are_projected(fake, tmp_path):
     assert found.row["seconds"] == pytest.approx(1e-3 * edges_of(512), rel=0.01) and 4 * edges_of(512) < found.row["peak_bytes"] < 64 * MIB
     text = show.page(settings, [found], rows)
     assert f"{found.row['seconds']:.3g} ‡" in text and "was not run" in text
+    assert show.row_text(rows[-1]).endswith("(projected)") and f"{found.row['seconds']:.3g} s" in show.row_text(rows[-1])
     longer = replace(settings, max_seconds=1e6)
     (found,) = Study(longer, tmp_path / "scale.jsonl").search(METHODS["ng-gnn"])
     assert found.row["outcome"] == "ok" and 512 in [hidden for _, hidden in fake.asked]

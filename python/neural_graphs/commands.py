@@ -207,9 +207,7 @@ def _run_study(console: Console, study, chosen, folder: Path) -> None:
     from .tasks.training import Interrupted
 
     def told(row: dict, known: bool) -> None:
-        what = f"{row['seconds']:.3g} s, {size_text(row['peak_bytes'])}" if row["outcome"] == "ok" else f"{row['outcome']}: {row['reason']}"
-        text = f"{row['method']} {show.layout_text(row['layout'])} {row['edges']:,} edges: {what}{' (known)' if known else ''}"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(show.row_text(row) + (" (known)" if known else ""), highlight=False, markup=False, soft_wrap=True)
 
     with console.status("measuring") as status:
         study.told = told

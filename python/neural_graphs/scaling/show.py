@@ -37,6 +37,12 @@ def layout_text(layout: Sequence[int]) -> str:
     return "[" + ", ".join(map(str, layout)) + "]"
 
 
+def row_text(row: dict[str, Any]) -> str:
+    """A measurement in one line."""
+    what = f"{row['outcome']}: {row['reason']}" if "reason" in row else f"{row['seconds']:.3g} s, {size_text(row['peak_bytes'])}"
+    return f"{row['method']} {layout_text(row['layout'])} {row['edges']:,} edges: {what}" + (" (projected)" if row["outcome"] == "projected" else "")
+
+
 def table(settings: Settings, results: Sequence[Largest], rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line for each method, the largest network for each budget, its peak and time, slopes."""
     header = ["method", "parameters"]
