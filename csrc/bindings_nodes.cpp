@@ -64,36 +64,28 @@ const Kernels& kernels(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? isa.f64 : isa.f32;
 }
 
-struct Nodes {  // what both directions take, contiguous
-  Tensor x, reduced, bounds;
-  Tensors maps, factors, affine;
-  Ints unit, form;
-  double eps;
-
-  NodeCall call(const Tensor& out, const Tensor& stats) const {
-    return node_call(x, reduced, maps, factors, unit, affine, bounds, form, eps, out, stats);
-  }
-};
-
 #define NGK_NODES Tensor x, Tensor reduced, Tensors maps, Tensors factors, Ints unit, Tensors affine, Tensor bounds, Ints form, double eps
-#define NGK_NODES_GIVEN \
-  Nodes { in_order(x), in_order(reduced), bounds, in_order(maps), in_order(factors), in_order(affine), unit, form, eps }
+
+void put_in_order(Tensor& x, Tensor& reduced, Tensors& maps, Tensors& factors, Tensors& affine) {
+  for (Tensor* t : {&x, &reduced}) *t = in_order(*t);
+  for (Tensors* t : {&maps, &factors, &affine}) *t = in_order(*t);
+}
 
 std::tuple<Tensor, Tensor> node_map(NGK_NODES, int64_t) {
-  const Nodes nodes = NGK_NODES_GIVEN;
+  put_in_order(x, reduced, maps, factors, affine);
   STD_TORCH_CHECK(!maps.empty() && form.size() == 3, "ngkernels: malformed node map");
   const int64_t segments = form[0] == GRAPH_NORM ? bounds.numel() - 1 : 0;
   const Tensor out = room(x, {x.size(0), maps.back().numel()}, x.scalar_type()), stats = room(x, {segments, 2}, x.scalar_type());
-  const NodeCall c = nodes.call(out, stats);
+  const NodeCall c = node_call(x, reduced, maps, factors, unit, affine, bounds, form, eps, out, stats);
   if (out.numel()) kernels(x).node_map(c, parallel, threads());
   return {out, stats};
 }
 
 // Gradients of x, reduced, the maps, gamma and beta; an empty one where it is not wanted.
 Tensors node_map_backward(Tensor grad, Tensor stats, NGK_NODES, int64_t, Bools need) {
-  const Nodes nodes = NGK_NODES_GIVEN;
+  put_in_order(x, reduced, maps, factors, affine);
   const Tensor given = in_order(grad);
-  NodeCall c = nodes.call(given, stats);
+  NodeCall c = node_call(x, reduced, maps, factors, unit, affine, bounds, form, eps, given, stats);
   const ScalarType type = x.scalar_type();
   c.grad = c.out;
   c.out = nullptr;

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import mapped
 from .kept import kept
@@ -63,20 +62,18 @@ def expansion(channels: int, direction: int, like: torch.Tensor) -> torch.Tensor
     return torch.cat([eye, zero, eye] if direction == 0 else [zero, eye, eye])
 
 
-_table_steps = WeakIdKeyDictionary()
-
-
 def table_step(frequencies: torch.Tensor) -> int:
     """k of the grid step 2^-k: values to about 3e-8 of the curve's size (2^-7 at sigma = 3).
 
     The interpolation error of a wave of frequency b is (2 pi b h)^6 / 46080. A quintic needs a grid four times
     coarser than a cubic, so that the part of it that most weights use stays in the first-level cache.
     """
-    known = _table_steps.get(frequencies)
-    if known is None or known[0] != frequencies._version:
+
+    def step() -> int:
         rms = frequencies.double().pow(2).mean().sqrt().item()  # waits for a GPU: once
-        known = _table_steps[frequencies] = frequencies._version, max(0, 5 + round(math.log2(max(rms, 1e-3))))
-    return known[1]
+        return max(0, 5 + round(math.log2(max(rms, 1e-3))))
+
+    return _kept(frequencies, ("step",), step)
 
 
 @dataclass(frozen=True)
@@ -179,7 +176,7 @@ def grid_basis(frequencies: torch.Tensor, direction: int | None, k: int, half: i
 def _kept(frequencies: torch.Tensor, key: tuple, make: Callable):
     """What `make` returned for these frequencies and this key. They are kept too: nothing else can come to lie where they do."""
     key = (frequencies.data_ptr(), frequencies._version, tuple(frequencies.shape), frequencies.stride(), frequencies.dtype, *key)
-    if key not in _basis_cache and len(_basis_cache) >= 8:
+    if key not in _basis_cache and len(_basis_cache) >= 16:
         _basis_cache.pop(next(iter(_basis_cache)))
     return kept(_basis_cache, key, lambda: (frequencies, make()))[1]
 

@@ -76,6 +76,19 @@ class Expression(NamedTuple):
         return Expression(weights, xs, params, table, carriers, self.topology, self.program)
 
 
+class Term(NamedTuple):
+    """A node term of a program, as backends that project all nodes at once lay it out: x[x] times [n_out, width] matrices at wd and ws, bias at b (-1: none),
+    from column `column` on."""
+
+    x: int
+    width: int
+    n_out: int
+    wd: int
+    ws: int
+    b: int
+    column: int
+
+
 class _Builder:
     def __init__(self, edges: EdgeState, dtype: torch.dtype, tabulate: bool, over: str | None = None, include_self: bool = True, messages: bool = False):
         self.edges, self.dtype, self.tabulate, self.over = edges, dtype, tabulate, over

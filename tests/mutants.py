@@ -57,7 +57,6 @@ def applied(mutant: Mutant) -> Iterator[None]:
 
     before = []
     encoders._basis_cache.clear()
-    encoders._table_steps.clear()
     try:
         for edit in mutant.edits:
             owner, name, changed = rewritten(edit.function, edit.old, edit.new)
@@ -68,7 +67,6 @@ def applied(mutant: Mutant) -> Iterator[None]:
         for owner, name, original in reversed(before):
             setattr(owner, name, original)
         encoders._basis_cache.clear()
-        encoders._table_steps.clear()
 
 
 EVALUATE, EDGES = "ngkernels.reference.evaluate", "ngkernels.reference.edge_list:EdgeList"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import program as prog
+from ..program import Term
 
 WIDTHS = (16, 32, 64, 128)  # columns of a register
 FROM_RAW, FROM_REGISTER, FROM_TABLE, FROM_NODES, FROM_COPY, FROM_FOURIER = range(6)
@@ -46,18 +47,6 @@ class Stage(NamedTuple):
     frequencies: int = -1
     count: int = 0
     groups: int = 0
-
-
-class Term(NamedTuple):
-    """A node term: x[x] times [n_out, width] matrices at wd and ws, bias at b (-1: none), from column `column` on."""
-
-    x: int
-    width: int
-    n_out: int
-    wd: int
-    ws: int
-    b: int
-    column: int
 
 
 class Lowered(NamedTuple):

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .. import program as prog
+from ..program import Term
 
 WIDEST = 64  # columns of a chunk
 SAME_SHAPE = (prog.ACT, prog.ADD, prog.MARK, prog.NORM, prog.MASK)  # results cut as their inputs are
@@ -33,18 +34,6 @@ class Step(NamedTuple):
     node: int  # column of the node term in the projected node states, -1: none
     arg0: int | float  # of ADD: the first chunk that is added; of NORM: eps; else as in the program
     arg1: int
-
-
-class Term(NamedTuple):
-    """One node term: x[x] times [n_out, width] matrices at wd and ws, bias at b (-1: none), from column `column` on."""
-
-    x: int
-    width: int
-    n_out: int
-    wd: int
-    ws: int
-    b: int
-    column: int
 
 
 Chunk = tuple[int, int, int, int, int]  # first column, columns in use, padded columns; columns of a head, padded (all: no heads)
