@@ -296,11 +296,11 @@ class EdgeState:
 
     def dense(self) -> EdgeState:
         """The same state with sparse blocks made dense, every pair of their layers an edge: raw feature 0 (after `affine`) where there
-        was none. Takes one raw feature a pair. Attention over all pairs reads sparse graphs through it.
+        was none. Takes one raw feature a pair, of a packed graph one tensor a block; three features a pair, closed over all pairs,
+        where an encoder reads both directions and both may have an edge. Attention over all pairs reads sparse graphs through it.
 
         Raises:
             ValueError: two edges from one neuron to another, a state that is checkpointed or closed.
-            NotImplementedError: packed graphs; an encoder that reads both directions where sparse blocks join two layers in both.
         """
         return dense(self)
 

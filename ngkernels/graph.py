@@ -127,11 +127,11 @@ class NeuralGraph:
         return cls(parts, packed=packed)
 
     # ---- derived graphs ----
-    def derived(self, key: tuple, parts: Sequence[Part], rows: int | None, closed: str | None, stored: bool | None = None) -> NeuralGraph:
-        """A graph that follows from this one by `key`: made once."""
+    def derived(self, key: tuple, parts: Sequence[Part], rows: int | None, closed: str | None, stored: bool | None = None, packed: bool | None = None) -> NeuralGraph:
+        """A graph that follows from this one by `key`: made once. Stored and packed as this one, unless given."""
 
         def make() -> NeuralGraph:
-            graph = NeuralGraph(parts, rows, self.packed)
+            graph = NeuralGraph(parts, rows, self.packed if packed is None else packed)
             graph.closed, graph.stored = closed, self.stored if stored is None else stored
             return graph
 

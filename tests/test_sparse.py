@@ -145,6 +145,7 @@ PAIRS = {
     "layers": ((3, 5, 3), (("sparse", 0, 1, DOWN), ("sparse", 1, 2, ON))),
     "both-directions": ((3, 5, 3), (("sparse", 0, 1, DOWN), ("sparse", 1, 2, ON), ("sparse", 1, 0, UP))),
     "beside-dense": ((3, 5, 3), (("sparse", 0, 1, DOWN), ("dense", 1, 2))),
+    "web-beside-dense": ((5, 9), (("dense", 0, 1), ("sparse", 1, 1, WEB_EDGES), ("sparse", 0, 0, ((1, 0), (3, 3), (0, 4))))),
 }  # fmt: skip
 
 
@@ -227,11 +228,31 @@ def test_attention_over_all_pairs_of_a_sparse_graph_is_the_dense_formula(name: s
     """With `affine`, the engine reads weights that the map takes back to the formula's."""
     r = Relations(*PAIRS[name], reciprocal, (tuple(2.0 + k for k in range(len(PAIRS[name][1]))), (0.3,) * len(PAIRS[name][1])) if affine else None)
     with ngk.use_backend(backend):
-        if reciprocal and name in ("web", "both-directions"):
-            with pytest.raises(NotImplementedError, match="EdgeState.dense: an encoder that reads both directions"):
-                r.attended(r.leaves, "all")
-            return
         assert_close(run(lambda t: [r.attended(t, "all")], r.leaves), run(lambda t: [r.masked(t, "all")], r.leaves), 1e-9)
+
+
+@pytest.mark.parametrize("reciprocal", [False, True], ids=["one-way", "reciprocal"])
+def test_packed_sparse_graphs_over_all_pairs(reciprocal: bool, backend: str):
+    """One tensor of raw features gives what a tensor for each block gives; two copies of the first network are one part."""
+    both, web, beside = (
+        ngk.NeuralGraph.from_blocks(layers, [block_of(k, *b) for k, b in enumerate(blocks)])
+        for layers, blocks in (PAIRS[name] for name in ("both-directions", "web", "beside-dense"))
+    )
+    packed = ngk.NeuralGraph.batch([both, both, web, beside], packed=True)
+    listed = ngk.NeuralGraph(packed.parts)
+    shapes = {"weight": (6, 3 if reciprocal else 1), "bias": (6,), **dict.fromkeys("qkv", (listed.num_nodes, 4)), **dict.fromkeys(("wq", "wk", "add"), (4, 6))}
+    shapes |= {f"w{k}": shape for k, shape in enumerate(listed.weight_shapes(1))}
+    g = torch.Generator().manual_seed(4)
+    leaves = {name: torch.randn(shape, generator=g, dtype=FLOAT) for name, shape in shapes.items()}
+
+    def attended(t: dict, graph: ngk.NeuralGraph) -> list[torch.Tensor]:
+        weights = [t[f"w{k}"] for k in range(listed.num_weights)]
+        affine = ((0.5,) * graph.num_weights, (0.2,) * graph.num_weights)
+        e = ngk.EdgeState(graph, graph.pack(weights) if graph.packed else weights, encoders.Linear(t["weight"], t["bias"], reciprocal), affine)
+        return [ngk.attend(e.restrict(0), t["q"], t["k"], t["v"], t["wq"], t["wk"], t["add"], heads=2, over="all")]
+
+    with ngk.use_backend(backend):
+        assert_close(run(lambda t: attended(t, packed), leaves), run(lambda t: attended(t, listed), leaves), 1e-12)
 
 
 @pytest.mark.parametrize("over", ["edges", "in"])
