@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -151,7 +151,8 @@ class EdgeState:
         graph: the neural graph.
         weights: one tensor for each forward block, (copies, n_src, n_dst, C) dense, (copies, n, C) diagonal,
             (copies, E, C) or [E, C] or [E] sparse, any strides (a transposed view of an (out, in) parameter is free),
-            float32/bfloat16/float16/float64; or one tensor [E, C] for a packed graph.
+            float32/bfloat16/float16/float64; or one tensor [E, C] for a packed graph. Weights on the CPU, in memory or in files, under
+            everything else on a GPU pass through it in panels: for networks larger than its memory (ngkernels.panels).
         encoder: encoders.Linear, encoders.Fourier or encoders.Identity.
         affine: None, or (scale, shift), each one number per weight tensor: input statistics, no gradient.
 
@@ -174,7 +175,7 @@ class EdgeState:
             return
         object.__setattr__(self, "weights", _canonical(self.graph, self.weights))
         channels = self.weights[0].shape[-1]
-        object.__setattr__(self, "width", _encoder_width(self.encoder, channels, self.weights[0].device))
+        object.__setattr__(self, "width", _encoder_width(self.encoder, channels, self.device))
         if self.affine is not None:
             if len(self.affine) != 2:
                 raise ValueError(f"EdgeState: expected affine to be (scale, shift), got {len(self.affine)} entries")
@@ -185,7 +186,7 @@ class EdgeState:
     def then(self, activation: str, weight: torch.Tensor, bias: torch.Tensor | None = None) -> EdgeState:
         """e' = weight act(e) + bias: a further layer of the encoder. weight [D', D], bias [D']."""
         check_activation("EdgeState.then", activation)
-        check_matrix("EdgeState.then", "weight", weight, self.width, self.weights[0].device)
+        check_matrix("EdgeState.then", "weight", weight, self.width, self.device)
         check_bias("EdgeState.then", "bias", bias, weight.shape[0])
         return replace(self, steps=(*self.steps, Activate(activation, weight, bias)), width=weight.shape[0])
 
@@ -224,7 +225,7 @@ class EdgeState:
 
         Reference: Kofinas et al., ICLR 2024, section 3 (edge updates of NG-GNN), appendix (edge updates of NG-T).
         """
-        op, device = "EdgeState.update", self.weights[0].device
+        op, device = "EdgeState.update", self.device
         check_activation(op, activation)
         check_matrix(op, "weight_edge", weight_edge, self.width, device)
         hidden, width = weight_edge.shape[0], weight_out.shape[0]
@@ -273,11 +274,17 @@ class EdgeState:
         """
         from .program import _dtype, full_precision  # which imports this module
 
-        device = self.weights[0].device
+        device = self.device
         if not isinstance(self.encoder, Fourier) or self.steps or backends.BACKENDS[backends.choose("tabulate", device)] == "reference":
             return self
         with full_precision(device):
             return replace(self, table=make_table(self.encoder, self.weights, self.affine, _dtype(self), 2))
+
+    @property
+    def device(self) -> torch.device:
+        """Where states are evaluated: where the weights are, or the encoder's matrix on a GPU that reads weights on the CPU (ngkernels.panels)."""
+        here, matrix = self.weights[0].device, getattr(self.encoder, "weight", None)
+        return matrix.device if here.type == "cpu" and matrix is not None and matrix.is_cuda else here
 
     @property
     def paired(self) -> bool:
@@ -318,6 +325,17 @@ class EdgeState:
     def restrict(self, layer: int = -1) -> EdgeState:
         """The same state on the edges into node layer `layer` only."""
         return replace(self, graph=self.graph.restrict(layer))
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value):
+    """The same description with function(t) for every tensor t, in a fixed order."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(map_tensors(function, v) for v in value)
+    if hasattr(value, "__dataclass_fields__"):
+        return replace(value, **{name: map_tensors(function, getattr(value, name)) for name in value.__dataclass_fields__})
+    return value
 
 
 @dataclass(frozen=True)
@@ -365,7 +383,7 @@ class Message:
         if self.kind not in MESSAGES:
             raise ValueError(f"{op}: expected a message of kind {', '.join(MESSAGES)}, got {self.kind!r}")
         check_activation(op, self.activation)
-        device = edges.weights[0].device
+        device = edges.device
         check_matrix(op, "weight_edge", self.weight_edge, edges.width, device)
         check_bias(op, "bias_edge", self.bias_edge, self.weight_edge.shape[0])
         check_matrix(op, "weight_dst", self.node.weight_dst, None)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from .. import panels
 from ..edges import EdgeState, Message
 from ..program import REDUCE, aux_slots, build_message, reductions
 from ..reference import evaluate as reference
-from . import _cuda, _triton
+from . import _cuda, _triton, in_panels
 from . import expression as ex
 from .autograd import register
 from .double_backward import second_derivatives
@@ -122,6 +123,8 @@ def aggregate(edges: EdgeState, message: Message, reduce: Sequence[str] = ("sum"
     if unknown or not reduce or len(set(reduce)) != len(reduce):
         raise ValueError(f"aggregate: expected reduce to be different names of {', '.join(REDUCE)}, got {reduce}")
     message.check("aggregate", edges)
+    if panels.needed(edges):
+        return in_panels.evaluate("aggregate", edges, (), message, (len(reduce), message.width), lambda e, _, m: aggregate(e, m, reduce))
     compute = ex.mode_for("aggregate", edges)
     e = build_message(edges, message, reduce, ex.backend_of(compute) != "reference")
     out = _run(*e, edges.graph.num_rows, compute)[0]

@@ -6,12 +6,13 @@ import math
 
 import torch
 
+from .. import panels
 from ..checks import check_matrix, check_tensor
 from ..edges import EdgeState
 from ..program import HEADER, RECORD, build_attention, full_precision
 from ..reference import attend as reference
 from ..topology import OVER
-from . import _triton
+from . import _triton, in_panels
 from . import expression as ex
 from .autograd import register
 from .node_map import node_map
@@ -153,6 +154,15 @@ def attend(
     _check(edges, q, k, v, weight_q, weight_k, weight_add, weight_mul, heads, over)
     if over == "all" and not include_self:
         raise ValueError("attend: expected include_self=True with over='all', got False; use over='edges', 'in' or 'out'")
+    if panels.needed(edges):
+        if dropout and len(edges.graph.parts) > 1:
+            raise NotImplementedError("attend: dropout for weights on the CPU under states on a GPU is built for equal networks; move the weights with .to()")
+
+        def of_panel(e: EdgeState, nodes, matrices) -> torch.Tensor:
+            return attend(e, *nodes, *matrices, heads=heads, scale=scale, over=over, include_self=include_self, dropout=dropout, seed=seed)
+
+        matrices = (weight_q, weight_k, weight_add, weight_mul)
+        return in_panels.evaluate("attend", edges, (q, k, v), matrices, (v.shape[1],), of_panel, True, over != "all")
     if over == "all" and edges.graph.has_sparse:
         edges = edges.dense()
     closed = edges.closure("all" if over == "all" else "edges")
@@ -187,7 +197,7 @@ def _check_numbers(heads, scale, dropout, seed) -> None:
 
 
 def _check(edges, q, k, v, weight_q, weight_k, weight_add, weight_mul, heads, over) -> None:
-    op, device, n = "attend", edges.weights[0].device, edges.graph.num_nodes
+    op, device, n = "attend", edges.device, edges.graph.num_nodes
     if over not in OVER:
         raise ValueError(f"{op}: expected over to be one of {', '.join(OVER)}, got {over!r}")
     for name, t in (("q", q), ("k", k), ("v", v)):

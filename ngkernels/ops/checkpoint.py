@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from ..edges import EdgeState, Mark
+from ..edges import EdgeState, Mark, map_tensors
 from ..encoders import Identity
 from ..program import build_state
 from . import evaluate as ev
@@ -46,17 +46,6 @@ def checkpoint(edges: EdgeState, store: torch.dtype | None = None) -> EdgeState:
     return replace(detached, steps=(*detached.steps, Mark(tuple(carriers))))
 
 
-def _detach(value):
-    """The same description with every tensor detached: gradients reach it through the carriers only."""
-    if isinstance(value, torch.Tensor):
-        return value.detach()
-    if isinstance(value, tuple):
-        return tuple(_detach(v) for v in value)
-    if hasattr(value, "__dataclass_fields__"):
-        return replace(value, **{name: _detach(getattr(value, name)) for name in value.__dataclass_fields__})
-    return value
-
-
 def _detached(edges: EdgeState) -> EdgeState:
     steps = tuple(s for s in edges.steps if not isinstance(s, Mark))  # the new mark stops gradients before any earlier one
-    return replace(edges, weights=_detach(edges.weights), encoder=_detach(edges.encoder), steps=_detach(steps), table=_detach(edges.table))
+    return map_tensors(torch.Tensor.detach, replace(edges, steps=steps))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from .. import backends, limits, mapped
+from .. import backends, limits, mapped, panels
 from ..edges import EdgeState
 from ..program import Expression as E
 from ..program import cut
@@ -56,8 +56,11 @@ def mode_for(op: str, edges: EdgeState, over: str | None = None) -> int:
     """`compute_mode` of the backend that runs `op` on these edge states; over: what attention looks at.
 
     Raises:
-        NotImplementedError: a forced backend that cannot run; a chain of updates that the Triton kernels do not take (ngkernels.limits).
+        NotImplementedError: a forced backend that cannot run; a chain of updates that the Triton kernels do not take (ngkernels.limits);
+            weights on the CPU under states on a GPU.
     """
+    if panels.needed(edges):
+        raise NotImplementedError(f"{op}: weights on the CPU under states on a GPU are built for aggregate and attend; move the weights with .to({str(edges.device)!r})")
     compute = compute_mode(backends.choose(op, edges.weights[0].device))
     reason = None if over == "all" else limits.why_not(edges, backend_of(compute))
     if reason is not None:

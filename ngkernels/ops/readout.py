@@ -57,7 +57,7 @@ def readout(
         raise ValueError(f"{op}: expected x, weight_dst and weight_src together or none of them, got {sum(given)} of 3")
     node = NodeTerm(x, weight_dst, weight_src) if x is not None else None
     if node is not None:
-        node.check(op, edges.graph, mlp[0][0].shape[0], edges.weights[0].device)
+        node.check(op, edges.graph, mlp[0][0].shape[0], edges.device)
     return run(edges, mlp, node, activation, dtype, op)
 
 

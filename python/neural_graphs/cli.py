@@ -102,7 +102,7 @@ def demo(
 
     The report is OUT/report.html (one file, figures inside) and OUT/report.md. Ctrl-C at any time; the same command continues.
     """
-    console = _prepare(device, threads)
+    console = commands.prepare(device, threads)
     from .data.storage import default_cache
     from .report.demo import Demo, make_config
 
@@ -140,7 +140,7 @@ def fit_inrs(
 
     Finished chunks are kept: Ctrl-C, and the same command continues.
     """
-    console = _prepare("cpu", None)
+    console = commands.prepare("cpu", None)
     from .data import DigitConfig, SirenConfig, digit_inrs, digit_splits, export_mnist_layout
     from .data.storage import default_cache
     from .report.progress import ProgressLine
@@ -190,7 +190,7 @@ def train_inr_classification(
 
     Ctrl-C saves; the same command continues and ends with the same model as an uninterrupted run.
     """
-    console = _prepare(device, threads)
+    console = commands.prepare(device, threads)
     from .data.storage import default_cache, write_json
     from .report.progress import ProgressLine
     from .tasks.inr_classification import STEPS, ClassifierConfig, train_classifier
@@ -249,23 +249,6 @@ def _layout(text: str) -> tuple[int, ...]:
     if len(layout) < 3 or layout[0] != 2 or layout[-1] != 1 or min(layout) < 1:
         raise ValueError(f'--layout: expected widths from 2 inputs to 1 output, like "2,8,8,1", got "{text}"')
     return layout
-
-
-def _prepare(device: str, threads: int | None) -> Console:
-    """Checks the device, sets the threads; returns the console."""
-    import torch
-
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise ValueError(f'--device: expected cpu, cuda or cuda:<number>, got "{device}"') from None
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f'--device: expected cpu, cuda or cuda:<number>, got "{device}"')
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f'--device: "{device}" was asked for, but torch {torch.__version__} sees no GPU here; use --device cpu')
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return Console()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -44,8 +44,26 @@ EmbedParameters = Annotated[Path | None, typer.Option("--parameters", help="A st
 EmbedGradients = Annotated[Path | None, typer.Option("--gradients", help="Also the gradients of the weights: a safetensors file of the same names, or a folder for shards.", show_default=False)]
 EmbedState = Annotated[Path | None, typer.Option("--state", help="Folder for finished parts: the same command continues an interrupted run. Removed in the end.", show_default=False)]
 EmbedModel = Annotated[str, typer.Option("--model", help="The model that reads it: ng-gnn or ng-t-edges.")]
+EmbedDevice = Annotated[str, typer.Option("--device", help="cpu, or cuda or cuda:<number>: a GPU that reads the files panel by panel.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of random parameters.")]
 # fmt: on
+
+
+def prepare(device: str, threads: int | None) -> Console:
+    """Checks the device, sets the threads; returns the console."""
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f'--device: expected cpu, cuda or cuda:<number>, got "{device}"') from None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f'--device: expected cpu, cuda or cuda:<number>, got "{device}"')
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f'--device: "{device}" was asked for, but torch {torch.__version__} sees no GPU here; use --device cpu')
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return Console()
 
 
 def embed(
@@ -61,6 +79,7 @@ def embed(
     seed: Seed = 0,
     threads: PlanThreads = None,
     num_heads: Heads = None,
+    device: EmbedDevice = "cpu",
 ) -> None:
     """Run a model over a checkpoint of any size: its weights stay in their files and take memory only while they are read.
 
@@ -72,19 +91,17 @@ def embed(
     from .report.process import held_bytes
     from .tasks import embedding
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    console = prepare(device, threads)
     if model == "ng-t":
         raise ValueError("--model: expected ng-gnn or ng-t-edges, got 'ng-t': a checkpoint has too many pairs of neurons")
     subject = report.subject_of(str(file), num_heads)
-    console = Console()
     torch.manual_seed(seed)
     reader = report.model_for(model, subject, width, layers)
     found = report.plan_of(reader, subject, budget, training=gradients is not None, weight_grads=gradients is not None, weights_mapped=True)
     console.print(f"{report.MODELS[model]}: {found.describe()}", highlight=False, markup=False, soft_wrap=True)
     if parameters is not None:
         reader.load_state_dict(torch.load(parameters, weights_only=True))
-    result = embedding.embed(file, reader, gradients, state, num_heads)
+    result = embedding.embed(file, reader.to(device), gradients, state, num_heads)
     if result.replayed:
         console.print(f"continued: {result.replayed} parts were finished already", highlight=False)
     if out is not None:

@@ -145,7 +145,7 @@ class NeuralGraphModel(Planned, nn.Module):
 
         Args:
             graph: NeuralGraph; reversed blocks as the model's `reverse_blocks` says. weights: in its order, as for
-                ngkernels.EdgeState.
+                ngkernels.EdgeState: on the CPU too, under a model on a GPU that is too small for them.
             biases: a list, network part by part, layer by layer from the second: (copies, width, C); or one tensor
                 [N, C] of all nodes, 0 for inputs. For many small networks the one tensor is much faster.
             activations: see forward.
@@ -161,7 +161,7 @@ class NeuralGraphModel(Planned, nn.Module):
         weights = [weights] if isinstance(weights, torch.Tensor) else list(weights)
         listed = [biases] if isinstance(biases, torch.Tensor) else list(biases)
         check_weights(op, graph, weights, self.edge_channels)
-        check_tensors(op, weights, listed, embed.proj_node_in.weight)
+        check_tensors(op, weights, listed, embed.proj_node_in.weight, panels=True)
         if not torch.compiler.is_compiling():
             check_finite(op, weights, listed, self.check_finite)
         if self.budget is not None:
@@ -185,6 +185,8 @@ class NeuralGraphModel(Planned, nn.Module):
             raise NotImplementedError(
                 f"{self.op}: probe features are built for batches of equal networks of layout {self.layout}; call model(weights, biases)"
             )
+        if weights[0].device != biases[0].device:
+            raise NotImplementedError(f"{self.op}: probe features read weights where the model is; move them with .to({str(biases[0].device)!r})")
         return self.construct_graph.gpf(weights, biases).flatten(0, 1)
 
     def _updates(self, graph: NeuralGraph, x: torch.Tensor, edges: EdgeState, flat_biases: bool):

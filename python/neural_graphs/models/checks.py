@@ -78,8 +78,8 @@ def check_weights(op: str, graph: NeuralGraph, weights, channels: int) -> None:
             raise ValueError(f"{op}: expected weights[{k}] of shape {shape} (copies, n_src, n_dst, channels), got {tuple(w.shape)}")
 
 
-def check_tensors(op: str, weights, biases, parameter: torch.Tensor) -> None:
-    """Dtypes and devices that fit the model's parameters.
+def check_tensors(op: str, weights, biases, parameter: torch.Tensor, panels: bool = False) -> None:
+    """Dtypes and devices that fit the model's parameters. panels: weights may be on the CPU under a model on a GPU (ngkernels.panels).
 
     Raises:
         TypeError: no floating dtype, float64 weights with a model that is not (or the other way), another device, a
@@ -94,7 +94,7 @@ def check_tensors(op: str, weights, biases, parameter: torch.Tensor) -> None:
         for k, t in enumerate(tensors):
             if not t.is_floating_point():
                 raise TypeError(f"{op}: expected {name}[{k}] of a floating dtype, got {t.dtype}")
-            if t.device != parameter.device:
+            if t.device != parameter.device and not (panels and name == "weights" and parameter.is_cuda and t.device.type == "cpu"):
                 raise TypeError(
                     f"{op}: expected {name}[{k}] on {parameter.device} (the model's device), got {t.device}; move one of them with .to()"
                 )

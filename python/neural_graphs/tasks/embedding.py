@@ -47,7 +47,8 @@ def embed(
     """The result of `model` for the network of a checkpoint of any size.
 
     Args:
-        path: a safetensors file, the index of a sharded one, or a folder. model: NGGNN, or NGT along edges.
+        path: a safetensors file, the index of a sharded one, or a folder. model: NGGNN, or NGT along edges; if it is on a GPU, the weights
+            pass through it in panels (ngkernels.panels).
         gradients: where d(sum of the result) / d(weights) goes, see build.stream_safetensors; the model's parameters get theirs too.
         state: None; or a folder for the results of finished ops: a run that is ended, by kill -9 too, continues with the op it was at.
             It is removed in the end.
@@ -57,13 +58,17 @@ def embed(
         Embedding: bit by bit what the model gives for weights in memory, however often it was interrupted.
 
     Raises:
-        CheckpointError, OSError, NotImplementedError: see build.stream_safetensors. ValueError: `state` is of another computation.
+        CheckpointError, OSError, NotImplementedError: see build.stream_safetensors; `state` with a model on a GPU. ValueError: `state` is
+            of another computation.
     """
+    device = next(model.parameters()).device
+    if state is not None and device.type != "cpu":
+        raise NotImplementedError(f"embed: continuing an interrupted run is built for models on the CPU, got one on {device}; pass state=None or move it with .cpu()")
     identity = {**fingerprint(path, model), "gradients": None if gradients is None else os.fspath(gradients)}
     journal = None if state is None else Journal(state, identity)
     with journal or contextlib.nullcontext(), stream_safetensors(path, gradients, model.reverse_blocks, num_heads) as network:
         with torch.set_grad_enabled(gradients is not None):
-            found = model.forward_graph(network.graph, network.weights, [b.float() for b in network.biases])
+            found = model.forward_graph(network.graph, network.weights, [b.float().to(device) for b in network.biases])
             if gradients is not None:
                 found.sum().backward()
     if journal is not None:
