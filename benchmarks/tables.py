@@ -233,11 +233,12 @@ def attention_rows(ours: dict, others: dict[str, dict]) -> list[list[str]]:
 
 
 def scale(results: Path = records.RESULTS) -> str:
-    """The table of the memory-scaling study, by device: what `ngk scale` wrote beside its records."""
+    """The tables of the memory-scaling study, by device: what `ngk scale` wrote beside its records."""
     parts = []
-    for path in sorted(results.glob("*/scale.md")):
+    for path in sorted(results.glob("*/scale*.md"), key=lambda p: (p.parent, p.stem)):
         text = path.read_text()
-        parts.append(text.split("\n", 2)[2].split("\n![")[0].strip())  # without title and plots
+        title, body = text.split("\n", 1)
+        parts.append(f"**{title[2:]}**\n\n" + body.split("\n![")[0].strip())  # without the plots
     return "\n\n".join(parts) if parts else EMPTY
 
 

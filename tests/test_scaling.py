@@ -12,7 +12,7 @@ from neural_graphs.models import NGT
 from neural_graphs.scaling import measure as measuring
 from neural_graphs.scaling import projection, show, study
 from neural_graphs.scaling.methods import METHODS, parameters, select, width_for
-from neural_graphs.scaling.study import Records, Settings, Study, edges_of, fits, gap, layout_of
+from neural_graphs.scaling.study import Largest, Records, Settings, Study, edges_of, fits, gap, layout_of
 from ngkernels.planner import parse_size
 
 MIB = 1 << 20
@@ -91,7 +91,7 @@ def test_sizes_that_take_too_long_are_projected(fake, tmp_path):
     assert [row["hidden"] for row in rows if row["outcome"] == "projected"] == [128, 256, 512] and found.row["hidden"] == 512
     assert found.row["seconds"] == pytest.approx(1e-3 * edges_of(512), rel=0.01) and 4 * edges_of(512) < found.row["peak_bytes"] < 64 * MIB
     text = show.page(settings, [found], rows)
-    assert f"{found.row['seconds']:.3g} ‡" in text and "was not run" in text
+    assert f"{found.row['seconds']:,.0f} s |" in text and "was not run" in text
     assert show.row_text(rows[-1]).endswith("(projected)") and f"{found.row['seconds']:.3g} s" in show.row_text(rows[-1])
     longer = replace(settings, max_seconds=1e6)
     (found,) = Study(longer, tmp_path / "scale.jsonl").search(METHODS["ng-gnn"])
@@ -306,9 +306,27 @@ def test_page_and_plots(fake, tmp_path):
     text = paths[0].read_text()
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
-    assert "largest at 1.0 MiB" in lines[0] and show.layout_text(results[1].row["layout"]) in lines[2]
+    assert "largest run at 1.0 MiB" in lines[0] and "‡" not in text and show.layout_text(results[1].row["layout"]) in lines[2]
     assert "| 1,000 | 1.00 | 1.00 | [2, 2048, 4096, 3] |" in lines[2] and lines[3].startswith("| NFN (NP) | - | none |")
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths[1:])
+
+
+def test_what_was_run_and_what_is_projected(fake, tmp_path):
+    """Of a method whose largest network was not run, both stand in the table; edges are set against the published implementation's."""
+
+    def row(method: str, h: int, outcome: str) -> dict:
+        known = {"machine": {"model": "m"}, "versions": {"torch": "1", "torch_geometric": "2"}, "git": "abc", "time": "2026", "parameters": 5, "limit_bytes": 9 * MIB}
+        return {"method": method, "hidden": h, "edges": h * h, "layout": [2, h, 3], "outcome": outcome, "peak_bytes": h * 1000, "seconds": h, **known}
+
+    rows = [row("ng-t-published", 10, "ok"), row("ng-t", 100, "ok"), row("ng-t", 400, "ok"), row("ng-t", 800, "projected"), row("ng-t", 9000, "ok")]
+    largest = [Largest("ng-t-published", 8 * MIB, rows[0], "memory"), Largest("ng-t", 8 * MIB, rows[3], "memory")]
+    settings = replace(SETTINGS, budgets=(8 * MIB,), weight_grads=True)
+    paths = show.publish(settings, largest, rows, tmp_path)
+    assert [p.name for p in paths] == ["scale-weight-grads.md", "scale-weight-grads-memory.png", "scale-weight-grads-time.png"]
+    lines = [line for line in paths[0].read_text().splitlines() if line.startswith("| NG-T")]
+    assert "| [2, 10, 3] | 100 | 1 | 9.8 KiB | 10 | - |" in lines[0]
+    assert "| [2, 400, 3] | 160,000 | 1,600 | 390.6 KiB | 400 | 640,000 edges: 781.2 KiB, 800 s |" in lines[1]
+    assert "with gradients of its weights" in paths[0].read_text() and "the peak is the planner's" in paths[0].read_text()
 
 
 # ---- the command ----

@@ -181,7 +181,8 @@ def scale(
 
     The published memory study: networks [2, h, 2h, 3], batch 1, forward, backward and optimiser step. Every size is measured in a
     process of its own with a hard limit; running out of memory is a result. Results: OUT/<device>/scale.jsonl (every measurement),
-    scale.md (table), scale-memory.png, scale-time.png. Ctrl-C at any time; the same command continues.
+    scale.md (table), scale-memory.png, scale-time.png, with
+    --weight-grads scale-weight-grads.md ... Ctrl-C at any time; the same command continues.
     """
     from .scaling.methods import METHODS, select
     from .scaling.study import OTHERS, Settings, Study, device_of

@@ -37,6 +37,11 @@ class Method:
     needs: tuple[str, ...] = ()
     published: tuple[int, ...] | None = None
 
+    @property
+    def peer(self) -> str | None:
+        """The method as published that this one computes too."""
+        return next((f"{family}-published" for family in ("ng-gnn", "ng-t") if self.name.startswith(family)), None)
+
     def why_not(self) -> str | None:
         """Why the method cannot run here, or None."""
         missing = [name for name in self.needs if importlib.util.find_spec(name) is None]

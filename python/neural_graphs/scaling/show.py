@@ -13,7 +13,7 @@ from ..report.plots import STYLE
 from .methods import METHODS
 from .study import OTHERS, Largest, Settings
 
-PROJECTED = " ‡"
+PROJECTED = "fits, not run ‡"
 TAIL = 4  # points that slopes are fitted to: the largest, where what does not grow with the network matters least
 BOUND = {"memory": "", "time": ", stopped by time", "error": ", stopped by an error", "study": ", the largest tried"}
 
@@ -43,18 +43,27 @@ def row_text(row: dict[str, Any]) -> str:
     return f"{row['method']} {layout_text(row['layout'])} {row['edges']:,} edges: {what}" + (" (projected)" if row["outcome"] == "projected" else "")
 
 
+def largest_run(rows: Sequence[dict[str, Any]], method: str | None, budget: int) -> dict[str, Any] | None:
+    """The measurement of the largest network [2, h, 2h, 3] that a method trained within a budget."""
+    fit = [r for r in rows if r["method"] == method and r["outcome"] == "ok" and isinstance(r["hidden"], int) and r["peak_bytes"] <= budget]
+    return max(fit, key=lambda row: row["edges"], default=None)
+
+
 def table(settings: Settings, results: Sequence[Largest], rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line for each method, the largest network for each budget, its peak and time, slopes."""
+    """Markdown: a line for each method, for each budget the largest network that was run and the one that is projected, slopes."""
+    projected = any(result.row is not None and result.row["outcome"] == "projected" for result in results)
     header = ["method", "parameters"]
     for budget in settings.budgets:
-        header += [f"largest at {size_text(budget)}", "edges", "peak", "s / step"]
+        header += [f"largest run at {size_text(budget)}", "edges", "times published", "peak", "s / step", *[PROJECTED] * projected]
     header += ["bytes / edge", "memory ~ edges^", "time ~ edges^", "published limit"]
     lines = []
     for name in dict.fromkeys(result.method for result in results):
         own = [row for row in rows if row["method"] == name and row["outcome"] == "ok" and isinstance(row["hidden"], int)]
         line = [METHODS[name].text, f"{own[0]['parameters']:,}" if own else "-"]
         for budget in settings.budgets:
-            line += _cells(next(result for result in results if (result.method, result.budget) == (name, budget)))
+            result = next(result for result in results if (result.method, result.budget) == (name, budget))
+            line += _cells(result, largest_run(rows, name, budget), largest_run(rows, METHODS[name].peer, budget))
+            line += [_projected(result.row)] * projected
         exponents = [slope([(row["edges"], row[value]) for row in own]) for value in ("peak_bytes", "seconds")]
         bytes_each = per_edge(own)
         line.append("-" if bytes_each is None else f"{bytes_each:,.0f}" if bytes_each >= 100 else f"{bytes_each:.3g}")
@@ -65,14 +74,18 @@ def table(settings: Settings, results: Sequence[Largest], rows: Sequence[dict[st
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
 
 
-def _cells(result: Largest) -> list[str]:
-    if result.row is None:
-        return ["none" + BOUND[result.bound], "-", "-", "-"]
-    row = result.row
-    mark = PROJECTED * (row["outcome"] == "projected")
-    return [
-        layout_text(row["layout"]) + BOUND[result.bound], f"{row['edges']:,}", size_text(row["peak_bytes"]) + mark, f"{row['seconds']:.3g}{mark}",
-    ]  # fmt: skip
+def _cells(result: Largest, run: dict[str, Any] | None, peer: dict[str, Any] | None) -> list[str]:
+    ends = BOUND[result.bound] if result.row is None or result.row["outcome"] == "ok" else ""
+    if run is None:
+        return ["none" + ends, "-", "-", "-", "-"]
+    ratio = "-" if peer is None else f"{run['edges'] / peer['edges']:,.0f}" if run["edges"] >= 10 * peer["edges"] else f"{run['edges'] / peer['edges']:.2g}"
+    return [layout_text(run["layout"]) + ends, f"{run['edges']:,}", ratio, size_text(run["peak_bytes"]), f"{run['seconds']:.3g}"]
+
+
+def _projected(row: dict[str, Any] | None) -> str:
+    if row is None or row["outcome"] != "projected":
+        return "-"
+    return f"{row['edges']:,} edges: {size_text(row['peak_bytes'])}, {row['seconds']:,.0f} s"
 
 
 def others(settings: Settings, rows: Sequence[dict[str, Any]]) -> str:
@@ -100,26 +113,26 @@ def page(settings: Settings, results: Sequence[Largest], rows: Sequence[dict[str
     commits = sorted({row["git"][:9] + ("+" if row["git"].endswith("+") else "") for row in rows})
     projected = any(result.row is not None and result.row["outcome"] == "projected" for result in results)
     note = (
-        f"\n{PROJECTED.strip()}: a step of so many seconds was not run; the peak is the planner's, the time that of smaller networks carried on."
+        "\n‡: a step of so many seconds was not run; the peak is the planner's, the time that of smaller networks carried on."
         if projected
         else ""
     )
     sizes = "published sizes" if settings.parameters is None else f"widths for about {settings.parameters:,} parameters"
-    return f"""# The largest input network that trains
+    return f"""# The largest input network that trains{", with gradients of its weights" if settings.weight_grads else ""}
 
 {table(settings, results, rows)}
 
 {others(settings, rows)}A training step is forward, cross-entropy, backward and AdamW (amsgrad) on one network [2, h, 2h, 3], batch 1, {settings.dtype}, gradients of the
 input weights {"on" if settings.weight_grads else "off"}, {sizes}. Every size ran in a process of its own with a hard limit; the peak is what is resident above
 the process after a warm-up on a tiny network: raw weights, parameters, gradients, optimiser state, activations. Widths were doubled until one
-did not fit, then the gap was halved {settings.refine} times. Published limits are those of the paper's discussion, on one GPU of unnamed size.
-Exponents are fitted to the {TAIL} largest networks; bytes / edge is the difference of the two largest.{note}
+did not fit, then the gap was halved {settings.refine} time{"s" * (settings.refine != 1)}. Published limits are those of the paper's discussion, on one GPU of unnamed size.
+Times published: edges, of the published implementation's largest. Exponents are fitted to the {TAIL} largest networks; bytes / edge is the difference of the two largest.{note}
 
 {device["model"]}, {settings.device}, {settings.threads} thread{"s" * (settings.threads > 1)}; PyTorch {versions["torch"]}, PyG {versions["torch_geometric"]};
 commit {", ".join(commits)}; {last["time"][:10]}.
 
-![memory](scale-memory.png)
-![time](scale-time.png)
+![memory]({stem(settings)}-memory.png)
+![time]({stem(settings)}-time.png)
 """
 
 
@@ -158,11 +171,16 @@ def plot(settings: Settings, rows: Sequence[dict[str, Any]], value: str, path: P
         figure.savefig(path, metadata={"Software": None})
 
 
+def stem(settings: Settings) -> str:
+    """What the names of a study's page and plots begin with."""
+    return "scale" + "-weight-grads" * settings.weight_grads + f"-{settings.dtype}" * (settings.dtype != "fp32")
+
+
 def publish(settings: Settings, results: Sequence[Largest], rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Writes scale.md, scale-memory.png and scale-time.png; returns their paths."""
+    """Writes the page and two plots, scale.md, scale-memory.png and scale-time.png (see `stem`); returns their paths."""
     methods = {result.method for result in results}
     rows = [row for row in rows if row["method"] in methods]
-    paths = [folder / name for name in ("scale.md", "scale-memory.png", "scale-time.png")]
+    paths = [folder / (stem(settings) + end) for end in (".md", "-memory.png", "-time.png")]
     plot(settings, rows, "peak_bytes", paths[1])
     plot(settings, rows, "seconds", paths[2])
     paths[0].write_text(page(settings, results, rows))
