@@ -333,10 +333,10 @@ def build_state(
         return b.finish(EMIT, b.width, 0, len(b.instructions))
 
 
-def build_message(edges: EdgeState, message: Message, reduce: Sequence[str], tabulate: bool) -> Expression:
-    """The expression of a message and the set of its reductions."""
+def build_message(edges: EdgeState, message: Message, reduce: Sequence[str], tabulate: bool, pairs: bool = False) -> Expression:
+    """The expression of a message and the set of its reductions. pairs: of all pairs of a closed graph, not of edges alone."""
     with full_precision(edges.weights[0].device):
-        b = _Builder(edges, _dtype(edges), tabulate, messages=True)
+        b = _Builder(edges, _dtype(edges), tabulate, messages=not pairs)
         b.steps()
         mask = sum(1 << REDUCE.index(r) for r in reduce)
         if message.kind == "concat":

@@ -167,6 +167,8 @@ def logits(state: State, layers: Sequence[int], network: Dense, heads: int, pool
     elif method == "mean_edge":
         pairs = network.neighbours(options.get("over", "all"))
         pooled = (e[:, last][pairs[:, last]] if where == "last" else e[pairs]).mean(0)
+    elif method == "max_edge":
+        pooled = e[network.neighbours(options.get("over", "all"))].amax(0)
     else:
         rows = x[last] if where == "last" else x
         pooled = rows.mean(0) if method == "mean" else rows.amax(0)

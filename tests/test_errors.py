@@ -33,7 +33,7 @@ def update(**changed) -> ngk.EdgeState:
     return state().update(**{**arguments, **changed})
 
 
-def aggregate(kind: str = "film", reduce=("sum",), **changed) -> torch.Tensor:
+def aggregate(kind: str = "film", reduce=("sum",), over: str = "edges", **changed) -> torch.Tensor:
     rows = 2 * F if kind == "film" else F
     arguments = {
         "x": zeros(N, X),
@@ -43,7 +43,7 @@ def aggregate(kind: str = "film", reduce=("sum",), **changed) -> torch.Tensor:
         "weight_src": zeros(F, X),
         "bias": zeros(F),
     }
-    return ngk.aggregate(state(), getattr(ngk.Message, kind)(**{**arguments, **changed}), reduce)
+    return ngk.aggregate(state(), getattr(ngk.Message, kind)(**{**arguments, **changed}), reduce, over)
 
 
 def readout(mlp=None, **changed) -> list[torch.Tensor]:
@@ -95,6 +95,8 @@ VALUES = {
     # aggregate
     "reduce-none": (lambda: aggregate(reduce=()), r"aggregate: expected reduce to be different names of sum, mean, min, max, std, var, got \(\)"),
     "reduce-unknown": (lambda: aggregate(reduce=("sum", "median")), "aggregate: expected reduce to be different names of .*, got .*'median'"),
+    "over-unknown": (lambda: aggregate(over="all"), "aggregate: expected over to be edges, or pairs of a closed state .*, got 'all'"),
+    "over-pairs-of-an-open-state": (lambda: aggregate(over="pairs"), "aggregate: expected over to be edges, or pairs of a closed state .*, got 'pairs' of NeuralGraph"),
     "reduce-twice": (lambda: aggregate(reduce=("sum", "sum")), r"aggregate: expected reduce to be different names of .*, got \('sum', 'sum'\)"),
     "message-kind": (lambda: ngk.aggregate(state(), ngk.Message("attend", zeros(F, D), None, ngk.NodeTerm(zeros(N, X), zeros(F, X), zeros(F, X)))), "aggregate: expected a message of kind film, gate, product, concat, got 'attend'"),
     "message-activation": (lambda: aggregate(activation="elu"), "aggregate: expected activation in .*, got 'elu'"),

@@ -84,6 +84,8 @@ def check_against_formulas(model: NGT, layers, blocks, weights, biases, backend:
         {"pooling": ("mean_edge", "all")},
         {"pooling": ("mean_edge", "last"), "num_layers": 1},
         {"pooling": ("mean_edge", "all"), "update_edges": False},
+        {"pooling": ("max_edge", "all"), "reverse_edges": True},
+        {"pooling": ("max_edge", "all"), "update_edges": False, "num_layers": 1},
         {"encoder": "linear", "input_layers": 2, "out_layers": 3},
         {"zero_out_weights": True},
         {"zero_out_biases": True, "positional": False, "num_probe_features": 3},
@@ -102,7 +104,7 @@ def test_the_dense_formulas(backend: str, attention: str, options: dict):
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize(
-    "options", [{}, {"reverse_edges": True, "pooling": "max"}, {"pooling": "cls_token"}, {"pooling": ("mean_edge", "last")}]
+    "options", [{}, {"reverse_edges": True, "pooling": "max"}, {"pooling": "cls_token"}, {"pooling": ("mean_edge", "last")}, {"pooling": ("max_edge", "all")}]
 )
 def test_residual_connections(backend: str, attention: str, options: dict):
     """A diagonal block from one hidden layer to a later one of another width; two channels for every weight."""
@@ -175,7 +177,7 @@ def test_a_network_does_not_feel_its_batch_mates(backend: str, attention, norm, 
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
-@pytest.mark.parametrize("pooling", ["cat", "mean", ("max", "last"), "cls_token", ("mean_edge", "all")])
+@pytest.mark.parametrize("pooling", ["cat", "mean", ("max", "last"), "cls_token", ("mean_edge", "all"), ("max_edge", "all")])
 @pytest.mark.parametrize("norm", ["layer", "graph"])
 def test_unequal_networks_in_one_batch(backend: str, attention, pooling, norm):
     """No padding: each network is computed as if it were alone."""

@@ -200,7 +200,7 @@ def test_inputs_that_do_not_fit():
         ({"num_layers": 0}, ValueError, r"NGT: expected .*num_layers.* of at least 1"),
         ({"d_edge": 0}, ValueError, r"NGT: expected .*d_edge.* of at least 1"),
         ({"norm": "batch"}, ValueError, r"NGT: expected norm in layer, graph, batch_graph, None, got 'batch'"),
-        ({"pooling": ("max_edge", "all")}, NotImplementedError, r"NGT: pooling max_edge is not built .*; use mean_edge"),
+        ({"pooling": ("max_edge", "last")}, ValueError, r"NGT: expected pooling cat, mean, max, cat_mean, cls_token"),
         ({"pooling": ("cat", "all")}, ValueError, r"NGT: expected pooling cat, mean, max, cat_mean, cls_token"),
         ({"pooling": "cls_token", "head": "equivariant"}, ValueError, r"NGT: expected pooling"),
         ({"head": "none"}, ValueError, r"NGT: expected head in classification, regression, equivariant"),

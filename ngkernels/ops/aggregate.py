@@ -93,7 +93,7 @@ def _autograd_double(ctx, need, *second):
 _run_backward = register("aggregate_backward", _backward, _autograd_double, _setup_double)
 
 
-def aggregate(edges: EdgeState, message: Message, reduce: Sequence[str] = ("sum",)) -> torch.Tensor:
+def aggregate(edges: EdgeState, message: Message, reduce: Sequence[str] = ("sum",), over: str = "edges") -> torch.Tensor:
     """Reductions of the messages at every destination node, in one pass over the edges.
 
         out[i, k] = reduce_k over edges (j -> i) of m_ij,   m_ij = message(e_ij, x_i, x_j)
@@ -102,13 +102,14 @@ def aggregate(edges: EdgeState, message: Message, reduce: Sequence[str] = ("sum"
         edges: the edge states; restrict them (`edges.restrict(-1)`) for the rows of one node layer only.
         message: Message.film, .gate, .product or .concat, F wide.
         reduce: any of sum, mean, min, max, std, var; each at most once.
+        over: "edges", or "pairs": every pair of a closed state (EdgeState.closure), edge or not.
 
     Returns:
         Tensor [N, K, F], in the order of `reduce`; float32, or float64 for float64 weights. Nodes without
         incoming edges are 0. std is 0 (gradient 0) where the biased variance is at most 1e-5.
 
     Raises:
-        ValueError: unknown or repeated reductions, shapes that do not fit.
+        ValueError: unknown or repeated reductions, shapes that do not fit, pairs of a state that is not closed.
         NotImplementedError: a forced backend that cannot run.
 
     Note: float32 accumulation, Chan's method for variances; bitwise the same for any number of threads. Kept
@@ -122,11 +123,13 @@ def aggregate(edges: EdgeState, message: Message, reduce: Sequence[str] = ("sum"
     unknown = [r for r in reduce if r not in REDUCE]
     if unknown or not reduce or len(set(reduce)) != len(reduce):
         raise ValueError(f"aggregate: expected reduce to be different names of {', '.join(REDUCE)}, got {reduce}")
+    if over not in ("edges", "pairs") or (over == "pairs" and not edges.graph.closed):
+        raise ValueError(f"aggregate: expected over to be edges, or pairs of a closed state (EdgeState.closure), got {over!r} of {edges.graph}")
     message.check("aggregate", edges)
     if panels.needed(edges):
-        return in_panels.evaluate("aggregate", edges, (), message, (len(reduce), message.width), lambda e, _, m: aggregate(e, m, reduce))
+        return in_panels.evaluate("aggregate", edges, (), message, (len(reduce), message.width), lambda e, _, m: aggregate(e, m, reduce, over))
     compute = ex.mode_for("aggregate", edges)
-    e = build_message(edges, message, reduce, ex.backend_of(compute) != "reference")
+    e = build_message(edges, message, reduce, ex.backend_of(compute) != "reference", over == "pairs")
     out = _run(*e, edges.graph.num_rows, compute)[0]
     natural = tuple(r for r in REDUCE if r in reduce)
     return out if natural == reduce else out[:, [natural.index(r) for r in reduce]]

@@ -19,7 +19,7 @@ from .flip import flip, flip_weights
 from .from_reference import load as load_reference
 from .from_reference import ngt_options, own_names
 from .memory import EdgeMemory
-from .pooling import mean_of_pairs
+from .pooling import largest_of_pairs, mean_of_pairs
 
 ATTENTION = ("all", "edges")
 
@@ -44,7 +44,7 @@ class NGT(NeuralGraphModel):
         encoder: "fourier" (fourier_features frequencies ~ N(0, fourier_sigma^2)) or "linear"; input_layers Linears.
         edge_channels, node_channels: C, numbers for each weight and each bias.
         norm: of node states, see NodeNorm; None leaves out those of edge states too. dropout: see RelationalLayer.
-        pooling: see Pooling; "cls_token" adds a learned node to every network and reads it. max_edge is not built.
+        pooling: see Pooling; "cls_token" adds a learned node to every network and reads it.
         head: "classification", "regression" or "equivariant" (updates of weights and biases).
         d_out_hid, out_layers: hidden width and number of Linears of the head.
         update_edges: False keeps the first edge state in all layers.
@@ -53,7 +53,7 @@ class NGT(NeuralGraphModel):
             check_finite: see NGGNN.
 
     Raises:
-        ValueError, TypeError: options that are unknown or do not fit. NotImplementedError: pooling max_edge.
+        ValueError, TypeError: options that are unknown or do not fit.
 
     Reference: Kofinas et al., "Graph Neural Networks for Learning Equivariant Representations of Neural Networks",
         ICLR 2024. Parameters carry the names of its public code; `from_reference` loads its checkpoints.
@@ -85,8 +85,6 @@ class NGT(NeuralGraphModel):
         self.attention, self.norm, self.memory = attention, norm, self._memory(attention, edge_memory)
         self.budget, self.num_updates = self.memory.budget, num_layers - 1 if update_edges else 0
         reads_edges = head == "equivariant" or self.pooling.of_edges
-        if head != "equivariant" and self.pooling.method == "max_edge":
-            raise NotImplementedError("NGT: pooling max_edge is not built (no op takes the maximum over pairs); use mean_edge")
         if self._has_token:
             self.cls_token = nn.Parameter(torch.randn(d_node))
         self.layers = nn.ModuleList(
@@ -172,7 +170,9 @@ class NGT(NeuralGraphModel):
         return x if rows is None or alone else rows_of(edges.graph.restrict(rows), x), edges
 
     def pool_edges(self, graph: NeuralGraph, edges: EdgeState, x: torch.Tensor) -> torch.Tensor:
-        """[num_graphs, d_edge]: the mean over the pairs that the attention looks at."""
+        """[num_graphs, d_edge]: the mean or the largest over the pairs that the attention looks at."""
+        if self.pooling.method == "max_edge":
+            return largest_of_pairs(edges.closure(self.attention), x)
         return mean_of_pairs(edges, x, self.attention, self.pooling.where == "last")
 
     def read_edges(self, edges: EdgeState, maps) -> list[torch.Tensor]:

@@ -92,15 +92,18 @@ class Pooling:
 
     def edges(self, graph: NeuralGraph, edges: EdgeState, x: torch.Tensor) -> torch.Tensor:
         """[num_graphs, width] from edge states; x: any node states, not read."""
-        width = edges.width
-        nothing = x.new_zeros(width, x.shape[1])
-        every = Message.concat(x.detach(), torch.eye(width, dtype=x.dtype, device=x.device), None, nothing, nothing)
         last = self.where == "last"
-        reduced = aggregate(edges.restrict(-1) if last else edges, every, ("sum" if self.method == "mean_edge" else "max",))[:, 0]
+        reduced = aggregate(edges.restrict(-1) if last else edges, _states(edges, x), ("sum" if self.method == "mean_edge" else "max",))[:, 0]
         index, sizes = _segments(graph, -1 if last else None, x.device)
         if self.method == "max_edge":
             return reduce_segments(reduced, index, sizes, "max").clamp(min=0)  # a pair without an edge is always there
         return reduce_segments(reduced, index, sizes, "mean") / graph.on(x.device, "nodes of graphs", graph.node_bounds.diff)[:, None]
+
+
+def _states(edges: EdgeState, x: torch.Tensor) -> Message:
+    """The message that is e_ij itself; x: any node states, not read."""
+    nothing = x.new_zeros(edges.width, x.shape[1])
+    return Message.concat(x.detach(), torch.eye(edges.width, dtype=x.dtype, device=x.device), None, nothing, nothing)
 
 
 def _segments(graph: NeuralGraph, layer: int | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,6 +142,12 @@ def mean_of_pairs(edges: EdgeState, x: torch.Tensor, over: str, last: bool) -> t
     index = graph.on(x.device, "graph of node", graph.graph_of_node)
     total = x.new_zeros(graph.num_graphs, width).index_add(0, index, counts * means)
     return total / x.new_zeros(graph.num_graphs, 1).index_add(0, index, counts)
+
+
+def largest_of_pairs(edges: EdgeState, x: torch.Tensor) -> torch.Tensor:
+    """[num_graphs, D]: the largest e_ij, number by number, over all pairs of a closed state. x: any node states, not read."""
+    rows = aggregate(edges, _states(edges, x), ("max",), over="pairs")[:, 0]
+    return reduce_segments(rows, *_segments(edges.graph, None, x.device), "max")
 
 
 def _pairs(graph: NeuralGraph, over: str, last: bool) -> torch.Tensor:
