@@ -97,8 +97,9 @@ gpu-long: build  ## the same with the whole matrix of tests and of timings
 demo: build  ## the main job, small: real images, INRs, neural graphs, training with fused kernels, report and plots
 	$(BIN)ngk demo
 
-bench: build  ## measure every backend and every baseline, record the results, renew the tables of the README
+bench: build  ## measure every backend and every baseline, record the results, the quick grid of the study (out/scale), renew the tables of the README
 	$(PY) -m benchmarks
+	$(PY) -m neural_graphs.cli scale --budget 256MiB --last 256 --refine 0 --out out/scale
 	$(PY) -m benchmarks.report
 
 format: build  ## format Python and C++

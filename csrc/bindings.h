@@ -41,14 +41,29 @@ inline Tensors in_order(Tensors tensors) {
   return tensors;
 }
 
+// What `make` returns; the stable ABI says of an allocation that fails no more than where it was called.
+template <class Make>
+Tensor allocated(int64_t numbers, const Tensor& like, Make make) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    STD_TORCH_CHECK(false, "ngkernels: not enough memory for a tensor of ", numbers, " numbers of ", like.element_size(),
+                    " bytes; the planner (ngk.plan) says what a step needs");
+  }
+}
+
 // Uninitialised and contiguous, on the device of `like`. Not torch::stable::empty, which looks its op up by name: the gradients of a
 // small network are a hundred tensors, at 1 us each.
 inline Tensor room(const Tensor& like, const Ints& sizes, ScalarType type) {
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device = aoti_torch_device_type_cpu();
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &dtype, nullptr, &device, 0, nullptr, &made));
-  return Tensor(made);
+  int64_t numbers = 1;
+  for (int64_t size : sizes) numbers *= size;
+  return allocated(numbers, like, [&] {
+    AtenTensorHandle made;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &dtype, nullptr, &device, 0, nullptr, &made));
+    return Tensor(made);
+  });
 }
 
 // Adds, for each of the tensors, an uninitialised contiguous gradient, or an empty tensor where `need` does not ask for one.

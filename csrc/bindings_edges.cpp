@@ -13,7 +13,8 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 // The gradient of a weight has its strides (that of a transposed view is one too); of one in a file it lies in a file, if that was asked
 // for.
 Tensor gradient_like(const Tensor& weight) {
-  if (!weight.numel() || !is_mapped(weight.const_data_ptr())) return torch::stable::empty_like(weight);
+  if (!weight.numel() || !is_mapped(weight.const_data_ptr()))
+    return allocated(weight.numel(), weight, [&] { return torch::stable::empty_like(weight); });
   std::array<StableIValue, 1> stack{torch::stable::detail::from(weight)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("ngkernels::gradient_like", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);

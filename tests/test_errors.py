@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DECLARED
 
 import ngkernels as ngk
 from ngkernels import encoders
@@ -179,3 +180,12 @@ def test_dtypes_devices_and_kinds_raise_type_errors(call, text: str, backend: st
 def test_what_is_not_built_says_so(call, text: str, backend: str):
     with ngk.use_backend(backend), pytest.raises(NotImplementedError, match=text):
         call()
+
+
+@pytest.mark.skipif("cpp" not in DECLARED, reason="needs the cpp backend")
+def test_memory_that_is_not_there_is_named():
+    """26 TB: the kernels' own allocations fail as PyTorch's do, and say so."""
+    graph, w = ngk.NeuralGraph.mlp([40_000, 40_000]), zeros(1, 1, 1, 1).expand(1, 40_000, 40_000, 1)
+    e = ngk.EdgeState(graph, [w], encoders.Linear(zeros(4, 1), zeros(4)))
+    with ngk.use_backend("cpp"), pytest.raises(RuntimeError, match=r"ngkernels: not enough memory for a tensor of 6553600000000 numbers of 4 bytes; the planner"):
+        ngk.readout(e, [(zeros(4096, 4), None)])

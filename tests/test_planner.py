@@ -80,6 +80,21 @@ def test_peaks_of_recorded_steps():
             assert found.peak_bytes == pytest.approx(row["peak_bytes"], rel=0.1), (row["model"], row["layout"])
 
 
+@cpp
+def test_peaks_of_the_recorded_study():
+    """Every size of the memory-scaling study that a method on these kernels was measured at."""
+    for path in (ROOT / "benchmarks" / "results").glob("*/scale.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [r for r in rows if r["outcome"] == "ok" and r["device"] == "cpu" and METHODS[r["method"]].policy is not None and r["peak_bytes"] > 40 * MIB]
+        assert len(rows) > 10
+        for row in rows:
+            method = METHODS[row["method"]]
+            model = method.model(row["layout"], row["width"])
+            options = {"weight_grads": row["weight_grads"], "threads": row["threads"], "policies": [method.policy], "optimizer_states": 3}
+            found = ngk.plan(model, model.graph(row["batch"]), **options)
+            assert found.peak_bytes == pytest.approx(row["peak_bytes"], rel=0.1), (row["method"], row["layout"])
+
+
 def test_more_threads_take_more():
     one, two, many = (predicted("ng-gnn", 256, False, threads) for threads in (1, 2, 1 << 20))
     if "cpp" in DECLARED:

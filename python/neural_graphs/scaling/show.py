@@ -96,14 +96,17 @@ def others(settings: Settings, rows: Sequence[dict[str, Any]]) -> str:
         return ""
     text = {name: layout_text(OTHERS[name][0]) + (f" x {OTHERS[name][1]}" if OTHERS[name][1] > 1 else "") for name in names}
     lines = [["method", *text.values()], ["---"] + ["---:"] * len(names)]
-    for method in dict.fromkeys(key[0] for key in named):
+    for method in (name for name in METHODS if any(key[0] == name for key in named)):
         found = [named.get((method, name)) for name in names]
         lines.append([METHODS[method].text, *("-" if r is None else _measured(r) for r in found)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n"
 
 
 def _measured(row: dict[str, Any]) -> str:
-    return f"{size_text(row['peak_bytes'])}, {row['seconds']:.3g} s" if row["outcome"] == "ok" else row["outcome"]
+    """A measurement in a cell."""
+    if row["outcome"] in ("ok", "projected"):
+        return f"{size_text(row['peak_bytes'])}, {row['seconds']:.3g} s" + " ‡" * (row["outcome"] == "projected")
+    return f"not in {row['max_seconds']:,.0f} s" if row["outcome"] == "timeout" else row["outcome"]
 
 
 def page(settings: Settings, results: Sequence[Largest], rows: Sequence[dict[str, Any]]) -> str:
