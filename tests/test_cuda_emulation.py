@@ -224,14 +224,14 @@ PATCHES = (
     ("tf32-columns-in-their-own-order", "precision.h", "{v[0], v[2], v[1], v[3],", "{v[0], v[2], v[3], v[1],"),
     ("transposed-rows-exchanged", "precision.h", "(lane() / 16 * 8 + lane() % 8) * ld + lane() / 8 % 2 * 8", "(lane() / 8 % 2 * 8 + lane() % 8) * ld + lane() / 16 * 8"),
     ("no-barrier-after-the-product", "backprop.h", "matrix_gradient(upper.gradient + h, up + h);\n        sync_block();", "matrix_gradient(upper.gradient + h, up + h);"),
-    ("features-read-before-they-are-there", "evaluator.h", "edge(panel, j, lane()), there);\n    sync_warp();", "edge(panel, j, lane()), there);"),
+    ("features-read-before-they-are-there", "evaluator.h", "e.raw, there && e.ok);\n    }\n    sync_warp();", "e.raw, there && e.ok);\n    }"),
     ("residual-gradient-lost", "backprop.h", "if (stage.add >= 0) store8(", "if (false) store8("),
     ("second-half-forgotten", "backprop.h", "if (h >= upper.halves) break;", "if (h >= 1) break;"),
-    ("strip-overwrites-the-last-one", "backprop.h", "*to = strip && !eval.line ? *to + total : total;", "*to = total;"),
+    ("strip-overwrites-the-last-one", "sinks.h", "*to = strip && !eval.line ? *to + total : total;", "*to = total;"),
     ("variance-between-lanes-lost", "statistics.h", "*squares + (other_squares + delta * delta * (na * nb / n))", "*squares + other_squares"),
-    ("reversed-blocks-overwrite", "backprop.h", "eval.block->add ? x + read_value<float>(p, dtype) : x", "x"),
+    ("reversed-blocks-overwrite", "sinks.h", "eval.block->add ? x + read_value<float>(p, dtype) : x", "x"),
     ("line-of-one-edge", "evaluator.h", "3 * (line[1] + (r < line[2] ? r : 0))", "3 * line[1]"),
-    ("table-and-features-both", "backprop.h", "stage.source == FROM_TABLE && !eval.row_beyond(k) ? 0.0f : v[k]", "v[k]"),
+    ("table-and-features-both", "sinks.h", "stage.source == FROM_TABLE && !eval.row_beyond(k) ? 0.0f : v[k]", "v[k]"),
     ("beyond-the-table-forgotten", "backprop.h", "if (lowest.source == FROM_FOURIER || beyond_table())", "if (lowest.source == FROM_FOURIER)"),
 )  # fmt: skip
 

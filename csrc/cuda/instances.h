@@ -2,7 +2,7 @@
 #pragma once
 
 #include "aggregate.h"
-#include "backprop.h"
+#include "aggregate_back.h"
 #include "launch.h"
 
 namespace ngk::cuda {

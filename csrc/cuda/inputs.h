@@ -1,0 +1,162 @@
+// What the first stages of an edge expression read: raw features, the table of a curve over them, their Fourier features.
+#pragma once
+
+#include "../edge_math.h"
+#include "memory.h"
+#include "precision.h"
+
+namespace ngk::cuda {
+
+constexpr int HERMITE = 16;  // numbers of an edge: weights of the table's lines, of their derivatives, the cell (-1: beyond the table)
+
+struct Eight {
+  float v[8];
+};
+// The 16 features cos | sin of 2 pi b w from column `first` on, or their derivatives by 2 pi b w. b: [count, channels]; w: of this lane's
+// first row. One at a time: the code is long.
+NGK_DEVICE Eight fourier_features(const float* b, int count, const float* w, int channels, int first, bool derivative) {
+  Eight f;
+  NGK_ROLLED
+  for (int k = 0; k < 4; ++k) {
+    const int column = first + k / 2 * 8 + lane() % 4 * 2 + k % 2, q = column < count ? column : column - count;
+    float x[2] = {0, 0};
+    NGK_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      if (column >= 2 * count) break;
+      const float *frequency = b + static_cast<int64_t>(q) * channels, *weight = w + 8 * h * channels;
+      float t = 0, rest = 0, cosine, sine;
+      NGK_ROLLED
+      for (int c = 0; c < channels; ++c) t = fmaf(frequency[c], weight[c], t);
+      // of one channel: the product's rounding error, put back after the turns are off
+      if (channels == 1) t = frequency[0] * weight[0], rest = fmaf(frequency[0], weight[0], -t);
+      cos_sin_turns<Number>(t, rest, &cosine, &sine);
+      x[h] = column < count ? (derivative ? -sine : cosine) : derivative ? cosine : sine;
+    }
+    NGK_UNROLL
+    for (int e = 0; e < 4; ++e)
+      if (e == k) f.v[e / 2 * 4 + e % 2] = x[0], f.v[e / 2 * 4 + 2 + e % 2] = x[1];
+  }
+  return f;
+}
+
+template <class P, int D>
+struct Inputs {
+  static constexpr int KB = D / 16, FRAGMENTS = 256;  // fragments of a row of a register; numbers of a fragment
+  using Element = typename P::Element;
+
+  const Args& g;
+  const Element* matrices;
+  const float* constants;
+  float *features, *feature_gradients, *hermite;
+  const Rows* block = nullptr;  // of a tile
+
+  NGK_DEVICE int64_t features_of_warp() const { return 16 * (2 * g.channels + (g.table ? HERMITE : 0)); }
+  static NGK_DEVICE int row_of(int k) { return lane() / 4 + k / 2 % 2 * 8; }
+  static NGK_DEVICE int column_of(int k) { return k / 4 * 8 + lane() % 4 * 2 + k % 2; }
+
+  // Copies what all warps read into shared memory. Every thread of the block comes here.
+  NGK_DEVICE explicit Inputs(const Args& args) : g(args) {
+    features = placed_of_warp<float>(g.features, features_of_warp());
+    feature_gradients = features + 16 * g.channels;
+    hermite = feature_gradients + 16 * g.channels;
+    float* own = placed<float>(g.constants_copied);
+    NGK_ROLLED
+    for (int64_t k = thread(); k < g.n_constants; k += WARPS * LANES) own[k] = g.constants[k];
+    constants = own;
+    matrices = static_cast<const Element*>(g.matrices);
+    if (g.matrices_copied) {
+      float* copy = placed<float>(g.copied);
+      const float* from = static_cast<const float*>(g.matrices);
+      const int64_t n = g.matrices_copied * static_cast<int64_t>(sizeof(Element)) / 16;
+      NGK_ROLLED
+      for (int64_t k = thread(); k < n; k += WARPS * LANES) store4(copy + 4 * k, load4(from + 4 * k));
+      matrices = reinterpret_cast<const Element*>(copy);
+    }
+    sync_block();
+  }
+
+  NGK_DEVICE void load_features(const Panel& panel, int64_t destination, int64_t number, bool there) {
+    const Values& raw = block->raw;
+    NGK_ROLLED
+    for (int c = 0; c < g.channels; ++c) {
+      float x = 0;
+      if (there && raw.data) {
+        x = read_value<float>(element_of(raw, panel.copy, destination, number, c), static_cast<Dtype>(raw.dtype));
+        if (block->affine >= 0) x = fmaf(x, constants[block->affine], constants[block->affine + 1]);
+      }
+      features[lane() * g.channels + c] = x;
+    }
+    if (!g.table) return;
+    float* h = hermite + lane() * HERMITE;
+    hermite_cells<Number>(features + lane(), 1, static_cast<float>(int64_t(1) << g.steps), g.table_nodes / 2, h + 12, h, h + 6, 1);
+  }
+
+  // Of a stage FROM_RAW: where the weights of one channel begin.
+  NGK_DEVICE const float* raw_weights(const Stage& stage, int channel, int h, int c) const {
+    return constants + stage.weight + (block->direction * g.channels + channel) * stage.halves * D + h * D + c * 16 + lane() % 4 * 2;
+  }
+  NGK_DEVICE void from_raw(const Stage& stage, int h, int c, float* v) const {
+    for (int k = 0; k < g.channels; ++k) {
+      const float* w = raw_weights(stage, k, h, c);
+      const float x[2] = {features[lane() / 4 * g.channels + k], features[(lane() / 4 + 8) * g.channels + k]};
+      NGK_UNROLL
+      for (int e = 0; e < 8; ++e) v[e] = fmaf(x[e / 2 % 2], w[e / 4 * 8 + e % 2], v[e]);
+    }
+  }
+
+  // Lines k of the table, six of them, at this lane's columns.
+  NGK_DEVICE const float* table_line(const Stage& stage, int64_t cell, int h, int c) const {
+    return g.table + (block->direction * g.table_nodes + cell) * TABLE_LINES * stage.width * stage.halves + h * stage.width + c * 16;
+  }
+  // Whether any of `rows` edges, from those of this lane's warp or of all, has a weight beyond the table.
+  NGK_DEVICE bool beyond(const float* hermite_rows, int rows, int64_t stride) const {
+    bool any = false;
+    NGK_ROLLED
+    for (int r = 0; r < rows; ++r) any |= hermite_rows[r / 16 * stride + r % 16 * HERMITE + 12] < 0;
+    return any;
+  }
+  NGK_DEVICE bool row_beyond(int k) const { return hermite[row_of(k) * HERMITE + 12] < 0; }
+
+  NGK_DEVICE void from_table(const Stage& stage, int h, int c, float* v) const {
+    float direct[8];
+    const bool some = stage.groups && beyond(hermite, 16, 0);
+    if (some) {
+      NGK_UNROLL
+      for (int k = 0; k < 8; ++k) direct[k] = v[k];
+      from_fourier(stage, h, c, direct);
+    }
+    NGK_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const float* weights = hermite + (lane() / 4 + 8 * r) * HERMITE;
+      const float cell = weights[12];
+      const float* line = table_line(stage, cell < 0 ? 0 : static_cast<int64_t>(cell), h, c);
+      NGK_ROLLED
+      for (int k = 0; k < 2 * TABLE_LINES; ++k) {
+        NGK_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const int column = e / 2 * 8 + lane() % 4 * 2 + e % 2;
+          if (c * 16 + column < stage.width)
+            v[e / 2 * 4 + r * 2 + e % 2] = fmaf(weights[k], line[k * stage.width * stage.halves + column], v[e / 2 * 4 + r * 2 + e % 2]);
+        }
+      }
+      NGK_UNROLL
+      for (int e = 0; e < 4; ++e)
+        if (cell < 0) v[e / 2 * 4 + r * 2 + e % 2] = some ? direct[e / 2 * 4 + r * 2 + e % 2] : NAN;  // NaN: there should be none
+    }
+  }
+
+  NGK_DEVICE Eight fourier(const Stage& stage, int first, bool derivative) const {
+    return fourier_features(constants + stage.frequencies + block->direction * stage.count * g.channels, stage.count,
+                            features + lane() / 4 * g.channels, static_cast<int>(g.channels), first, derivative);
+  }
+  NGK_DEVICE void from_fourier(const Stage& stage, int h, int c, float* v) const {
+    NGK_ROLLED
+    for (int k = 0; k < stage.groups * KB; ++k) {
+      const Eight f = fourier(stage, k * 16, false);
+      const Element* w = matrices + ((static_cast<int64_t>(stage.weight + k / KB * stage.halves + h) * KB + c) * KB + k % KB) * FRAGMENTS;
+      P::multiply(v, P::left(f.v), P::right(w + lane() * 8));
+    }
+  }
+};
+
+}  // namespace ngk::cuda

@@ -1,0 +1,35 @@
+// Numbers of a warp in memory: fragments, the places of working memory, edge values.
+#pragma once
+
+#include "../values.h"
+#include "args.h"
+#include "lane.h"
+
+namespace ngk::cuda {
+
+NGK_DEVICE void load8(const float* p, float* v) {
+  const Four x = load4(p), y = load4(p + 4);
+  NGK_UNROLL
+  for (int k = 0; k < 4; ++k) v[k] = x.v[k], v[4 + k] = y.v[k];
+}
+NGK_DEVICE void store8(float* p, const float* v) {
+  store4(p, {{v[0], v[1], v[2], v[3]}});
+  store4(p + 4, {{v[4], v[5], v[6], v[7]}});
+}
+
+template <class X>
+NGK_DEVICE X* placed(const Place& p) {
+  return reinterpret_cast<X*>(p.base ? p.base + block() * p.stride : shared_memory() + p.offset);
+}
+// The part of one warp, `size` elements.
+template <class X>
+NGK_DEVICE X* placed_of_warp(const Place& p, int64_t size) {
+  return placed<X>(p) + warp() * size;
+}
+
+NGK_DEVICE char* element_of(const Values& v, int64_t copy, int64_t i, int64_t j, int64_t channel) {
+  return reinterpret_cast<char*>(v.data) +
+         (copy * v.copy + j * v.src + i * v.dst + channel * v.channel) * dtype_size(static_cast<Dtype>(v.dtype));
+}
+
+}  // namespace ngk::cuda
