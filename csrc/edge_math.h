@@ -188,6 +188,16 @@ NGK_INLINE void fourier_row(const typename V::T* b, int m, int C, const typename
   }
 }
 
+// Of dropout: a weight of attention is dropped where this is below the rate x 2^32. ngkernels/reference/attend.py has the same.
+NGK_INLINE uint32_t dropout_hash(int64_t i, int64_t j, int head, int64_t seed) {
+  const uint32_t more = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+  uint32_t x = static_cast<uint32_t>(i) * 0x9E3779B1u + static_cast<uint32_t>(j) * 0x85EBCA77u + static_cast<uint32_t>(head) * 0xC2B2AE3Du +
+               static_cast<uint32_t>(seed);
+  x = (x ^ (x >> 16)) * 0x7FEB352Du + more;
+  x = (x ^ (x >> 15)) * 0x846CA68Bu + more;
+  return x ^ (x >> 16);
+}
+
 // Cells of a tile's weights in the table, and the quintic Hermite weights of (value, slope, curvature) at the cell's two
 // ends with their derivatives: cell [n] (-1: beyond the table, NaN too), c and d [6][stride]; n is rounded up to W.
 template <class V>

@@ -14,7 +14,6 @@ import torch
 
 OPS = ("aggregate", "attend", "readout", "checkpoint", "node_map")
 BACKENDS = ("reference", "cpp", "triton", "cuda")
-CUDA_OPS = ("aggregate", "readout", "checkpoint", "node_map")  # that the cuda backend runs; node_map in plain PyTorch
 
 _forced: list[str] = []
 _emulated: list[ctypes.CDLL] = []
@@ -66,23 +65,21 @@ def emulate_cuda(path: Path) -> Iterator[None]:
         _emulated.pop()
 
 
-def _cuda(device: torch.device | None, op: str | None) -> str | None:
-    """None when the CUDA kernels of `op` (None: of some op) run on `device`, else the reason why not."""
+def _cuda(device: torch.device | None) -> str | None:
+    """None when the CUDA kernels (node_map: plain PyTorch) run on `device`, else the reason why not."""
     if _emulated:
-        reason = None if device is None or device.type == "cpu" else f"its emulation runs on cpu tensors, got {device}"
-    elif reason := _library():
-        pass
-    elif not torch.ops.ngkernels_C.cuda_built():
-        reason = "the library was built without nvcc; install with a CUDA toolkit and NGKERNELS_CUDA=1"
-    elif device is not None and device.type != "cuda":
-        reason = f"it runs on cuda tensors, got {device}"
-    else:
-        reason = None if torch.cuda.is_available() else "no CUDA device is there"
-    return reason or (f"its kernels of {op} are not written yet" if op in OPS and op not in CUDA_OPS else None)
+        return None if device is None or device.type == "cpu" else f"its emulation runs on cpu tensors, got {device}"
+    if reason := _library():
+        return reason
+    if not torch.ops.ngkernels_C.cuda_built():
+        return "the library was built without nvcc; install with a CUDA toolkit and NGKERNELS_CUDA=1"
+    if device is not None and device.type != "cuda":
+        return f"it runs on cuda tensors, got {device}"
+    return None if torch.cuda.is_available() else "no CUDA device is there"
 
 
-def why_not(backend: str, device: torch.device | None = None, op: str | None = None) -> str | None:
-    """None when `backend` can run `op` (None: some op) on `device`, else the reason why not."""
+def why_not(backend: str, device: torch.device | None = None) -> str | None:
+    """None when `backend` runs on `device` (None: on some device of this machine), else the reason why not."""
     if backend == "reference":
         return None
     if backend == "cpp":
@@ -90,13 +87,13 @@ def why_not(backend: str, device: torch.device | None = None, op: str | None = N
             return f"it runs on cpu tensors, got {device}"
         return _library()
     if backend == "cuda":
-        return _cuda(device, op)
+        return _cuda(device)
     return _triton(device)
 
 
 def availability() -> dict[str, dict[str, str | None]]:
     """For each op and backend: None when it runs on this machine, else the reason why not."""
-    return {op: {b: why_not(b, op=op) for b in BACKENDS} for op in OPS}
+    return {op: {b: why_not(b) for b in BACKENDS} for op in OPS}
 
 
 def tiles_path() -> Path:
@@ -147,9 +144,9 @@ def choose(op: str, device: torch.device) -> int:
     device = torch.device(kind_of(device)) if device.type == "meta" else device
     forced = _forced[-1] if _forced else os.environ.get("NGKERNELS_BACKEND")
     if forced:
-        reason = why_not(_check_name(forced), device, op)
+        reason = why_not(_check_name(forced), device)
         if reason:
-            table = "; ".join(f"{b}: {why_not(b, device, op) or 'runs'}" for b in BACKENDS)
+            table = "; ".join(f"{b}: {why_not(b, device) or 'runs'}" for b in BACKENDS)
             raise NotImplementedError(f"{op}: backend {forced!r} was forced but {reason} ({table})")
         return BACKENDS.index(forced)
     best = {"cpu": "cpp", "cuda": "triton"}.get(device.type)

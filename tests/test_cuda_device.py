@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import pair_samples
 import pytest
 import torch
 from compare import assert_bitwise, assert_budget
 from oracle import mlp
+from pair_list import LOW_PRECISION as PAIR_LOW
+from pair_list import OPTIONS
+from pair_samples import PairSample
 from sample_list import LOW_PRECISION, PLAIN, SAMPLES
 from samples import Sample, cast, float32_oracle, leaves, named, run_engine, run_oracle
+from test_attend import assert_budget_of_pairs
+from test_cuda_pairs import SHAPES, missing, one_logit
 
 from ngkernels import backends
 
@@ -22,7 +28,7 @@ LARGE = tuple(
 
 @pytest.fixture(autouse=True)
 def _built() -> None:
-    reason = backends.why_not("cuda", torch.device("cuda"), "aggregate")
+    reason = backends.why_not("cuda", torch.device("cuda"))
     assert reason is None, reason
 
 
@@ -56,3 +62,22 @@ def test_run_to_run(sample: Sample, autocast: torch.dtype | None):
 def test_every_width_against_the_oracle(sample: Sample):
     wanted, plain = float32_oracle(sample)
     assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, 8e-6)
+
+
+# ---- attention, pair updates, layer norms, tokens ----
+PAIRS = tuple(s for s in (*OPTIONS, *SHAPES) if not missing(s) and not one_logit(s))
+
+
+@pytest.mark.parametrize("sample", **named(PAIRS))
+def test_pairs_within_twice_the_error_of_plain_pytorch(sample: PairSample):
+    wanted, plain = pair_samples.float32_oracle(sample)
+    assert_budget_of_pairs(pair_samples.run_engine(sample, cast(pair_samples.leaves(sample), torch.float32), "cuda"), wanted, plain, 8e-6)
+
+
+@pytest.mark.parametrize("sample", **named(PAIR_LOW))
+def test_pairs_with_bfloat16_operands(sample: PairSample):
+    t = cast(pair_samples.leaves(sample), torch.float32)
+    wanted, plain = pair_samples.run_oracle(sample, cast(t, torch.float64)), pair_samples.run_oracle(sample, t, low=True)
+    found = pair_samples.run_engine(sample, t, "cuda", autocast=torch.bfloat16)
+    assert_budget_of_pairs(found, wanted, plain, 2**-8)
+    assert_bitwise(pair_samples.run_engine(sample, t, "cuda", autocast=torch.bfloat16), found)

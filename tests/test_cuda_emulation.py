@@ -6,18 +6,14 @@ memory, the order of threads. What is not: that a device does what the PTX manua
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import emulation
-import pair_samples
 import pytest
 import torch
 from compare import assert_bitwise, assert_budget, assert_close
+from emulation import AHEAD, BACKWARDS, emulated, order  # noqa: F401  a fixture
 from oracle import Network, mlp
-from pair_list import PLAIN as PAIR
 from sample_list import LOW_PRECISION, PLAIN, SAMPLES
 from samples import Sample, cast, float32_oracle, leaves, named, run, run_engine, run_oracle
 from samples import oracle as oracle_of
@@ -48,20 +44,6 @@ def missing(s: Sample) -> str | None:
     return "registers of 130 columns" if 130 in (s.width, s.hidden, s.features) else None
 
 
-@pytest.fixture
-def emulated() -> Iterator[None]:
-    with backends.emulate_cuda(emulation.library()):
-        yield
-
-
-@pytest.fixture
-def backwards() -> Iterator[None]:
-    """The threads of a block run in the opposite order."""
-    backends.emulated().ngk_cuda_backwards(1)
-    yield
-    backends.emulated().ngk_cuda_backwards(0)
-
-
 def tiered() -> list:
     assert set(QUICK) <= set(SAMPLE_OF)
     return [pytest.param(s, id=n, marks=() if n in QUICK else pytest.mark.slow) for n, s in SAMPLE_OF.items() if missing(s) is None]
@@ -77,19 +59,6 @@ def test_float32_within_twice_the_error_of_plain_pytorch(sample: Sample):
 def test_what_is_not_there_is_named(sample: Sample):
     with pytest.raises(NotImplementedError, match=f"(aggregate|evaluate): backend 'cuda' does not run .*{missing(sample)}"):
         run_engine(sample, cast(leaves(sample), torch.float32), "cuda")
-
-
-MISSING_PAIRS = (
-    (PAIR.but("pair-update", over=None, reduce=("sum",)), "aggregate: backend 'cuda' does not run updates that read reverse partners"),
-    (PAIR.but("norm", over=None, reduce=("sum",), reverse=(False, False)), "aggregate: backend 'cuda' does not run layer norms of edge states"),
-    (PAIR, "attend: backend 'cuda' was forced but its kernels of attend are not written yet"),
-)
-
-
-@pytest.mark.parametrize(("sample", "text"), MISSING_PAIRS, ids=[s.name for s, _ in MISSING_PAIRS])
-def test_what_is_not_there_of_pairs_is_named(sample: pair_samples.PairSample, text: str):
-    with pytest.raises(NotImplementedError, match=text):
-        pair_samples.run_engine(sample, cast(pair_samples.leaves(sample), torch.float32), "cuda")
 
 
 def test_float64_is_named():
@@ -131,13 +100,14 @@ BITWISE = ("plain", "table-residual-first", "identity-residual-first", "sparse-u
 
 @pytest.mark.parametrize("name", BITWISE)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["exact", "bf16"])
-def test_the_order_of_threads_does_not_matter(name: str, autocast: torch.dtype | None, request: pytest.FixtureRequest):
+def test_the_order_of_threads_does_not_matter(name: str, autocast: torch.dtype | None):
     """Where a barrier is missing, it does."""
     sample = SAMPLE_OF[name]
     t = cast(leaves(sample), torch.float32)
     wanted = run_engine(sample, t, "cuda", autocast=autocast)
-    request.getfixturevalue("backwards")
-    assert_bitwise(run_engine(sample, t, "cuda", autocast=autocast), wanted)
+    for of in (BACKWARDS, AHEAD, AHEAD + BACKWARDS):
+        with order(of):
+            assert_bitwise(run_engine(sample, t, "cuda", autocast=autocast), wanted)
 
 
 @pytest.mark.parametrize("name", BITWISE)
@@ -223,13 +193,14 @@ PATCHES = (
     ("rows-of-a-fragment-exchanged", "precision.h", "{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])", "{pack_bf16(v[2], v[3]), pack_bf16(v[0], v[1])"),
     ("tf32-columns-in-their-own-order", "precision.h", "{v[0], v[2], v[1], v[3],", "{v[0], v[2], v[3], v[1],"),
     ("transposed-rows-exchanged", "precision.h", "(lane() / 16 * 8 + lane() % 8) * ld + lane() / 8 % 2 * 8", "(lane() / 8 % 2 * 8 + lane() % 8) * ld + lane() / 16 * 8"),
-    ("no-barrier-after-the-product", "backprop.h", "matrix_gradient(upper.gradient + h, up + h);\n        sync_block();", "matrix_gradient(upper.gradient + h, up + h);"),
-    ("features-read-before-they-are-there", "evaluator.h", "e.raw, there && e.ok);\n    }\n    sync_warp();", "e.raw, there && e.ok);\n    }"),
-    ("residual-gradient-lost", "backprop.h", "if (stage.add >= 0) store8(", "if (false) store8("),
+    ("no-barrier-after-the-product", "backprop.h", "matrix_gradients(upper, up);\n        sync_block();", "matrix_gradients(upper, up);"),
+    ("no-barrier-before-the-product", "backprop.h", "sync_block();\n        matrix_gradients(upper, up);", "matrix_gradients(upper, up);"),
+    ("features-read-before-they-are-there", "evaluator.h", "turn(0);\n      }\n    }\n    sync_warp();", "turn(0);\n      }\n    }"),
+    ("residual-gradient-lost", "backprop.h", "if (stage.add >= 0 || (FULL && stage.source == FROM_NORM)) store8(", "if (FULL && stage.source == FROM_NORM) store8("),
     ("second-half-forgotten", "backprop.h", "if (h >= upper.halves) break;", "if (h >= 1) break;"),
     ("strip-overwrites-the-last-one", "sinks.h", "*to = strip && !eval.line ? *to + total : total;", "*to = total;"),
     ("variance-between-lanes-lost", "statistics.h", "*squares + (other_squares + delta * delta * (na * nb / n))", "*squares + other_squares"),
-    ("reversed-blocks-overwrite", "sinks.h", "eval.block->add ? x + read_value<float>(p, dtype) : x", "x"),
+    ("reversed-blocks-overwrite", "sinks.h", "add ? x + read_value<float>(p, dtype) : x", "x"),
     ("line-of-one-edge", "evaluator.h", "3 * (line[1] + (r < line[2] ? r : 0))", "3 * line[1]"),
     ("table-and-features-both", "sinks.h", "stage.source == FROM_TABLE && !eval.row_beyond(k) ? 0.0f : v[k]", "v[k]"),
     ("beyond-the-table-forgotten", "backprop.h", "if (lowest.source == FROM_FOURIER || beyond_table())", "if (lowest.source == FROM_FOURIER)"),
@@ -246,9 +217,9 @@ def passes(library: Path) -> bool:
                 assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, FLOAT32_FLOOR)
             t = cast(leaves(LOW[0]), torch.float32)
             wanted, plain = run_oracle(LOW[0], cast(t, torch.float64)), run_oracle(LOW[0], t, low=True)
-            for order in (0, 1):
-                backends.emulated().ngk_cuda_backwards(order)
-                assert_budget(run_engine(LOW[0], t, "cuda", autocast=torch.bfloat16), wanted, plain, BFLOAT16_FLOOR)
+            for of in (0, BACKWARDS, AHEAD):
+                with order(of):
+                    assert_budget(run_engine(LOW[0], t, "cuda", autocast=torch.bfloat16), wanted, plain, BFLOAT16_FLOOR)
         except AssertionError:
             return False
     return True
@@ -257,12 +228,4 @@ def passes(library: Path) -> bool:
 @pytest.mark.mutants
 @pytest.mark.parametrize(("file", "old", "new"), [pytest.param(*p[1:], id=p[0]) for p in PATCHES])
 def test_seeded_bugs_are_caught(file: str, old: str, new: str, tmp_path: Path):
-    shutil.copytree(emulation.ROOT / "csrc", tmp_path / "csrc")
-    path = tmp_path / "csrc" / "cuda" / file
-    assert path.read_text().count(old) == 1, f"{file} has changed: renew this bug"
-    path.write_text(path.read_text().replace(old, new))
-    library = emulation.compile_emulation(tmp_path / "csrc", tmp_path / "mutant.so")
-    child = os.fork()  # a bug may end its process, which is to notice it too
-    if not child:
-        os._exit(0 if passes(library) else 1)
-    assert os.waitpid(child, 0)[1] != 0, "nobody noticed"
+    emulation.check_bug(tmp_path, file, old, new, passes)

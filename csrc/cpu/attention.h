@@ -267,15 +267,10 @@ class Attention {
     for (int z = 0; z < t.rows(last) * H; z += V::W) V::store(p + z, V::exp(V::upper(V::load(p + z), low)));
   }
 
-  // Dropout: 0 or 1 / (1 - rate); a hash of (seed, i, j, head), ngkernels/reference/attend.py has the same.
+  // Dropout: 0 or 1 / (1 - rate).
   T keep(int64_t i, int64_t j, int h) const {
-    uint32_t x = static_cast<uint32_t>(i) * 0x9E3779B1u + static_cast<uint32_t>(j) * 0x85EBCA77u + static_cast<uint32_t>(h) * 0xC2B2AE3Du +
-                 static_cast<uint32_t>(c.seed);
-    const uint32_t more = static_cast<uint32_t>(c.seed >> 32);
-    x = (x ^ (x >> 16)) * 0x7FEB352Du + more;
-    x = (x ^ (x >> 15)) * 0x846CA68Bu + more;
-    x ^= x >> 16;
-    return static_cast<double>(x) >= std::floor(c.dropout * 4294967296.0) ? static_cast<T>(1 / (1 - c.dropout)) : T(0);
+    const bool kept_one = static_cast<double>(dropout_hash(i, j, h, c.seed)) >= std::floor(c.dropout * 4294967296.0);
+    return kept_one ? static_cast<T>(1 / (1 - c.dropout)) : T(0);
   }
 
   // Probabilities of row r with dropout.

@@ -6,10 +6,10 @@
 
 namespace ngk::cuda {
 
-template <class P, int D>
+template <class P, int D, bool FULL>
 struct AggregateForward {
   static constexpr bool TOGETHER = true;  // threads work together
-  static NGK_DEVICE void emit(const Args& g, const Evaluator<P, D>& eval, const Panel& panel, int c, const float* v) {
+  static NGK_DEVICE void emit(const Args& g, const Evaluator<P, D, FULL>& eval, const Panel& panel, int c, const float* v) {
     const Values& to = eval.block->values;
     NGK_UNROLL
     for (int k = 0; k < 8; ++k) {
@@ -20,7 +20,7 @@ struct AggregateForward {
   }
 
   static NGK_DEVICE void run(const Args& g) {
-    Evaluator<P, D> eval(g);
+    Evaluator<P, D, FULL> eval(g);
     const int64_t number = g.first_panel + block() * WARPS + warp();
     if (number >= g.n_panels) return;
     const Panel& panel = g.panels[number];
@@ -32,12 +32,12 @@ struct AggregateForward {
       NGK_ROLLED
       for (int64_t j = panel.j0; j < panel.j1; j += 16) {
         eval.tile(panel, i, j, true);
-        typename P::Left edge[D / 16], query[D / 16];
-        eval.run(0, static_cast<int>(g.edge_stages) - 1, edge);
-        eval.run(static_cast<int>(g.edge_stages), static_cast<int>(g.edge_stages + g.message_stages) - 1, query);
+        typename Evaluator<P, D, FULL>::Register edge, query;
+        eval.run(0, static_cast<int>(g.edge_stages) - 1, &edge);
+        eval.run(static_cast<int>(g.edge_stages), static_cast<int>(g.edge_stages + g.message_stages) - 1, &query);
         NGK_ROLLED
         for (int c = 0; c < fragments; ++c) {
-          typename Evaluator<P, D>::Message m;
+          typename Evaluator<P, D, FULL>::Message m;
           eval.message(c, edge, query, &m);
           if (g.combine == EMIT) {
             emit(g, eval, panel, c, m.m);

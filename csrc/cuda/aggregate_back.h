@@ -2,17 +2,18 @@
 #pragma once
 
 #include "backprop.h"
+#include "walk.h"
 
 namespace ngk::cuda {
 
-template <class P, int D>
-struct MessageBack : Backprop<P, D> {
-  using Base = Backprop<P, D>;
+template <class P, int D, bool FULL>
+struct MessageBack : Backprop<P, D, FULL> {
+  using Base = Backprop<P, D, FULL>;
+  using Register = typename Evaluator<P, D, FULL>::Register;
   using Base::carry, Base::sink, Base::stage_gradient;
-  using Base::KB, Base::FRAGMENTS, Base::g, Base::eval, Base::panel, Base::waiting;
-  using typename Base::Left;
+  using Base::KB, Base::g, Base::eval, Base::panel, Base::waits;
 
-  NGK_DEVICE MessageBack(const Args& args, const Evaluator<P, D>& e) : Base(args, e) {}
+  NGK_DEVICE MessageBack(const Args& args, Evaluator<P, D, FULL>& e) : Base(args, e) {}
 
   // The gradient of what was written out, to the last stage and its staged rows.
   NGK_DEVICE void from_values() const {
@@ -33,14 +34,16 @@ struct MessageBack : Backprop<P, D> {
         carry(c, e);
         continue;
       }
-      if (last.add >= 0) store8(waiting + c * FRAGMENTS, e);
+      if (FULL && last.masked && eval.block->token) NGK_UNROLL
+      for (int k = 0; k < 8; ++k) e[k] = 0;
+      if (last.add >= 0 || (FULL && last.source == FROM_NORM)) store8(waits(c), e);
       stage_gradient(last, 0, c, e);
       sink(last, 0, c, e);
     }
   }
 
   // Gradients of the messages by their destination's coefficients, to the last stages and their staged rows.
-  NGK_DEVICE void from_messages(const Left* edge, const Left* query) const {
+  NGK_DEVICE void from_messages(const Register& edge, const Register& query) const {
     const Stage& last = g.stages[g.edge_stages - 1];
     const Stage& last_query = g.stages[g.edge_stages + g.message_stages - (g.message_stages ? 1 : 0)];
     const int stride = 16 * eval.message_fragments();
@@ -49,7 +52,7 @@ struct MessageBack : Backprop<P, D> {
     for (int c = 0; c < KB; ++c) {
       float e[8] = {0, 0, 0, 0, 0, 0, 0, 0}, shift[8] = {0, 0, 0, 0, 0, 0, 0, 0}, query_gradient[8] = {0, 0, 0, 0, 0, 0, 0, 0};
       if (c * 16 < stride) {
-        typename Evaluator<P, D>::Message m;
+        typename Evaluator<P, D, FULL>::Message m;
         eval.message(c, edge, query, &m);
         NGK_UNROLL
         for (int x = 0; x < 8; ++x) {
@@ -78,37 +81,21 @@ struct MessageBack : Backprop<P, D> {
   }
 };
 
-template <class P, int D>
+template <class P, int D, bool FULL>
 struct AggregateBackward {
   static constexpr bool TOGETHER = true;
-  static NGK_DEVICE int64_t tiles(const Panel& p) { return (p.i1 - p.i0) * ((p.j1 - p.j0 + 15) / 16); }
 
   static NGK_DEVICE void run(const Args& g) {
-    Evaluator<P, D> eval(g);
-    MessageBack<P, D> back(g, eval);
-    const int64_t first = g.first_panel + block() * WARPS, number = first + warp();
-    int64_t most = 0;
+    Evaluator<P, D, FULL> eval(g);
+    MessageBack<P, D, FULL> back(g, eval);
+    Walk walk(g);
     NGK_ROLLED
-    for (int w = 0; w < WARPS; ++w)
-      if (first + w < g.n_panels && tiles(g.panels[first + w]) > most) most = tiles(g.panels[first + w]);
-    const Panel& panel = g.panels[number < g.n_panels ? number : first];
-    const bool lines = g.blocks[panel.block].lines;  // each of them is a strip of its own
-    const int64_t own = number < g.n_panels ? tiles(panel) : 0, height = lines ? 1 : panel.i1 - panel.i0;
-    back.panel = &panel;
-    NGK_ROLLED
-    for (int64_t at = 0; at < most; ++at) {
-      back.active = at < own;
-      back.number = at;
-      back.strip = back.active ? at / height : 0;
-      back.i = !back.active ? panel.i0 : lines ? panel.i0 + at : panel.i0 + at % height;
-      back.source = lines ? 0 : panel.j0 + back.strip * 16;
-      if (at % height == 0) back.clear_sources();
-      eval.tile(panel, back.i, back.source, back.active);
-      back.clear_features();
-      typename P::Left edge[D / 16], query[D / 16];
+    for (int64_t at = 0; at < walk.most; ++at) {
+      walk.enter(at, eval, back);
+      typename Evaluator<P, D, FULL>::Register edge, query;
       const int edges = static_cast<int>(g.edge_stages), all = static_cast<int>(g.edge_stages + g.message_stages);
-      eval.run(0, edges - 1, edge);
-      eval.run(edges, all - 1, query);
+      eval.run(0, edges - 1, &edge);
+      eval.run(edges, all - 1, &query);
       if (g.combine == EMIT) {
         back.from_values();
       } else {
@@ -116,8 +103,7 @@ struct AggregateBackward {
       }
       if (g.message_stages) back.descend(edges, all, g.message_buffer);
       back.descend(0, edges, 0);
-      back.write_features();
-      if (back.active && (at + 1) % height == 0) back.write_sources();
+      walk.leave(at, back);
     }
     if (g.need_parameters) back.write_parameters();
   }

@@ -5,13 +5,13 @@
 
 namespace ngk::cuda {
 
-enum Source : int { FROM_RAW, FROM_REGISTER, FROM_TABLE, FROM_NODES, FROM_COPY, FROM_FOURIER };
+enum Source : int { FROM_RAW, FROM_REGISTER, FROM_TABLE, FROM_NODES, FROM_COPY, FROM_FOURIER, FROM_NORM };
 
-// One step on the register of an edge: v = source + start [+ what was kept], then an activation. Registers are D columns wide, or two
-// halves of D columns (FiLM's scales and shifts), padded with zeros.
+// One step on the register of an edge: v = source + start [+ what was kept], then an activation. Registers are D columns wide, or have
+// parts of D columns (FiLM's scales and shifts; an edge's share of query, key and value), padded with zeros.
 struct Stage {
   int source;
-  int width, halves;  // columns in use of each half
+  int width, halves;  // columns in use of each part; parts
   int act;            // -1: none
   int slot;           // where v is kept, -1: nowhere
   int add;            // slot that is added, -1: none
@@ -21,11 +21,15 @@ struct Stage {
   int back;           // FROM_REGISTER: transposed matrix
   int gradient;       // FROM_REGISTER: place among the gradients of matrices
   int sums;           // first block of 16 columns among the column sums: of its bias, then (FROM_RAW) of each direction and channel
-  int held;           // 1: a later stage adds v of this one
+  int held;           // 1 + the later stage that adds v of this one, 0: none
   int mark;           // 1: gradients stop at its result, and go to a stored edge state
   // FROM_FOURIER, and FROM_TABLE for weights beyond the table (groups 0: there are none): place of [directions, count, channels] among the
   // constants; matrices of D features each.
   int frequencies, count, groups;
+  // of kernels with all options:
+  int masked;                                   // 1: its result is 0 for the edges of tokens
+  int input, eps;                               // FROM_NORM: slot of what is normalised; the bits of a float
+  int reverse, reverse_back, reverse_gradient;  // as weight, back, gradient, of what the partner's register is multiplied with; -1: nothing
 };
 constexpr int STAGE_INTS = sizeof(Stage) / sizeof(int);
 
@@ -34,11 +38,16 @@ struct Values {
   int64_t data, dtype, copy, src, dst, channel;  // address; strides in elements
 };
 // A block of the graph. Edges one by one come as lines, up to 16 edges of one destination: (destination, first edge, edges), and the edges
-// (source, number, number of its raw features); addresses, 0: every pair is an edge. Edge values then go by number instead of source.
+// (source, number, partner's number); addresses, 0: every pair is an edge. Edge values then go by number instead of source, raw ones by
+// numbers[raw_by]. The partner of an edge is its reversal: its values go by the edge's own destination and source.
 struct Rows {
-  int64_t n_src, n_dst, src, dst, node_stride, out, out_stride, direction, affine, add;  // affine: place of its (scale, shift), -1: none
-  int64_t lines, edges;
+  int64_t n_src, n_dst, src, dst, node_stride, out, out_stride;
+  int64_t direction, affine, add;  // affine: place of its (scale, shift), -1: none
+  int64_t lines, edges, raw_by;
+  int64_t partner_direction, partner_affine, partner_raw_by;
+  int64_t token, diagonal, same;          // diagonal: pairs of equal index alone have raw features; same: partners read the same numbers
   Values raw, gradient, values, carrier;  // data 0: not there, not wanted; values: what evaluate writes, or reads as gradient
+  Values partner_raw, partner_gradient, partner_carrier;  // gradients of partners are added to what is there
 };
 constexpr int ROWS_INTS = sizeof(Rows) / sizeof(int64_t);
 
@@ -72,10 +81,16 @@ struct Args {
   int64_t spread, low, high;             // which statistics are wanted
   int64_t need_parameters, need_nodes, need_raw, need_table;
   int64_t n_slots, n_gradients, n_sums, message_buffer, free_buffers[2], inputs_buffer;
+  // of kernels with all options: stages below `live` are evaluated for partners too; their staged rows
+  int64_t live, partner_buffers[2], partner_inputs, sum_columns;  // sum_columns: of a partial row of the way back
+  // attend: q, k [n_nodes, heads dk], v [n_nodes, heads dv]; of each output row lse, delta [heads], gradients [heads dv], [heads de]
+  const float *q, *k, *v, *lse, *delta, *grad_out, *grad_sums;
+  int64_t heads, dk, dv, de, multiply, summed, attention_columns;  // attention_columns: where q's, or k's and v's, stand in a partial row
+  int64_t dropped_below, seed, scale, keep;                        // scale, keep: the bits of a float
   // of each warp: raw features and the table's weights, kept registers, a register on its way to the next stage, statistics, sums by
-  // source, column sums, a gradient that waits for the stage whose register was added; of the block: matrices, constants, staged rows,
-  // gradients
-  Place features, stash, carry, statistics, sources, sums, waiting, copied, constants_copied, staged, gradients;
+  // source, column sums, a gradient that waits for the stage whose register was added or normalised, what attention keeps of a tile; of the
+  // block: matrices, constants, staged rows, gradients
+  Place features, stash, carry, statistics, sources, sums, waiting, scores, copied, constants_copied, staged, gradients;
 };
 static_assert(sizeof(Args) % sizeof(int64_t) == 0, "an array of 64-bit numbers");
 

@@ -14,7 +14,8 @@ HERE = Path(__file__).resolve().parent
 ARCHITECTURES = ("8.0", "9.0", "10.0")
 # Multiplications and additions contract where the source says so: an expression has the same bits on the way there and back.
 FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-diag-suppress", "177", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden")
-TEMPLATE = re.compile(r"Aggregate(Forward|Backward)INS0_(4Bf16|4Tf32ILb0EE|4Tf32ILb1EE)ELi(\d+)E")
+TEMPLATE = re.compile(r"(Messages|Options|Attend)(Forward|Backward)INS0_(4Bf16|4Tf32ILb0EE|4Tf32ILb1EE)ELi(\d+)E")
+PURPOSES = {"Messages": "", "Options": "options ", "Attend": "attend "}
 ROUNDING = {"4Bf16": "bf16", "4Tf32ILb0EE": "tf32", "4Tf32ILb1EE": "exact"}
 
 
@@ -45,7 +46,7 @@ def architectures() -> list[str]:
 
 def sources() -> list[Path]:
     """The slowest first."""
-    return sorted(HERE.glob("*.cu"), key=lambda p: -int(p.stem.rpartition("_")[2]) if p.stem.startswith("width") else 0)
+    return sorted(HERE.glob("*.cu"), key=lambda p: 0 if p.stem == "second_stage" else -int(p.stem.rpartition("_")[2]))
 
 
 def compile_one(nvcc: str, source: Path, target: Path, options: list[str]) -> str:
@@ -77,12 +78,12 @@ def compile_all(nvcc: str, folder: Path, options: list[str], jobs: int | None = 
 
 
 def resources(messages: str) -> dict[str, dict[str, int]]:
-    """Registers, bytes of stack and of spills of each kernel in nvcc's messages: "forward bf16 32" or the name of a simple one."""
+    """Registers, bytes of stack and of spills of each kernel in nvcc's messages: "attend forward bf16 32" or the name of a simple one."""
     found = {}
     for part in messages.split("Compiling entry function")[1:]:
         name = re.search(r"'(\S+)'", part)[1]
         template, simple = TEMPLATE.search(name), re.search(r"entryINS0_\d+([A-Za-z]+?)ENS", name)
-        key = f"{template[1].lower()} {ROUNDING[template[2]]} {template[3]}" if template else simple[1]
+        key = f"{PURPOSES[template[1]]}{template[2].lower()} {ROUNDING[template[3]]} {template[4]}" if template else simple[1]
         stack, stores, loads = (int(v) for v in re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
         found[key] = {"registers": int(re.search(r"Used (\d+) registers", part)[1]), "stack": stack, "spills": stores + loads}
     return found

@@ -3,10 +3,19 @@
 #include "launcher.h"
 
 namespace ngk::cuda {
-int launch_16(int precision, bool backward, const Launch& l) { return launch_aggregate<16>(precision, backward, l); }
-int launch_32(int precision, bool backward, const Launch& l) { return launch_aggregate<32>(precision, backward, l); }
-int launch_64(int precision, bool backward, const Launch& l) { return launch_aggregate<64>(precision, backward, l); }
-int launch_128(int precision, bool backward, const Launch& l) { return launch_aggregate<128>(precision, backward, l); }
+int launch_messages_16(int precision, bool backward, const Launch& l) { return launch_messages<16>(precision, backward, l); }
+int launch_messages_32(int precision, bool backward, const Launch& l) { return launch_messages<32>(precision, backward, l); }
+int launch_messages_64(int precision, bool backward, const Launch& l) { return launch_messages<64>(precision, backward, l); }
+int launch_messages_128(int precision, bool backward, const Launch& l) { return launch_messages<128>(precision, backward, l); }
+int launch_options_16(int precision, bool backward, const Launch& l) { return launch_options<16>(precision, backward, l); }
+int launch_options_32(int precision, bool backward, const Launch& l) { return launch_options<32>(precision, backward, l); }
+int launch_options_64(int precision, bool backward, const Launch& l) { return launch_options<64>(precision, backward, l); }
+int launch_attend_16(int precision, bool backward, const Launch& l) { return launch_attend<16>(precision, backward, l); }
+int launch_attend_32(int precision, bool backward, const Launch& l) { return launch_attend<32>(precision, backward, l); }
+int launch_attend_64(int precision, bool backward, const Launch& l) { return launch_attend<64>(precision, backward, l); }
 }  // namespace ngk::cuda
 
-extern "C" __attribute__((visibility("default"))) void ngk_cuda_backwards(int on) { ngk::cuda::machine().backwards = on != 0; }
+extern "C" __attribute__((visibility("default"))) void ngk_cuda_order(int order) {
+  ngk::cuda::machine().backwards = order & 1;
+  ngk::cuda::machine().ahead = order & 2;
+}

@@ -1,7 +1,8 @@
 // A GPU on the host: the threads of a block are fibers that run one after the other up to what they do together. For tests; slow.
 //
 // What lanes of a warp do together counts their arrivals: lanes that meet at different instructions, or leave while others wait, are an
-// error. Shared memory starts as NaN. `backwards` runs the threads in the opposite order: where a barrier is missing, results differ.
+// error. Shared memory starts as NaN. Where a barrier is missing, results differ between the orders in which threads run: `backwards`, and
+// `ahead`: each warp goes as far as it can before the next one.
 #pragma once
 
 #include <setjmp.h>
@@ -33,7 +34,7 @@ struct Machine {
   static constexpr int STACK = 1 << 17;
   int64_t block = 0;
   int thread = 0, left = 0;
-  bool backwards = false;
+  bool backwards = false, ahead = false;
   std::vector<Fiber> fibers;
   std::vector<Meeting> warps;
   Meeting all;
@@ -66,6 +67,29 @@ inline void fiber_main() {
   _longjmp(machine().back, 1);
 }
 
+// Runs thread k of a block up to where it waits.
+inline void run_thread(int k) {
+  Machine& m = machine();
+  m.thread = k;
+  Fiber& f = m.fibers[static_cast<size_t>(k)];
+  if (f.done || _setjmp(m.back)) return;
+  if (f.begun) _longjmp(f.at, 1);
+  f.begun = true;
+  if (!f.stack) f.stack.reset(new char[Machine::STACK]);
+  getcontext(&f.start);
+  f.start.uc_stack.ss_sp = f.stack.get();
+  f.start.uc_stack.ss_size = Machine::STACK;
+  f.start.uc_link = nullptr;
+  makecontext(&f.start, fiber_main, 0);
+  setcontext(&f.start);
+}
+// What has happened so far: meetings of one warp, or of all; threads that have ended.
+inline int64_t progress(int threads) {
+  int64_t found = machine().left + machine().all.generation;
+  for (int w = 0; w < (threads + 31) / 32; ++w) found += machine().warps[static_cast<size_t>(w)].generation;
+  return found;
+}
+
 // Runs `body` on `threads` threads of one block.
 inline void run_block(int64_t block, int threads, int64_t shared, const std::function<void()>& body) {
   Machine& m = machine();
@@ -81,28 +105,17 @@ inline void run_block(int64_t block, int threads, int64_t shared, const std::fun
   m.memory.reset(new float[static_cast<size_t>(shared) / 4 + 64]);
   std::memset(m.memory.get(), 0xff, static_cast<size_t>(shared) + 128);
   for (int k = 0; k < threads; ++k) m.fibers[static_cast<size_t>(k)].begun = m.fibers[static_cast<size_t>(k)].done = false;
+  const int group = m.ahead ? 32 : threads;  // that goes on together until it waits for others
   while (m.left < threads) {
-    const int before = m.left;
-    const int64_t met = m.all.generation;
-    int64_t together = 0;
-    for (const Meeting& w : m.warps) together += w.generation;
-    for (volatile int k = 0; k < threads; k = k + 1) {
-      m.thread = m.backwards ? threads - 1 - k : k;
-      Fiber& f = m.fibers[static_cast<size_t>(m.thread)];
-      if (f.done || _setjmp(m.back)) continue;
-      if (f.begun) _longjmp(f.at, 1);
-      f.begun = true;
-      if (!f.stack) f.stack.reset(new char[Machine::STACK]);
-      getcontext(&f.start);
-      f.start.uc_stack.ss_sp = f.stack.get();
-      f.start.uc_stack.ss_size = Machine::STACK;
-      f.start.uc_link = nullptr;
-      makecontext(&f.start, fiber_main, 0);
-      setcontext(&f.start);
+    const int64_t before = progress(threads);
+    for (int first = 0; first < threads; first += group) {
+      for (int64_t last = -1; last != progress(threads);) {
+        last = progress(threads);
+        for (int k = first; k < first + group && k < threads; ++k) run_thread(m.backwards ? threads - 1 - k : k);
+        if (!m.ahead) break;
+      }
     }
-    int64_t now = 0;
-    for (const Meeting& w : m.warps) now += w.generation;
-    if (m.left == before && met == m.all.generation && together == now) broken("threads wait for others that never come");
+    if (before == progress(threads)) broken("threads wait for others that never come");
   }
 }
 

@@ -39,7 +39,8 @@ NGK_DEVICE Eight fourier_features(const float* b, int count, const float* w, int
   return f;
 }
 
-template <class P, int D>
+// FULL: with layer norms, tokens, and reverse partners, which have registers of their own.
+template <class P, int D, bool FULL>
 struct Inputs {
   static constexpr int KB = D / 16, FRAGMENTS = 256;  // fragments of a row of a register; numbers of a fragment
   using Element = typename P::Element;
@@ -48,9 +49,15 @@ struct Inputs {
   const Element* matrices;
   const float* constants;
   float *features, *feature_gradients, *hermite;
-  const Rows* block = nullptr;  // of a tile
+  // of a tile
+  const Rows* block = nullptr;
+  int turned = 0;
 
-  NGK_DEVICE int64_t features_of_warp() const { return 16 * (2 * g.channels + (g.table ? HERMITE : 0)); }
+  NGK_DEVICE int side() const { return FULL ? turned : 0; }  // 0: edges, 1: their partners
+  NGK_DEVICE int sides() const { return FULL && g.live ? 2 : 1; }
+  NGK_DEVICE int64_t direction() const { return FULL && turned ? block->partner_direction : block->direction; }
+  NGK_DEVICE int64_t features_of_side() const { return 16 * (2 * g.channels + (g.table ? HERMITE : 0)); }
+  NGK_DEVICE int64_t features_of_warp() const { return features_of_side() * sides(); }
   static NGK_DEVICE int row_of(int k) { return lane() / 4 + k / 2 % 2 * 8; }
   static NGK_DEVICE int column_of(int k) { return k / 4 * 8 + lane() % 4 * 2 + k % 2; }
 
@@ -75,14 +82,17 @@ struct Inputs {
     sync_block();
   }
 
+  // Of the edge of this lane, into the features of this side.
   NGK_DEVICE void load_features(const Panel& panel, int64_t destination, int64_t number, bool there) {
-    const Values& raw = block->raw;
+    const bool partner = side();
+    const Values& raw = partner ? block->partner_raw : block->raw;
+    const int64_t affine = partner ? block->partner_affine : block->affine;
     NGK_ROLLED
     for (int c = 0; c < g.channels; ++c) {
       float x = 0;
       if (there && raw.data) {
         x = read_value<float>(element_of(raw, panel.copy, destination, number, c), static_cast<Dtype>(raw.dtype));
-        if (block->affine >= 0) x = fmaf(x, constants[block->affine], constants[block->affine + 1]);
+        if (affine >= 0) x = fmaf(x, constants[affine], constants[affine + 1]);
       }
       features[lane() * g.channels + c] = x;
     }
@@ -93,7 +103,7 @@ struct Inputs {
 
   // Of a stage FROM_RAW: where the weights of one channel begin.
   NGK_DEVICE const float* raw_weights(const Stage& stage, int channel, int h, int c) const {
-    return constants + stage.weight + (block->direction * g.channels + channel) * stage.halves * D + h * D + c * 16 + lane() % 4 * 2;
+    return constants + stage.weight + (direction() * g.channels + channel) * stage.halves * D + h * D + c * 16 + lane() % 4 * 2;
   }
   NGK_DEVICE void from_raw(const Stage& stage, int h, int c, float* v) const {
     for (int k = 0; k < g.channels; ++k) {
@@ -106,7 +116,7 @@ struct Inputs {
 
   // Lines k of the table, six of them, at this lane's columns.
   NGK_DEVICE const float* table_line(const Stage& stage, int64_t cell, int h, int c) const {
-    return g.table + (block->direction * g.table_nodes + cell) * TABLE_LINES * stage.width * stage.halves + h * stage.width + c * 16;
+    return g.table + (direction() * g.table_nodes + cell) * TABLE_LINES * stage.width * stage.halves + h * stage.width + c * 16;
   }
   // Whether any of `rows` edges, from those of this lane's warp or of all, has a weight beyond the table.
   NGK_DEVICE bool beyond(const float* hermite_rows, int rows, int64_t stride) const {
@@ -146,7 +156,7 @@ struct Inputs {
   }
 
   NGK_DEVICE Eight fourier(const Stage& stage, int first, bool derivative) const {
-    return fourier_features(constants + stage.frequencies + block->direction * stage.count * g.channels, stage.count,
+    return fourier_features(constants + stage.frequencies + direction() * stage.count * g.channels, stage.count,
                             features + lane() / 4 * g.channels, static_cast<int>(g.channels), first, derivative);
   }
   NGK_DEVICE void from_fourier(const Stage& stage, int h, int c, float* v) const {

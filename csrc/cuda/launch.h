@@ -53,9 +53,15 @@ int launch(const Launch& l) {
 #endif
 }
 
-int launch_16(int precision, bool backward, const Launch& l);
-int launch_32(int precision, bool backward, const Launch& l);
-int launch_64(int precision, bool backward, const Launch& l);
-int launch_128(int precision, bool backward, const Launch& l);
+int launch_messages_16(int precision, bool backward, const Launch& l);
+int launch_messages_32(int precision, bool backward, const Launch& l);
+int launch_messages_64(int precision, bool backward, const Launch& l);
+int launch_messages_128(int precision, bool backward, const Launch& l);
+int launch_options_16(int precision, bool backward, const Launch& l);
+int launch_options_32(int precision, bool backward, const Launch& l);
+int launch_options_64(int precision, bool backward, const Launch& l);
+int launch_attend_16(int precision, bool backward, const Launch& l);
+int launch_attend_32(int precision, bool backward, const Launch& l);
+int launch_attend_64(int precision, bool backward, const Launch& l);
 
 }  // namespace ngk::cuda

@@ -3,6 +3,7 @@
 
 #include "launch.h"
 #include "second_stage.h"
+#include "softmax.h"
 
 namespace ngk::cuda {
 
@@ -29,24 +30,20 @@ inline int launch_by_number(int kernel, const Launch& l) {
       return launch_simple<Coefficients>(l);
     case 7:
       return launch_simple<SumCells>(l);
+    case 8:
+      return launch_simple<Softmax>(l);
+    case 9:
+      return launch_simple<Delta>(l);
     default:
       break;
   }
-  const int number = kernel - 16, precision = number / 2 % 3;  // aggregate: by width, precision, backward
-  if (number < 0) return UNKNOWN;
-  const bool backward = number % 2;
-  switch (number / 6) {
-    case 0:
-      return launch_16(precision, backward, l);
-    case 1:
-      return launch_32(precision, backward, l);
-    case 2:
-      return launch_64(precision, backward, l);
-    case 3:
-      return launch_128(precision, backward, l);
-    default:
-      return UNKNOWN;
-  }
+  // PURPOSES of ngkernels/_cuda/launch.py: by purpose, width, precision, backward
+  constexpr int (*wide[])(int, bool, const Launch&) = {launch_messages_16, launch_messages_32, launch_messages_64, launch_messages_128,
+                                                       launch_options_16,  launch_options_32,  launch_options_64,  nullptr,
+                                                       launch_attend_16,   launch_attend_32,   launch_attend_64,   nullptr};
+  const int number = kernel - 16;
+  if (number < 0 || number >= 12 * 6 || !wide[number / 6]) return UNKNOWN;
+  return wide[number / 6](number / 2 % 3, number % 2, l);
 }
 
 }  // namespace ngk::cuda

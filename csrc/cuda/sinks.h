@@ -8,14 +8,14 @@
 
 namespace ngk::cuda {
 
-template <class P, int D>
+template <class P, int D, bool FULL>
 struct Sinks {
   using Left = typename P::Left;
   using Element = typename P::Element;
   static constexpr int KB = D / 16, FRAGMENTS = 256, LD = D + 8;  // LD: of staged rows, without bank conflicts
 
   const Args& g;
-  const Evaluator<P, D>& eval;
+  Evaluator<P, D, FULL>& eval;
   float *sources, *sums, *waiting, *gradients;
   Element* staged;
   // of a tile
@@ -23,10 +23,10 @@ struct Sinks {
   int64_t i = 0, source = 0, strip = 0, number = 0;  // destination, first source, which strip of sources and which tile it is
   bool active = false;
 
-  NGK_DEVICE Sinks(const Args& args, const Evaluator<P, D>& e) : g(args), eval(e) {
-    sources = placed_of_warp<float>(g.sources, g.columns * 16) + lane() * 8;
+  NGK_DEVICE Sinks(const Args& args, Evaluator<P, D, FULL>& e) : g(args), eval(e) {
+    sources = placed_of_warp<float>(g.sources, g.sum_columns * 16) + lane() * 8;
     sums = placed_of_warp<float>(g.sums, g.n_sums * LANES * 4) + lane() * 4;
-    waiting = placed_of_warp<float>(g.waiting, KB * FRAGMENTS) + lane() * 8;
+    waiting = placed_of_warp<float>(g.waiting, eval.sides() * KB * FRAGMENTS) + lane() * 8;
     gradients = placed<float>(g.gradients);
     staged = placed<Element>(g.staged);
     NGK_ROLLED
@@ -37,6 +37,9 @@ struct Sinks {
   }
 
   NGK_DEVICE bool wants_nodes() const { return g.need_nodes || g.need_parameters; }
+  NGK_DEVICE bool wants_sources() const { return wants_nodes() || (FULL && g.combine == ATTEND); }
+  // The gradient, columns 16 c .., that waits for the stage whose result was added to another, or normalised.
+  NGK_DEVICE float* waits(int c) const { return waiting + (eval.side() * KB + c) * FRAGMENTS; }
 
   // Whether products of a stage's gradient are wanted.
   static NGK_DEVICE bool staged_too(const Stage& stage) { return stage.source == FROM_REGISTER || stage.groups; }
@@ -56,12 +59,24 @@ struct Sinks {
 
   // Takes the gradient v of columns 16 c .. of half h of what a stage computes to all but its matrix and the stage below.
   NGK_DEVICE void sink(const Stage& stage, int h, int c, const float* v) const {
-    if (stage.node >= 0 && wants_nodes()) node_sums(stage.node + h * D + c * 16, v);
+    if (stage.node >= 0 && wants_nodes()) {
+      // a partner's destination is a source here: those sums have columns of their own
+      const int64_t column = eval.side() * g.columns + stage.node + h * D + c * 16;
+      to_sources(column, v);
+      to_destination(column, v);
+    }
     if (stage.sums >= 0 && g.need_parameters) {
       add_columns(stage.sums + h * KB + c, v, 1, 1);
+      if (FULL && stage.source == FROM_NORM) {
+        float y[8];
+        eval.normalised(stage, eval.moments(stage), c, y);
+        NGK_UNROLL
+        for (int k = 0; k < 8; ++k) y[k] *= v[k];
+        add_columns(stage.sums + KB + c, y, 1, 1);
+      }
       if (stage.source == FROM_RAW) NGK_ROLLED
       for (int k = 0; k < g.channels; ++k)
-        add_columns(stage.sums + ((1 + eval.block->direction * g.channels + k) * stage.halves + h) * KB + c, v,
+        add_columns(stage.sums + ((1 + eval.direction() * g.channels + k) * stage.halves + h) * KB + c, v,
                     eval.features[lane() / 4 * g.channels + k], eval.features[(lane() / 4 + 8) * g.channels + k]);
     }
     if (stage.source == FROM_RAW && g.need_raw) {
@@ -84,13 +99,16 @@ struct Sinks {
     }
   }
 
-  // By source: added to this lane's own numbers, until the strip is done. By destination: over the 16 rows, to its partial row.
-  NGK_DEVICE void node_sums(int64_t column, const float* v) const {
+  // By source: added to this lane's own numbers, until the strip is done.
+  NGK_DEVICE void to_sources(int64_t column, const float* v) const {
     float own[8];
     load8(sources + column / 16 * FRAGMENTS, own);
     NGK_UNROLL
     for (int k = 0; k < 8; ++k) own[k] += v[k];
     store8(sources + column / 16 * FRAGMENTS, own);
+  }
+  // By destination: over the 16 rows, to its partial row.
+  NGK_DEVICE void to_destination(int64_t column, const float* v) const {
     const bool upper = lane() & 16, odd = lane() & 8;
     float x[2];
     NGK_UNROLL
@@ -101,7 +119,7 @@ struct Sinks {
     float total = (odd ? x[1] : x[0]) + shuffle_xor(odd ? x[0] : x[1], 8);
     total += shuffle_xor(total, 4);
     if (!active || (lane() & 4)) return;
-    float* to = g.partial + (panel->rows_i + i - panel->i0) * g.columns + column + (upper ? 8 : 0) + lane() % 4 * 2 + (odd ? 1 : 0);
+    float* to = g.partial + (panel->rows_i + i - panel->i0) * g.sum_columns + column + (upper ? 8 : 0) + lane() % 4 * 2 + (odd ? 1 : 0);
     *to = strip && !eval.line ? *to + total : total;
   }
   // Adds v times the rows' factors, row by row, to this lane's own numbers.
@@ -130,10 +148,9 @@ struct Sinks {
       const int row = lane() / 4 + 8 * r;
       const float *rise = eval.hermite + row * HERMITE + 6, cell = eval.hermite[row * HERMITE + 12];
       const float* line = eval.table_line(stage, cell < 0 ? 0 : static_cast<int64_t>(cell), h, c);
-      const int64_t place = panel->slot + number * 16 + row;
+      const int64_t place = (panel->slot + number * 16 + row) * eval.sides() + eval.side();
       if (active && g.need_table && h == 0 && c == 0 && lane() % 4 == 0) {
-        g.cells[place] =
-            eval.ok[r] && cell >= 0 ? static_cast<int32_t>(eval.block->direction * g.table_nodes + static_cast<int64_t>(cell)) : -1;
+        g.cells[place] = eval.ok[r] && cell >= 0 ? static_cast<int32_t>(eval.direction() * g.table_nodes + static_cast<int64_t>(cell)) : -1;
         g.places[place] = eval.features[row];
       }
       NGK_UNROLL
@@ -155,53 +172,65 @@ struct Sinks {
   NGK_DEVICE void clear_features() const {
     sync_warp();
     NGK_ROLLED
-    for (int k = lane(); k < 16 * g.channels; k += LANES) eval.feature_gradients[k] = 0;
+    for (int x = 0; x < eval.sides(); ++x) NGK_ROLLED
+    for (int k = lane(); k < 16 * g.channels; k += LANES) eval.feature_gradients[x * eval.features_of_side() + k] = 0;
     sync_warp();
   }
+  // Of the edges; what their partners read is theirs too where it is the same, else it is added to gradients of its own.
   NGK_DEVICE void write_features() const {
     sync_warp();
-    const Values& to = eval.block->gradient;
-    if (!to.data || !g.need_raw || !active || lane() >= 16) return;
-    const typename Evaluator<P, D>::Edge e = eval.edge(*panel, source, lane());
-    if (!e.ok) return;
+    if (!g.need_raw || !active || lane() >= 16) return;
+    const Rows& rows = *eval.block;
+    const typename Evaluator<P, D, FULL>::Edge e = eval.edge(*panel, source, lane());
+    if (!e.ok || (FULL && rows.diagonal && e.source != eval.destination)) return;
+    const float *own = eval.feature_gradients + lane() * g.channels, *partners = own + eval.features_of_side();
+    const bool both = FULL && g.live;
+    write_feature(rows.gradient, rows.affine, e.raw(rows.raw_by), own, both && rows.same ? partners : nullptr, rows.add);
+    if (both && !rows.same) write_feature(rows.partner_gradient, rows.partner_affine, e.raw(rows.partner_raw_by), partners, nullptr, true);
+  }
+  NGK_DEVICE void write_feature(const Values& to, int64_t affine, int64_t number, const float* own, const float* more, bool add) const {
+    if (!to.data) return;
     const Dtype dtype = static_cast<Dtype>(to.dtype);
-    const float scale = eval.block->affine >= 0 ? eval.constants[eval.block->affine] : 1.0f;
+    const float scale = affine >= 0 ? eval.constants[affine] : 1.0f;
     NGK_ROLLED
     for (int c = 0; c < g.channels; ++c) {
-      char* p = element_of(to, panel->copy, eval.destination, e.raw, c);
-      const float x = eval.feature_gradients[lane() * g.channels + c] * scale;
-      write_value<float>(p, dtype, eval.block->add ? x + read_value<float>(p, dtype) : x);
+      char* p = element_of(to, panel->copy, eval.destination, number, c);
+      const float x = (FULL && more ? own[c] + more[c] : own[c]) * scale;
+      write_value<float>(p, dtype, add ? x + read_value<float>(p, dtype) : x);
     }
   }
 
   // Writes the gradient of columns 16 c .. of a register to the stored state that it stops at.
   NGK_DEVICE void carry(int c, const float* v) const {
-    const Values& to = eval.block->carrier;
+    const bool partner = eval.side();
+    const Values& to = partner ? eval.block->partner_carrier : eval.block->carrier;
     if (!to.data || !active) return;
+    const Dtype dtype = static_cast<Dtype>(to.dtype);
     NGK_UNROLL
     for (int k = 0; k < 8; ++k) {
       const int column = c * 16 + eval.column_of(k);
-      if (eval.ok[k / 2 % 2] && column < g.carrier_width)
-        write_value<float>(element_of(to, panel->copy, eval.destination, eval.place[k / 2 % 2], column), static_cast<Dtype>(to.dtype),
-                           v[k]);
+      if (!eval.ok[k / 2 % 2] || column >= g.carrier_width) continue;
+      char* p = element_of(to, panel->copy, eval.destination, partner ? eval.partner_place[k / 2 % 2] : eval.place[k / 2 % 2], column);
+      write_value<float>(p, dtype, partner ? v[k] + read_value<float>(p, dtype) : v[k]);
     }
   }
 
   NGK_DEVICE void clear_sources() const {
-    if (!wants_nodes()) return;
+    if (!wants_sources()) return;
     const float none[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     NGK_ROLLED
-    for (int64_t c = 0; c < g.columns / 16; ++c) store8(sources + c * FRAGMENTS, none);
+    for (int64_t c = 0; c < g.sum_columns / 16; ++c) store8(sources + c * FRAGMENTS, none);
   }
   NGK_DEVICE void write_sources() const {
-    if (!wants_nodes()) return;
+    if (!wants_sources()) return;
     NGK_ROLLED
-    for (int64_t c = 0; c < g.columns / 16; ++c) {
+    for (int64_t c = 0; c < g.sum_columns / 16; ++c) {
       float v[8];
       load8(sources + c * FRAGMENTS, v);
       NGK_UNROLL
       for (int k = 0; k < 8; ++k)
-        if (eval.ok[k / 2 % 2]) g.partial[(panel->rows_j + strip * 16 + eval.row_of(k)) * g.columns + c * 16 + eval.column_of(k)] = v[k];
+        if (eval.ok[k / 2 % 2])
+          g.partial[(panel->rows_j + strip * 16 + eval.row_of(k)) * g.sum_columns + c * 16 + eval.column_of(k)] = v[k];
     }
   }
   // The block's gradients of parameters: fragments of matrices, then sums of columns.

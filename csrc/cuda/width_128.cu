@@ -2,5 +2,5 @@
 #include "instances.h"
 
 namespace ngk::cuda {
-int launch_128(int precision, bool backward, const Launch& l) { return launch_aggregate<128>(precision, backward, l); }
+int launch_messages_128(int precision, bool backward, const Launch& l) { return launch_messages<128>(precision, backward, l); }
 }  // namespace ngk::cuda

@@ -2,5 +2,5 @@
 #include "instances.h"
 
 namespace ngk::cuda {
-int launch_16(int precision, bool backward, const Launch& l) { return launch_aggregate<16>(precision, backward, l); }
+int launch_messages_16(int precision, bool backward, const Launch& l) { return launch_messages<16>(precision, backward, l); }
 }  // namespace ngk::cuda

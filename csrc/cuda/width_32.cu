@@ -2,5 +2,5 @@
 #include "instances.h"
 
 namespace ngk::cuda {
-int launch_32(int precision, bool backward, const Launch& l) { return launch_aggregate<32>(precision, backward, l); }
+int launch_messages_32(int precision, bool backward, const Launch& l) { return launch_messages<32>(precision, backward, l); }
 }  // namespace ngk::cuda

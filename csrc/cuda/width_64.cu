@@ -2,5 +2,5 @@
 #include "instances.h"
 
 namespace ngk::cuda {
-int launch_64(int precision, bool backward, const Launch& l) { return launch_aggregate<64>(precision, backward, l); }
+int launch_messages_64(int precision, bool backward, const Launch& l) { return launch_messages<64>(precision, backward, l); }
 }  // namespace ngk::cuda

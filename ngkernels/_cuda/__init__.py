@@ -4,5 +4,6 @@
     plan.py        the blocks of a graph as panels, one for each warp, and the order in which partial results are summed
     launch.py      kernels by number; a device, or the emulated one of the tests
     call.py        a call's tensors, tables and working memory
-    aggregate.py   aggregate and evaluate, and the backward pass of both
+    aggregate.py, attend.py   the ops
+    backward.py    the backward pass of all
 """

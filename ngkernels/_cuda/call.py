@@ -8,37 +8,42 @@ from functools import lru_cache
 import torch
 
 from .. import program as prog
-from ..topology import DENSE, KINDS
+from ..topology import DENSE, KINDS, SAME, SPARSE, SPARSE_RAW, TOKEN
 from . import launch
 from .launch import simple
-from .lower import Lowered, Unsupported, lower
-from .plan import WARPS, Launch, Row, plan_of
+from .lower import FROM_NORM, Attention, Lowered, Unsupported, lower
+from .plan import WARPS, Launch, Row, plan_of, turned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FIELDS = (
     "stages", "blocks", "panels", "matrices", "constants", "nodes", "table", "coefficients", "partial", "parameters", "curves", "places", "cells", "n_panels",
     "first_panel", "n_nodes", "columns", "table_nodes", "edge_stages", "message_stages", "channels", "combine", "width", "carrier_width", "steps", "matrices_copied",
     "n_constants", "spread", "low", "high", "need_parameters", "need_nodes", "need_raw", "need_table", "n_slots", "n_gradients", "n_sums", "message_buffer",
-    "free_0", "free_1", "inputs_buffer",
+    "free_0", "free_1", "inputs_buffer", "live", "partner_0", "partner_1", "partner_inputs", "sum_columns", "q", "k", "v", "lse", "delta", "grad_out", "grad_sums",
+    "heads", "dk", "dv", "de", "multiply", "summed", "attention_columns", "dropped_below", "seed", "scale", "keep",
 )  # fmt: skip
-PLACES = ("features", "stash", "carry", "statistics", "sources", "sums", "waiting", "copied", "constants_copied", "staged", "gradients")  # args.h
-SHARED_FIRST = ("constants_copied", "features", "staged", "carry", "statistics", "stash", "sources", "waiting", "sums", "copied", "gradients")
+PLACES = ("features", "stash", "carry", "statistics", "sources", "sums", "waiting", "scores", "copied", "constants_copied", "staged", "gradients")  # args.h
+SHARED_FIRST = ("constants_copied", "features", "staged", "scores", "carry", "statistics", "stash", "sources", "waiting", "sums", "copied", "gradients")
 STATISTIC_PLANES, MESSAGE_PLANES, HERMITE, LANES = 6, 7, 16, 32
 NO_VALUES = (0,) * 6
 
 
 class Call:
-    """One aggregate of an expression, over its packed parameters [n_params].
+    """One op on an expression, over its packed parameters [n_params].
 
     Args:
         low, tf32: whether matrix products may round their operands to bfloat16, to tf32. grads: gradients of e's tensors, empty where not
             wanted; None: forward. values: of evaluate, by block, what it writes or the gradients of that; empty where not wanted.
+        attention: of attend; nodes: how many there are.
 
     Raises:
         Unsupported: what the kernels do not run.
     """
 
-    def __init__(self, e: prog.Expression, low: bool, tf32: bool, grads: Sequence[torch.Tensor] | None = None, values: Sequence[torch.Tensor] = ()):
+    def __init__(
+        self, e: prog.Expression, low: bool, tf32: bool, grads: Sequence[torch.Tensor] | None = None, values: Sequence[torch.Tensor] = (),
+        attention: Attention | None = None, nodes: int = 0,
+    ):  # fmt: skip
         self.params, self.table = e.params.contiguous(), e.table.contiguous()
         if self.params.dtype != torch.float32:
             raise Unsupported(f"{self.params.dtype} parameters")
@@ -48,36 +53,64 @@ class Call:
         self.device = self.params.device
         self.xs = [x.contiguous() for x in e.xs]
         self.backward = grads is not None
-        self.low = lower(tuple(e.program), tuple(x.shape[1] for x in e.xs), len(e.weights), self.backward)
+        self.low = lower(tuple(e.program), tuple(x.shape[1] for x in e.xs), len(e.weights), self.backward, attention)
         self.values, self.plan = values, plan_of(e.topology, self.device)
-        self.plan.check()
         emits = self.low.combine == prog.EMIT
         self.work = self.plan.work(tuple(k for k in self.plan.active if self.owned(values, self.plan.rows[k]) is not None) if emits else None)
         self.precision = launch.precision(low, tf32)
-        self.n_nodes = self.xs[0].shape[0] if self.xs else 0
+        self.n_nodes = self.xs[0].shape[0] if self.xs else nodes
         self.weights, w, x = e.weights, len(e.weights), len(e.xs)
         grads = grads or []
         self.grad_weights, self.grad_xs = grads[:w], grads[w : w + x]
         self.grad_params, self.grad_table = (grads[w + x], grads[w + x + 1]) if self.backward else (None, None)
         self.grad_carriers = grads[w + x + 2 :]
+        self.other_weights, self.other_carriers = self.others(self.grad_weights, "partner", "partner_offset"), self.others(self.grad_carriers, "partner_block", "partner_emit_offset")
         self.tables = tables_of(self.low, self.device)
         self.blocks = torch.tensor([v for k in self.work.active for v in self._block(k)], dtype=torch.int64).to(self.device)
-        self.kernel = launch.aggregate_kernel(self.low.d, self.precision, self.backward)
+        purpose = "attend" if attention else "options" if self.low.full else "messages"
+        self.kernel = launch.edge_kernel(purpose, self.low.d, self.precision, self.backward)
+
+    def others(self, grads: Sequence[torch.Tensor], name: str, offset: str) -> list[torch.Tensor]:
+        """Room for what partners add to gradients that the edges of other blocks own; empty where there is nothing."""
+        if not self.low.live or not len(grads):
+            return []
+        rows = [r for r in (self.plan.rows[k] for k in self.work.active) if name != "partner" or not r.flags & SAME]
+        read = {0 if getattr(r, offset) >= 0 else getattr(r, name) for r in rows if getattr(r, name) >= 0}
+        return [torch.zeros_like(g) if k in read and g.numel() else g.new_empty(0) for k, g in enumerate(grads)]
+
+    def add_others(self) -> None:
+        """To the gradients, what partners have added beside them."""
+        for grads, others in ((self.grad_weights, self.other_weights), (self.grad_carriers, self.other_carriers)):
+            for grad, other in zip(grads, others, strict=False):
+                if other.numel():
+                    grad += other
 
     # ---- tables ----
     def _block(self, k: int) -> list[int]:
-        r, low = self.plan.rows[k], self.low
-        affine = -1 if low.affine < 0 or r.weight < 0 else low.affine + 2 * r.weight
-        head = [r.n_src, r.n_dst, r.src, r.dst, r.node_stride, r.out, r.out_stride, r.variant if low.directions > 1 else 0, affine, int(self.work.turns[k] > 0)]
-        head += [t.data_ptr() for t in self.plan.lists[k]] if k in self.plan.lists else [0, 0]
-        raw = (values_of(r, tensors[r.weight] if len(tensors) and r.weight >= 0 else None, r.src_axis == 2, r.offset, r.edge_stride) for tensors in (self.weights, self.grad_weights))
+        r, partner = self.plan.rows[k], turned(self.plan.rows[k])
+        affine, partner_affine = (-1 if self.low.affine < 0 or end.weight < 0 else self.low.affine + 2 * end.weight for end in (r, partner))
+        direction, partner_direction = (end.variant if self.low.directions > 1 else 0 for end in (r, partner))
+        listed = k in self.plan.lists
+        sparse = KINDS[r.kind] == SPARSE
+        head = [r.n_src, r.n_dst, r.src, r.dst, r.node_stride, r.out, r.out_stride, direction, affine, int(self.work.added[k])]
+        head += [t.data_ptr() for t in self.plan.lists[k]] if listed else [0, 0]
+        head += [int(sparse and r.src_axis == 2), partner_direction, partner_affine, int(sparse and r.partner_axis == 2)]
+        head += [int(bool(r.flags & flag)) for flag in (TOKEN, SPARSE_RAW, SAME)]
+        raw = (self._raw(tensors, r) for tensors in (self.weights, self.grad_weights))
         own = (values_of(r, self.owned(tensors, r), False, r.emit_offset, r.emit_stride) for tensors in (self.values, self.grad_carriers))
-        return [*head, *(v for view in (*raw, *own) for v in view)]
+        theirs = [across(self._raw(tensors, partner), listed or r.flags & SPARSE_RAW) for tensors in (self.weights, self.other_weights)]
+        theirs.append(across(values_of(partner, self.owned(self.other_carriers, partner), False, partner.emit_offset, partner.emit_stride), listed))
+        return [*head, *(v for view in (*raw, *own, *theirs) for v in view)]
+
+    @staticmethod
+    def _raw(tensors: Sequence[torch.Tensor], r: Row) -> tuple[int, ...]:
+        found = tensors[r.weight] if len(tensors) and r.weight >= 0 else None
+        return values_of(r, found, r.src_axis == 2, r.offset, r.edge_stride, bool(r.flags & SPARSE_RAW))
 
     @staticmethod
     def owned(tensors: Sequence[torch.Tensor], r: Row) -> torch.Tensor | None:
         """What a block has of tensors by block; a packed graph has one of all."""
-        found = tensors[0 if r.emit_offset >= 0 else r.block] if len(tensors) else None
+        found = tensors[0 if r.emit_offset >= 0 else r.block] if len(tensors) and (r.block >= 0 or r.emit_offset >= 0) else None
         return found if found is not None and found.numel() else None
 
     def packed(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +142,18 @@ class Call:
         found |= {"message_stages": len(low.stages) - low.edge_stages, "channels": low.channels, "combine": low.combine, "width": low.width, "carrier_width": low.carrier_width}
         found |= {"steps": max(low.steps, 0), "n_constants": constants.numel(), "spread": int("std" in names or "var" in names)}
         found |= {"low": int("min" in names), "high": int("max" in names), "n_slots": low.slots, "n_gradients": low.n_gradients, "n_sums": low.n_sums}
-        return found | dict(zip(("message_buffer", "free_0", "free_1", "inputs_buffer"), low.buffers, strict=True))
+        found |= {"live": low.live, "sum_columns": self.sum_columns}
+        return found | dict(zip(("message_buffer", "free_0", "free_1", "inputs_buffer", "partner_0", "partner_1", "partner_inputs"), low.buffers, strict=True))
+
+    @property
+    def sides(self) -> int:
+        """Edges, and their partners where they are evaluated too."""
+        return 2 if self.low.live else 1
+
+    @property
+    def sum_columns(self) -> int:
+        """Of a partial row of the way back: of the node terms' gradients by side, then those of q, or of k and v."""
+        return self.low.columns * self.sides + 2 * self.low.d * (self.low.attention is not None)
 
     def run(self, fields: dict, work: Launch) -> None:
         """Launches the panels of `work`, in as many launches as memory that does not fit into shared memory asks for."""
@@ -136,20 +180,25 @@ class Call:
         low, kb, warp = self.low, self.low.d // 16, 4 * WARPS
         element = 2 if self.precision == "bf16" else 4
         found = {
-            "features": warp * 16 * (2 * low.channels + (HERMITE if low.steps >= 0 else 0)),
-            "stash": warp * low.slots * kb * 256,
-            "carry": WARPS * kb * LANES * 8 * element,
+            "features": warp * 16 * (2 * low.channels + (HERMITE if low.steps >= 0 else 0)) * self.sides,
+            "stash": warp * low.slots * kb * 256 * self.sides,
+            "carry": WARPS * kb * LANES * 8 * element * (4 if low.full else 1),
             "copied": low.matrices.size * element,
             "constants_copied": 4 * low.constants.size,
         }
+        if low.attention:  # csrc/cuda/attention.h
+            found["scores"] = warp * (16 * (low.d + 1) + 3 * 17 * low.attention.heads)
         if not self.backward:
-            return found | {"statistics": warp * (STATISTIC_PLANES + 1) * -(-low.width // 16) * LANES * 4}
-        held = any(s.held for s in low.stages)
+            planes = (STATISTIC_PLANES + 1) * -(-low.width // 16)
+            if low.attention:
+                planes = -(-low.attention.d_v // 16) + low.attention.heads * kb * low.attention.summed
+            return found | {"statistics": warp * planes * LANES * 4}
+        held = any(s.held or s.source == FROM_NORM for s in low.stages)
         return found | {
-            "sources": warp * low.columns * 16,
+            "sources": warp * self.sum_columns * 16,
             "sums": warp * low.n_sums * LANES * 4,
-            "waiting": warp * kb * 256 if held else 0,
-            "staged": (low.buffers[3] + 1) * WARPS * 16 * (low.d + 8) * element,
+            "waiting": warp * kb * 256 * self.sides * held,
+            "staged": (max(low.buffers) + 1) * WARPS * 16 * (low.d + 8) * element,
             "gradients": 4 * low.n_gradients * kb * kb * 256,
         }
 
@@ -165,23 +214,29 @@ class Call:
                 inside[name] = (used, size)
                 used += size
                 copied = self.low.matrices.size if name == "copied" else copied
-            elif name in ("constants_copied", "features", "staged"):
+            elif name in ("constants_copied", "features", "staged", "scores"):
                 raise Unsupported(f"{name} of {size} bytes beside {used} in {limit} bytes of shared memory: registers this wide, rounded to {self.precision},")
             elif name != "copied":
                 outside[name] = size
         return inside, outside, copied
 
 
-def values_of(r: Row, t: torch.Tensor | None, flip: bool, offset: int, stride: int) -> tuple[int, ...]:
+def across(view: tuple[int, ...], listed: int) -> tuple[int, ...]:
+    """The view of partners by their own source and destination, as edges see it; `listed`: by number, the same for both."""
+    address, dtype, copy, source, destination, channel = view
+    return view if listed else (address, dtype, copy, destination, source, channel)
+
+
+def values_of(r: Row, t: torch.Tensor | None, flip: bool, offset: int, stride: int, diagonal: bool = False) -> tuple[int, ...]:
     """A block's view of edge values (args.h Values), zeros where there are none.
 
     Args:
         flip: the tensor's first axis runs over destinations. offset, stride: of a packed graph, the block's first edge and edges from one
-            copy to the next; else offset is -1.
+            copy to the next; else offset is -1. diagonal: only pairs of equal index have values.
     """
     if t is None or not t.numel():
         return NO_VALUES
-    listed = KINDS[r.kind] != DENSE  # by number
+    listed = KINDS[r.kind] != DENSE or diagonal  # by number
     if offset >= 0:  # rows of one tensor [E, C]
         e = t.stride(0)
         source, destination = (e, 0) if listed else (e, r.n_src * e) if flip else (r.n_dst * e, e)

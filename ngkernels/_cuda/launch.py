@@ -10,7 +10,8 @@ import torch
 from .. import backends
 from .lower import WIDTHS
 
-KERNELS = ("gather", "project", "node_gradient", "fold", "sum_blocks", "merge", "coefficients", "sum_cells")  # csrc/cuda/launcher.h
+KERNELS = ("gather", "project", "node_gradient", "fold", "sum_blocks", "merge", "coefficients", "sum_cells", "softmax", "delta")  # csrc/cuda/launcher.h
+PURPOSES = ("messages", "options", "attend")
 PRECISIONS = ("bf16", "tf32", "exact")
 THREADS = 256  # of a block, where threads work on their own
 BUDGET = 256 << 20  # bytes of partial results in memory at a time
@@ -22,8 +23,9 @@ def precision(low: bool, tf32: bool) -> str:
     return "bf16" if low else "tf32" if tf32 else "exact"
 
 
-def aggregate_kernel(d: int, precision: str, backward: bool) -> int:
-    return 16 + (WIDTHS.index(d) * len(PRECISIONS) + PRECISIONS.index(precision)) * 2 + backward
+def edge_kernel(purpose: str, d: int, precision: str, backward: bool) -> int:
+    wide = PURPOSES.index(purpose) * len(WIDTHS) + WIDTHS.index(d)
+    return 16 + (wide * len(PRECISIONS) + PRECISIONS.index(precision)) * 2 + backward
 
 
 def shared_limit(device: torch.device) -> int:

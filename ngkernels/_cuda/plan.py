@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from ..edge_index import read_lists
-from ..topology import COLUMNS, DENSE, DIAGONAL, KINDS, SPARSE
-from .lower import Unsupported
+from ..topology import COLUMNS, DENSE, DIAGONAL, FORWARD, KINDS, PARTNER, SPARSE, TRIANGLE
 
-Row = namedtuple("Row", COLUMNS)
+Row = namedtuple("Row", (*COLUMNS, "turned"))  # turned: whether its edges are the partners of the topology's row
 PANEL = ("block", "copy", "i0", "i1", "j0", "j1", "rows_i", "rows_j", "slot")  # csrc/cuda/args.h
 TILE = 16  # sources that a warp takes at a time
 WARPS = 4  # panels of a block of threads
@@ -24,7 +23,7 @@ WARPS = 4  # panels of a block of threads
 
 class Lines(NamedTuple):
     """Edges one by one, as lines: up to TILE edges of one destination. lines [n, 3]: destination, first edge, edges; edges [e, 3]: source,
-    number, number of the raw features."""
+    number, partner's number."""
 
     lines: np.ndarray
     edges: np.ndarray
@@ -35,12 +34,17 @@ class Lines(NamedTuple):
             n = np.arange(row.n_src)
             return cls(np.stack([n, n, np.ones_like(n)], 1), np.stack([n, n, n], 1))
         dst, src, number, partner = (t.numpy() for t in read_lists(topology[row.lists :], row.count))
+        if row.turned:
+            dst, src, number, partner = src, dst, partner, number
+            order = np.lexsort((src, dst))
+            order = order[(dst != src)[order]] if row.src == row.dst else order  # a neuron's pair with itself is its own partner
+            dst, src, number, partner = dst[order], src[order], number[order], partner[order]
         begins = np.flatnonzero(np.diff(dst, prepend=-1))
         degree = np.diff(begins, append=len(dst))
         parts = -(-degree // TILE)
         first = np.repeat(begins, parts) + _within(parts) * TILE
         count = np.minimum(TILE, np.repeat(begins + degree, parts) - first)
-        return cls(np.stack([dst[first], first, count], 1), np.stack([src, number, partner if row.src_axis == 2 else number], 1))
+        return cls(np.stack([dst[first], first, count], 1), np.stack([src, number, partner], 1))
 
 
 class Sums(NamedTuple):
@@ -60,6 +64,24 @@ class Launch(NamedTuple):
     partials: int  # rows of partial results
     slots: int  # places of edges
     sums: Sums
+
+
+def turned(r: Row) -> Row:
+    """The partners of a row's edges as edges of their own."""
+    sparse = KINDS[r.kind] == SPARSE
+    axis, partner_axis = (3 - r.partner_axis, 3 - r.src_axis) if sparse else (r.partner_axis, r.src_axis)  # sparse: whose number, of the two
+    return r._replace(
+        src=r.dst, n_src=r.n_dst, dst=r.src, n_dst=r.n_src, out=r.partner_out, partner_out=r.out, src_axis=axis, partner_axis=partner_axis,
+        weight=r.partner, variant=r.partner_variant, offset=r.partner_offset, block=r.partner_block, emit_offset=r.partner_emit_offset,
+        partner=r.weight, partner_variant=r.variant, partner_offset=r.offset, partner_block=r.block, partner_emit_offset=r.emit_offset, turned=not r.turned,
+    )  # fmt: skip
+
+
+def directed(r: Row) -> list[Row]:
+    """A row of pairs as rows of edges: those whose results are used."""
+    if KINDS[r.kind] == TRIANGLE:  # both directions of all pairs of a layer
+        return [r._replace(kind=KINDS.index(DENSE))]
+    return [r] * bool(r.flags & FORWARD) + [turned(r)] * bool(r.flags & PARTNER)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -86,20 +108,15 @@ class Plan:
     """What is known of a topology table on one device."""
 
     def __init__(self, topology: torch.Tensor, device: torch.device):
-        self.rows = [Row(*r) for r in topology[1 : 1 + int(topology[0]) * len(COLUMNS)].reshape(-1, len(COLUMNS)).tolist()]
+        rows = [Row(*r, False) for r in topology[1 : 1 + int(topology[0]) * len(COLUMNS)].reshape(-1, len(COLUMNS)).tolist()]
+        self.rows = [found for r in rows for found in directed(r)]
         self.device = device
         self.active = [k for k, r in enumerate(self.rows) if r.copies and (r.count if KINDS[r.kind] == SPARSE else r.n_src and r.n_dst)]
-        others = sorted({KINDS[self.rows[k].kind] for k in self.active} - {DENSE, DIAGONAL, SPARSE})
         self.lines = {k: Lines.of(self.rows[k], topology) for k in self.active if KINDS[self.rows[k].kind] in (DIAGONAL, SPARSE)}
         self.lists = {k: tuple(torch.from_numpy(np.ascontiguousarray(t, np.int64)).to(device) for t in found) for k, found in self.lines.items()}
-        self.unsupported = f"{', '.join(others)} blocks" if others else None
+        self.active = [k for k in self.active if k not in self.lines or len(self.lines[k].lines)]
         self._works: dict = {}
         self._degrees: dict = {}
-
-    def check(self) -> None:
-        """Raises Unsupported for blocks that the kernels do not run."""
-        if self.unsupported:
-            raise Unsupported(self.unsupported)
 
     def degrees(self, rows: int) -> torch.Tensor:
         """Number of messages of every output row, at least 1, float32 [rows]."""
@@ -128,18 +145,22 @@ class Work:
 
     def __init__(self, plan: Plan, active: list[int]):
         self.rows, self.lines, self.device, self.active = plan.rows, plan.lines, plan.device, active
-        self.turns = self._turns()
+        self.turns, self.added = self._turns()
         self._launches: dict = {}
 
-    def _turns(self) -> dict[int, int]:
-        """Of each active block, how many before it have the same weights: their gradients add to what those left."""
-        seen: dict[tuple[int, int], int] = {}
-        turns = {}
+    def _turns(self) -> tuple[dict[int, int], dict[int, bool]]:
+        """Of each active block: the launch in which none before it writes gradients of the same weights, as edges or as partners; and whether
+        one before it did as edges, so that its own are added."""
+        seen: tuple[dict, dict] = ({}, {})
+        turns, added = {}, {}
         for k in self.active:
             row = self.rows[k]
-            turns[k] = seen.get((row.weight, row.offset), 0) if row.weight >= 0 else 0
-            seen[row.weight, row.offset] = turns[k] + 1
-        return turns
+            reads = [(row.weight, row.offset), (row.partner, row.partner_offset)]
+            turns[k] = max([0, *(found.get(read, 0) for found, read in zip(seen, reads, strict=True) if read[0] >= 0)])
+            added[k] = row.weight >= 0 and reads[0] in seen[0]
+            for found, read in zip(seen, reads, strict=True):
+                found[read] = turns[k] + 1
+        return turns, added
 
     def _panels(self, k: int, size: tuple[int, int]) -> np.ndarray:
         """[n, len(PANEL)] of one block; partial rows and slots are still their numbers: destinations, sources, edges in whole tiles."""

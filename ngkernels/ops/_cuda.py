@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
@@ -25,9 +25,9 @@ def _named(op: str) -> Iterator[None]:
         raise NotImplementedError(f"{op}: backend 'cuda' does not run {error} yet; use another backend") from error
 
 
-def _call(e: ex.E, compute: int, params: torch.Tensor | None = None, grads: list[torch.Tensor] | None = None, values: Sequence[torch.Tensor] = ()):
+def _call(e: ex.E, compute: int, params: torch.Tensor | None = None, grads: list[torch.Tensor] | None = None, **more):
     e = e._replace(params=packed(e, e.params) if params is None else params)
-    return _module("call").Call(e, bool(compute & ex.LOW), bool(compute & ex.TF32), grads, values)
+    return _module("call").Call(e, bool(compute & ex.LOW), bool(compute & ex.TF32), grads, **more)
 
 
 def aggregate(e: ex.E, compute: int, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor) -> None:
@@ -37,7 +37,7 @@ def aggregate(e: ex.E, compute: int, out: torch.Tensor, aux: torch.Tensor, ties:
 
 def aggregate_backward(grad, out, aux, ties, e: ex.E, compute: int, grads: list[torch.Tensor]) -> None:
     with torch.cuda.device_of(e.table), _named("aggregate"), differentiated(e, compute, grads, _call) as call:
-        _module("aggregate").Backward(call).run((out, aux, ties, grad))
+        _module("aggregate").aggregate_backward(call, out, aux, ties, grad)
 
 
 def evaluate(e: ex.E, compute: int, out: list[torch.Tensor]) -> None:
@@ -47,4 +47,22 @@ def evaluate(e: ex.E, compute: int, out: list[torch.Tensor]) -> None:
 
 def evaluate_backward(grad_out: list[torch.Tensor], e: ex.E, compute: int, grads: list[torch.Tensor]) -> None:
     with torch.cuda.device_of(e.table), _named("evaluate"), differentiated(e, compute, grads, _call, values=grad_out) as call:
-        _module("aggregate").Backward(call).run()
+        _module("aggregate").evaluate_backward(call)
+
+
+def _attention(nodes, shape) -> dict:
+    q, _, v = nodes
+    return {"attention": _module("lower").Attention(shape[0], q.shape[1], v.shape[1], shape[1], shape[2]), "nodes": len(q)}
+
+
+def attend(e: ex.E, compute: int, nodes, shape, scale: float, dropout: float, seed: int, outputs) -> None:
+    attend = _module("attend")
+    with torch.cuda.device_of(e.table), _named("attend"):
+        attend.forward(_call(e, compute, **_attention(nodes, shape)), attend.Attending(tuple(nodes), scale, dropout, seed), *outputs)
+
+
+def attend_backward(saved, e: ex.E, compute: int, nodes, shape, scale: float, dropout: float, seed: int, grads) -> None:
+    """saved: grad, grad_sums, out, sums, lse; grads: of the expression's tensors, then of q, k, v."""
+    attend, more = _module("attend"), _attention(nodes, shape)
+    with torch.cuda.device_of(e.table), _named("attend"), differentiated(e, compute, grads[:-3], _call, **more) as call:
+        attend.backward(call, attend.Attending(tuple(nodes), scale, dropout, seed), saved, grads[-3:])

@@ -12,7 +12,7 @@ from ..edges import EdgeState
 from ..program import HEADER, RECORD, build_attention, full_precision
 from ..reference import attend as reference
 from ..topology import OVER
-from . import _triton, in_panels
+from . import _cuda, _triton, in_panels
 from . import expression as ex
 from .autograd import register
 from .node_map import node_map
@@ -53,9 +53,10 @@ def _fake_backward(
 
 def _forward(weights, xs, params, table, carriers, topology, program, q, k, v, shape, scale, dropout, seed, rows, compute):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    if ex.backend_of(compute) == "triton":
+    kernels = {"triton": _triton, "cuda": _cuda}.get(ex.backend_of(compute))
+    if kernels is not None:
         outputs = _outputs(table, program, v, shape, rows)
-        _triton.attend(e, compute, (q, k, v), shape, scale, dropout, seed, outputs)
+        kernels.attend(e, compute, (q, k, v), shape, scale, dropout, seed, outputs)
         return outputs
     with torch.no_grad():
         return reference.attend(*e, q, k, v, shape, scale, dropout, seed, rows, compute & 1)
@@ -65,9 +66,10 @@ def _backward(
     grad, grad_sums, out, sums, lse, weights, xs, params, table, carriers, topology, program, q, k, v, shape, scale, dropout, seed, compute, need
 ):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    if ex.backend_of(compute) == "triton":
+    kernels = {"triton": _triton, "cuda": _cuda}.get(ex.backend_of(compute))
+    if kernels is not None:
         grads = _empty_gradients(e, q, k, v, need)
-        _triton.attend_backward((grad, grad_sums, out, sums, lse), e, compute, (q, k, v), shape, scale, dropout, seed, grads)
+        kernels.attend_backward((grad, grad_sums, out, sums, lse), e, compute, (q, k, v), shape, scale, dropout, seed, grads)
         return grads
 
     def forward(f, *nodes):

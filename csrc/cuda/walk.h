@@ -1,0 +1,45 @@
+// The way of a warp through the tiles of its panel in a backward pass: the warps of a block go in step, strip by strip of 16 sources.
+#pragma once
+
+#include "memory.h"
+
+namespace ngk::cuda {
+
+struct Walk {
+  const Panel* panel;
+  bool lines;  // each of them is a strip of its own
+  int64_t own, height, most = 0;
+
+  static NGK_DEVICE int64_t tiles(const Panel& p) { return (p.i1 - p.i0) * ((p.j1 - p.j0 + 15) / 16); }
+
+  NGK_DEVICE explicit Walk(const Args& g) {
+    const int64_t first = g.first_panel + block() * WARPS, number = first + warp();
+    NGK_ROLLED
+    for (int w = 0; w < WARPS; ++w)
+      if (first + w < g.n_panels && tiles(g.panels[first + w]) > most) most = tiles(g.panels[first + w]);
+    panel = g.panels + (number < g.n_panels ? number : first);
+    lines = g.blocks[panel->block].lines;
+    own = number < g.n_panels ? tiles(*panel) : 0;
+    height = lines ? 1 : panel->i1 - panel->i0;
+  }
+
+  template <class Evaluator, class Back>
+  NGK_DEVICE void enter(int64_t at, Evaluator& eval, Back& back) const {
+    back.panel = panel;
+    back.active = at < own;
+    back.number = at;
+    back.strip = back.active ? at / height : 0;
+    back.i = !back.active ? panel->i0 : lines ? panel->i0 + at : panel->i0 + at % height;
+    back.source = lines ? 0 : panel->j0 + back.strip * 16;
+    if (at % height == 0) back.clear_sources();
+    eval.tile(*panel, back.i, back.source, back.active);
+    back.clear_features();
+  }
+  template <class Back>
+  NGK_DEVICE void leave(int64_t at, Back& back) const {
+    back.write_features();
+    if (back.active && (at + 1) % height == 0) back.write_sources();
+  }
+};
+
+}  // namespace ngk::cuda

@@ -1,0 +1,81 @@
+"""attend in CUDA C++."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .backward import Backward
+from .call import Call
+from .launch import simple
+
+
+class Attending(NamedTuple):
+    """What attention reads beside the pairs: q, k [N, H Dk], v [N, H Dv]; scale, dropout and its seed."""
+
+    nodes: tuple[torch.Tensor, ...]
+    scale: float
+    dropout: float
+    seed: int
+
+    def fields(self, call: Call) -> dict[str, int | torch.Tensor]:
+        a, low = call.low.attention, call.low
+        found = dict(zip("qkv", (t.contiguous() for t in self.nodes), strict=True))
+        found |= {"heads": a.heads, "dk": a.d // a.heads, "dv": a.d_v // a.heads, "de": low.de, "multiply": a.multiply, "summed": a.summed}
+        found |= {"scale": bits(self.scale), "keep": bits(1 / (1 - self.dropout)), "dropped_below": int(self.dropout * 2**32), "seed": self.seed}
+        return found | {"attention_columns": low.columns * call.sides}
+
+
+def bits(x: float) -> int:
+    """Of a float32."""
+    return struct.unpack("<i", struct.pack("<f", x))[0]
+
+
+def states(call: Call) -> int:
+    """Columns of a head's sums of states."""
+    return call.low.de * call.low.attention.summed
+
+
+def forward(call: Call, attending: Attending, out: torch.Tensor, sums: torch.Tensor, lse: torch.Tensor) -> None:
+    """Writes out [rows, H Dv], sums [rows, H, De or 0] and the log-sum-exp [rows, H]; zeros for rows that read nothing."""
+    for t in (out, sums, lse):
+        t.zero_()
+    work = call.work.reduce()
+    if not work.n or not out.numel():
+        return
+    a = call.low.attention
+    width = 2 * a.heads + a.d_v + a.heads * states(call)
+    partial = call.params.new_empty(work.partials, width)
+    call.run(call.fields(call.project()) | attending.fields(call) | {"partial": partial, "width": width}, work)
+    keys, starts, order, _ = work.sums
+    n = keys.numel()
+    simple("softmax", n * (width - a.heads), out, sums, lse, partial, keys, starts, order, n, a.heads, a.d_v // a.heads, states(call))
+
+
+def backward(call: Call, attending: Attending, saved: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
+    """Writes the wanted gradients of the call and `grads`, those of q, k, v (empty where not wanted).
+
+    Args:
+        saved: gradients of out and sums; out, sums, lse.
+    """
+    back = Backward(call)
+    back.clear()
+    for t in grads:
+        t.zero_()
+    grad, grad_sums, out, sums, lse = (t.contiguous() for t in saved)
+    if not out.numel() or not (back.wanted or any(t.numel() for t in grads)):
+        return
+    a = call.low.attention
+    delta = torch.empty_like(lse)
+    simple("delta", delta.numel(), delta, out, grad, sums, grad_sums, delta.numel(), a.d_v // a.heads, states(call))
+    fields = attending.fields(call) | {"lse": lse, "delta": delta, "grad_out": grad, "grad_sums": grad_sums}
+    found = back.run(**fields)
+    if found is None:
+        return
+    first = call.low.columns * call.sides
+    for t, side, start in zip(grads, (0, 1, 1), (first, first, first + call.low.d), strict=True):
+        if t.numel():
+            t.copy_(found[side, :, start : start + t.shape[1]])

@@ -1,0 +1,120 @@
+"""The backward pass of all ops in CUDA C++."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import program as prog
+from ..topology import DENSE, DIAGONAL, KINDS, SPARSE_RAW
+from . import launch
+from .call import Call
+from .launch import simple
+from .plan import WARPS, Launch
+
+
+class Backward:
+    """One backward pass: writes the wanted gradients of the call. Before, `fields` take what the op gives its kernel."""
+
+    def __init__(self, call: Call):
+        self.call = call
+        self.marked = any(s.mark for s in call.low.stages)  # gradients stop at a virtual checkpoint: none reach the weights
+        self.params, self.table = call.grad_params.numel() > 0, call.grad_table.numel() > 0 and call.low.steps >= 0 and not self.marked
+        self.nodes, self.raw = any(g.numel() for g in call.grad_xs), any(g.numel() for g in call.grad_weights) and not self.marked
+        self.carriers = any(g.numel() for g in call.grad_carriers)
+        self.terms = call.low.columns > 0 and (self.nodes or self.params)
+        self.columns = call.sum_columns if self.terms or call.low.attention else 0
+        self.curve = call.table.shape[3] if self.table else 0
+        self.block_size = call.low.n_gradients * call.low.d**2 + call.low.n_sums * 16 if self.params else 0
+
+    @property
+    def wanted(self) -> bool:
+        return self.params or self.table or self.nodes or self.raw or self.carriers
+
+    def clear(self) -> None:
+        """Gradients that add up, or that no panel covers, start at zero."""
+        call = self.call
+        for t in (*call.grad_xs, call.grad_params, call.grad_table):
+            t.zero_()
+        covered: dict[tuple[bool, int], int] = {}
+        for k in call.work.active:
+            r = call.plan.rows[k]
+            edges = r.copies * {DENSE: r.n_src * r.n_dst, DIAGONAL: r.n_src}.get(KINDS[r.kind], 0)  # of a sparse block for certain: none
+            own, raw = (True, 0 if r.emit_offset >= 0 else r.block), edges * (not r.flags & SPARSE_RAW)
+            covered[own] = covered.get(own, 0) + edges * self.marked
+            covered[False, r.weight] = covered.get((False, r.weight), 0) + raw * (not call.work.added[k] and not self.marked)
+        for carrier, tensors in ((False, call.grad_weights), (True, call.grad_carriers)):
+            for k, g in enumerate(tensors):
+                if g.numel() and covered.get((carrier, k), 0) * g.shape[-1] != g.numel():
+                    g.zero_()
+
+    def run(self, **fields: int | torch.Tensor | None) -> torch.Tensor | None:
+        """`fields`: arguments of the kernel. The sums of all partial rows, [2, N, columns], destinations and sources; None: of none."""
+        call = self.call
+        sizes = (4 * self.columns, (4 * self.curve + 8) * call.sides if self.table else 0, 4 * self.block_size)
+        launches = call.work.gradients(call.n_nodes, *sizes, launch.BUDGET)
+        if not launches:
+            return None
+        fields = call.fields(call.project()) | fields
+        fields |= {f"need_{name}": int(value) for name, value in (("parameters", self.params), ("nodes", self.nodes), ("raw", self.raw), ("table", self.table))}
+        sums = call.params.new_zeros(2, call.n_nodes, self.columns)
+        for work in launches:
+            self.launch(fields, work, sums)
+        call.add_others()
+        if self.terms:
+            self.finish_nodes(self.of_terms(sums))
+        return sums
+
+    def of_terms(self, sums: torch.Tensor) -> torch.Tensor:
+        """[2, N, columns of the node terms]: what partners add to their destinations was summed by source, and the other way about."""
+        n = self.call.low.columns
+        return (sums[:, :, :n] + sums.flip(0)[:, :, n : 2 * n] if self.call.low.live else sums[:, :, :n]).contiguous()
+
+    def launch(self, fields: dict, work: Launch, sums: torch.Tensor) -> None:
+        """One launch, and its partial results added to the sums."""
+        call = self.call
+        blocks = -(-work.n // WARPS)
+        every = not (self.marked or call.low.live or call.low.attention)  # whether every number is written
+        partial = (call.params.new_empty if every else call.params.new_zeros)(work.partials, self.columns)
+        parameters = call.params.new_empty(blocks, self.block_size)
+        found = {"partial": partial, "parameters": parameters}
+        if self.table:
+            slots = work.slots * call.sides
+            found |= {"cells": call.params.new_empty(slots, dtype=torch.int32), "places": call.params.new_empty(slots)}
+            found |= {"curves": call.params.new_empty(slots, self.curve)}
+        call.run(fields | found, work)
+        if self.columns:
+            keys, starts, order, _ = work.sums
+            simple("fold", keys.numel() * self.columns, sums, partial, keys, starts, order, keys.numel(), self.columns)
+        if self.params:
+            n = call.grad_params.numel()
+            simple("sum_blocks", n, call.grad_params, parameters, call.tables[5], n, blocks, self.block_size)
+        if self.table:
+            self.add_table_gradient(found["cells"], found["places"], found["curves"])
+
+    def add_table_gradient(self, cells: torch.Tensor, places: torch.Tensor, curves: torch.Tensor) -> None:
+        """Every edge adds to the lines of two nodes: sorted by cell (stably: in the order of the panels), those of a part of a cell at a time."""
+        directions, nodes, lines, width = self.call.grad_table.shape
+        found, order = cells.sort(stable=True)
+        count = directions * nodes
+        starts = torch.searchsorted(found, torch.arange(count + 1, dtype=torch.int32, device=cells.device))
+        parts = min(64, max(1, (1 << 20) // (count * width)))
+        sums = places.new_empty(parts, count, 2 * lines, width)
+        simple("sum_cells", parts * count * width, sums, curves, places, order, starts, count, parts, width, nodes, self.call.low.steps)
+        total = sums.sum(0).view(directions, nodes, 2 * lines, width)
+        self.call.grad_table.add_(total[:, :, :lines])
+        self.call.grad_table[:, 1:] += total[:, :-1, lines:]
+
+    def finish_nodes(self, sums: torch.Tensor) -> None:
+        """From the gradients of the node terms, [2, N, columns], to those of node states and projections."""
+        call, low = self.call, self.call.low
+        if self.params:
+            with prog.full_precision(sums.device):
+                for t in low.terms:
+                    for side, w in ((sums[0, :, t.column : t.column + t.n_out], t.wd), (sums[1, :, t.column : t.column + t.n_out], t.ws)):
+                        call.grad_params[w : w + t.n_out * t.width].view(t.n_out, t.width).addmm_(side.T, call.xs[t.x])
+                    if t.b >= 0:
+                        call.grad_params[t.b : t.b + t.n_out] += sums[0, :, t.column : t.column + t.n_out].sum(0)
+        for k, grad_x in enumerate(call.grad_xs):
+            if grad_x.numel():
+                shape = (len(low.terms), call.n_nodes, low.columns, k, grad_x.shape[1])
+                simple("node_gradient", grad_x.numel(), grad_x, sums, call.params, call.tables[3], *shape)

@@ -1,0 +1,200 @@
+"""Attention, pair updates, layer norms and tokens of the CUDA kernels on an emulated GPU: values and every gradient against the dense formulas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import emulation
+import pytest
+import torch
+from compare import assert_bitwise, assert_close
+from emulation import AHEAD, BACKWARDS, emulated, order  # noqa: F401  a fixture
+from oracle import Network, mlp
+from pair_list import GRID, LOW_PRECISION, OPTIONS, PLAIN, TABLES
+from pair_samples import PairSample, attend, float32_oracle, leaves, pair_state, run_engine, run_oracle
+from samples import cast, named, run
+from test_attend import assert_budget_of_pairs
+
+import ngkernels as ngk
+from ngkernels import backends
+from ngkernels._cuda import launch
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "emulated"),
+    pytest.mark.skipif(not emulation.compiler(), reason="no C++ compiler"),
+]
+FLOAT32_FLOOR, TF32_FLOOR, BFLOAT16_FLOOR = 8e-6, 2**-10, 2**-8  # of the largest entry
+QUICK = (
+    "three-updates", "pair-update-first", "pair-update-later", "no-pair-update", "nothing-residual", "no-biases", "identity-no-update-token", "identity-both", "fourier-then", "affine-diagonals",
+    "messages-reversed", "messages-restricted", "messages-token", "readout-packed", "readout-diagonals", "loops-in-layer0-token", "packed-in-restricted", "holes-all",
+    "no-self-edges-holes-restricted", "values-plus", "values-times", "values-as-they-are", "D33-H16-dk5-dv32-heads2", "D8-H8-dk8-dv8-heads5", "D1-H1-dk1-dv1-heads1",
+    "memory-same+virtual-none-same-in-token-layer-1", "memory-none-virtual-none-edges-loops", "memory-virtual-none-none-out-packed", "table-both", "table-beyond",
+)  # fmt: skip
+ONE = {"residual": (True,), "reverse": (True,), "nodes": (True,), "norm": (True,)}
+SPARSE = Network((3, 30), (("sparse", 0, 1, tuple((k % 3, k) for k in range(26)) + ((0, 1), (2, 0))), ("sparse", 1, 1, ((3, 3), (4, 5), (5, 4), (0, 29)))))
+HUB = Network((2, 40), (("sparse", 1, 0, tuple((k, 1) for k in range(40)) + ((3, 0), (9, 0))),), copies=2)
+SHAPES = (
+    *(PLAIN.but(f"sparse-{over}", networks=(SPARSE,), over=over, **ONE) for over in ("in", "out", "edges")),
+    PLAIN.but("sparse-hub", networks=(HUB,), over="edges", reciprocal=True, encoder="fourier", **ONE),
+    PLAIN.but("sparse-no-self", networks=(SPARSE, HUB), over="edges", include_self=False, restrict=-1, **ONE),
+    PLAIN.but("messages-sparse", networks=(SPARSE, HUB), over=None, reduce=("sum", "std"), **ONE),
+    PLAIN.but("tails", networks=(mlp(3, 35, 17),), over="edges", **ONE),
+    PLAIN.but("inside-a-layer", networks=(Network((3, 18), (("dense", 0, 1), ("dense", 1, 1))),), over="edges", **ONE),
+    PLAIN.but("norm-alone", over=None, reduce=("mean", "max"), head=2, reverse=(False, False)),
+)  # fmt: skip
+WIDE = PLAIN.but("wide", networks=(mlp(530, 2),), over="in", multiply=False, add=False, residual=(), reverse=(), nodes=(), norm=())
+SAMPLES = {s.name: s for s in (*OPTIONS, *TABLES, *SHAPES, *GRID)}
+
+
+def missing(s: PairSample) -> bool:
+    """Whether a register would have more than 64 columns."""
+    columns = [s.width, s.hidden] + [s.heads * s.dk, s.heads * s.dv] * bool(s.over)
+    return max(columns) > 64 and (s.over is not None or any((*s.norm, *s.reverse, s.token)))
+
+
+def one_logit(s: PairSample) -> bool:
+    """It has no gradient, and the budget of nothing is nothing."""
+    return "one-neuron" in s.name and not s.token
+
+
+def tiered() -> list:
+    assert set(QUICK) <= set(SAMPLES)
+    found = [s for s in SAMPLES.values() if not missing(s) and not one_logit(s)]
+    return [pytest.param(s, id=s.name, marks=() if s.name in QUICK or s in SHAPES else pytest.mark.slow) for s in found]
+
+
+def check(sample: PairSample) -> None:
+    wanted, plain = float32_oracle(sample)
+    assert_budget_of_pairs(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, FLOAT32_FLOOR)
+
+
+@pytest.mark.parametrize("sample", tiered())
+def test_float32_within_twice_the_error_of_plain_pytorch(sample: PairSample):
+    check(sample)
+
+
+@pytest.mark.parametrize("sample", **named(s for s in SAMPLES.values() if missing(s)))
+def test_what_is_too_wide_is_named(sample: PairSample):
+    with pytest.raises(NotImplementedError, match="backend 'cuda' does not run registers of 130 columns, more than (64, in attention|128)"):
+        run_engine(sample, cast(leaves(sample), torch.float32), "cuda")
+
+
+def test_float64_is_named():
+    with pytest.raises(NotImplementedError, match="attend: backend 'cuda' does not run torch.float64 parameters"):
+        run_engine(PLAIN, leaves(PLAIN), "cuda")
+
+
+@pytest.mark.parametrize("sample", [pytest.param(s, id=s.name, marks=() if k in (1, 5) else pytest.mark.slow) for k, s in enumerate(LOW_PRECISION)])
+@pytest.mark.parametrize("tf32", [False, True], ids=["bf16", "tf32"])
+def test_rounded_operands_within_twice_the_error_of_plain_autocast(sample: PairSample, tf32: bool):
+    t = cast(leaves(sample), torch.float32)
+    wanted, plain = run_oracle(sample, cast(t, torch.float64)), run_oracle(sample, t, low=True)
+    if not tf32:
+        return assert_budget_of_pairs(run_engine(sample, t, "cuda", autocast=torch.bfloat16), wanted, plain, BFLOAT16_FLOOR)
+    plain = {n: (v + (plain[n].double() - v) / 8).to(plain[n].dtype) for n, v in wanted.items()}  # tf32 has three bits more
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert_budget_of_pairs(run_engine(sample, t, "cuda"), wanted, plain, TF32_FLOOR)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("rate", [0.3, pytest.param(0.9, marks=pytest.mark.slow)])
+def test_dropout_drops_what_every_backend_drops(rate: float):
+    sample = PLAIN.but("dropout", dropout=rate)
+    t = cast(leaves(sample), torch.float32)
+    results = []
+    for backend in ("reference", "cuda"):
+        with ngk.use_backend(backend):
+            results.append(run(lambda live: [attend(sample, live, pair_state(sample, live), seed=-(1 << 40) + 12345)], t))
+    assert_close(results[1], results[0], 2e-5, 1e-2)
+
+
+# ---- the same bits ----
+BITWISE = tuple(SAMPLES[n] for n in ("pair-update-first", "sparse-hub"))
+
+
+@pytest.mark.parametrize("sample", **named(BITWISE))
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["exact", "bf16"])
+def test_the_order_of_threads_does_not_matter(sample: PairSample, autocast: torch.dtype | None):
+    """Where a barrier is missing, it does."""
+    t = cast(leaves(sample), torch.float32)
+    wanted = run_engine(sample, t, "cuda", autocast=autocast)
+    for of in (BACKWARDS, AHEAD, AHEAD + BACKWARDS):
+        with order(of):
+            assert_bitwise(run_engine(sample, t, "cuda", autocast=autocast), wanted)
+
+
+@pytest.mark.parametrize("sample", **named(BITWISE))
+def test_working_memory_outside_of_shared_memory(sample: PairSample, monkeypatch):
+    t = cast(leaves(sample), torch.float32)
+    wanted = run_engine(sample, t, "cuda", autocast=torch.bfloat16)
+    monkeypatch.setattr(launch, "EMULATED_SHARED", 60_000)
+    assert_bitwise(run_engine(sample, t, "cuda", autocast=torch.bfloat16), wanted)
+
+
+def test_partial_results_in_many_launches(monkeypatch):
+    """Sums over the blocks of a launch end at other places: the rest is the same."""
+    sample = SAMPLES["tails"]
+    t = cast(leaves(sample), torch.float32)
+    wanted = run_engine(sample, t, "cuda")
+    monkeypatch.setattr(launch, "BUDGET", 1)
+    found = run_engine(sample, t, "cuda")
+    local = [n for n in wanted if n.startswith(("out", "grad.weights", "grad.x"))]
+    assert_bitwise({n: found[n] for n in local}, {n: wanted[n] for n in local})
+    assert_close(found, wanted, 2e-6)
+
+
+@pytest.mark.parametrize("wanted", [{"attend.q"}, {"weights.0", "attend.v"}, {"x0"}, {"update0.norm.weight", "update1.reverse"}], ids="+".join)
+def test_gradients_that_are_asked_for(wanted: set[str]):
+    t = cast(leaves(PLAIN), torch.float32)
+    every = run_engine(PLAIN, t, "cuda")
+    assert_bitwise(run_engine(PLAIN, t, "cuda", wanted), {n: v for n, v in every.items() if not n.startswith("grad.") or n[5:] in wanted})
+
+
+def test_split_rows_merge():
+    """Destinations with more sources than one panel has."""
+    check(WIDE)
+
+
+# ---- seeded bugs ----
+PATCHES = (
+    ("partners-with-the-edges-register", "evaluator.h", "next(g.stages[k], c, x ? other : own, x ? own : other)", "next(g.stages[k], c, x ? other : own, x ? other : own)"),
+    ("partners-read-the-edges-nodes", "evaluator.h", "    s += by * plane;\n", ""),
+    ("variance-of-the-padding", "evaluator.h", "if (c * 16 + column_of(k) >= stage.width) continue;", ""),
+    ("tokens-start-from-the-encoder", "evaluator.h", "if (FULL && stage.masked && block->token) NGK_UNROLL", "if (false) NGK_UNROLL"),
+    ("diagonal-features-everywhere", "evaluator.h", "!(FULL && block->diagonal && e.source != destination)", "true"),
+    ("gradient-of-the-reverse-matrix-lost", "backprop.h", "if (reverse) matrix_gradient(upper.reverse_gradient, up.own", "if (false) matrix_gradient(upper.reverse_gradient, up.own"),
+    ("partners-add-what-only-edges-have", "backprop.h", "stage.held && !(FULL && side && stage.held > g.live)", "stage.held"),
+    ("norm-without-the-variances-gradient", "backprop.h", "(d[k] - s.total[h] - y[k] * s.along[h])", "(d[k] - s.total[h])"),
+    ("partners-gradient-overwrites", "sinks.h", "e.raw(rows.partner_raw_by), partners, nullptr, true)", "e.raw(rows.partner_raw_by), partners, nullptr, false)"),
+    ("sums-not-scaled-with-the-largest-logit", "attend.h", "total[h] *= shrink[h];", ""),
+    ("values-not-scaled-with-the-largest-logit", "attend.h", "own.v[e] * by(column)", "own.v[e]"),
+    ("edges-that-are-none-have-a-share", "attend.h", "row < this->eval.count ? expf(p[at] - base) : 0.0f", "expf(p[at] - base)"),
+    ("panels-merged-without-their-tops", "softmax.h", "scale = expf(p[h] - base);\n      total", "scale = 1;\n      total"),
+    ("mask-in-the-normalisation", "attend_back.h", "of.weight[at] * of.slope[at] - of.p[at] * delta[h]", "of.weight[at] * (of.slope[at] - delta[h])"),
+    ("gradient-of-the-states-sums-lost", "attend_back.h", "if (g.summed) state_gradients(grad_sums);", ""),
+    ("no-barrier-before-the-logits", "attention.h", "put(c, a);\n    }\n    sync_warp();", "put(c, a);\n    }"),
+)  # fmt: skip
+
+
+def passes(library: Path) -> bool:
+    """Whether a library of kernels gives right values for a few samples."""
+    with backends.emulate_cuda(library):
+        try:
+            for name in ("three-updates", "pair-update-first", "affine-diagonals", "no-self-edges-token", "D33-H16-dk5-dv32-heads2", "messages-sparse", "tails"):
+                check(SAMPLES[name])
+            check(WIDE)
+            test_dropout_drops_what_every_backend_drops(0.3)
+            with order(BACKWARDS):
+                check(SAMPLES["pair-update-first"])
+        except AssertionError:
+            return False
+    return True
+
+
+@pytest.mark.mutants
+@pytest.mark.parametrize(("file", "old", "new"), [pytest.param(*p[1:], id=p[0]) for p in PATCHES])
+def test_seeded_bugs_are_caught(file: str, old: str, new: str, tmp_path: Path):
+    emulation.check_bug(tmp_path, file, old, new, passes)
