@@ -37,7 +37,7 @@ SHAPES = (
     *(PLAIN.but(f"sparse-{over}", networks=(SPARSE,), over=over, **ONE) for over in ("in", "out", "edges")),
     PLAIN.but("sparse-hub", networks=(HUB,), over="edges", reciprocal=True, encoder="fourier", **ONE),
     PLAIN.but("sparse-no-self", networks=(SPARSE, HUB), over="edges", include_self=False, restrict=-1, **ONE),
-    PLAIN.but("messages-sparse", networks=(SPARSE, HUB), over=None, reduce=("sum", "std"), **ONE),
+    PLAIN.but("messages-sparse", networks=(SPARSE, HUB), over=None, reduce=("mean", "max"), **ONE),
     PLAIN.but("tails", networks=(mlp(3, 35, 17),), over="edges", **ONE),
     PLAIN.but("inside-a-layer", networks=(Network((3, 18), (("dense", 0, 1), ("dense", 1, 1))),), over="edges", **ONE),
     PLAIN.but("norm-alone", over=None, reduce=("mean", "max"), head=2, reverse=(False, False)),

@@ -20,8 +20,9 @@ struct Launch {
 constexpr int UNKNOWN = -1, MALFORMED = -2;  // else an error code of CUDA, 0: launched
 
 #if defined(__CUDACC__)
+// One block of a multiprocessor may have all its registers: left to itself, nvcc makes room for three or four blocks, and spills.
 template <class K, class Args, int SIZE>
-__global__ void __launch_bounds__(SIZE) entry(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(SIZE, 1) entry(const __grid_constant__ Args args) {
   K::run(args);
 }
 #endif
