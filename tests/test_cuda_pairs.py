@@ -168,7 +168,6 @@ PATCHES = (
     ("gradient-of-the-reverse-matrix-lost", "backprop.h", "if (reverse) matrix_gradient(upper.reverse_gradient, up.own", "if (false) matrix_gradient(upper.reverse_gradient, up.own"),
     ("partners-add-what-only-edges-have", "backprop.h", "stage.held && !(FULL && side && stage.held > g.live)", "stage.held"),
     ("norm-without-the-variances-gradient", "backprop.h", "(d[k] - s.total[h] - y[k] * s.along[h])", "(d[k] - s.total[h])"),
-    ("partners-gradient-overwrites", "sinks.h", "e.raw(rows.partner_raw_by), partners, nullptr, true)", "e.raw(rows.partner_raw_by), partners, nullptr, false)"),
     ("sums-not-scaled-with-the-largest-logit", "attend.h", "total[h] *= shrink[h];", ""),
     ("values-not-scaled-with-the-largest-logit", "attend.h", "own.v[e] * by(column)", "own.v[e]"),
     ("edges-that-are-none-have-a-share", "attend.h", "row < this->eval.count ? expf(p[at] - base) : 0.0f", "expf(p[at] - base)"),
