@@ -13,7 +13,8 @@ import ngkernels as ngk
 from ngkernels import backends, limits, tune
 from ngkernels._triton import sizes
 from ngkernels._triton.lower import lower
-from ngkernels.program import build_message
+from ngkernels.ops import _triton
+from ngkernels.program import Expression, build_message
 
 GPU = torch.device("cuda", 0)
 APPLIES = limits.applies  # before conftest.py lifts the limits
@@ -78,6 +79,50 @@ def test_what_is_measured_is_a_training_step(paired: bool, monkeypatch):
     with ngk.use_backend("reference"):
         tune.step_of(16, paired, torch.device("cpu"))()
     assert made
+
+
+def lowered_by(step, monkeypatch) -> list:
+    """Every expression that a step's ops lower for the kernels, which do not run."""
+    found = []
+
+    def note(e: Expression, attention: tuple[int, ...] = ()) -> None:
+        found.append(lower(tuple(e.program), tuple(x.shape[1] for x in e.xs), attention))
+
+    monkeypatch.setattr(backends, "why_not", lambda *_, **__: None)
+    monkeypatch.setattr(_triton, "aggregate", lambda e, compute, *out: note(e))
+    monkeypatch.setattr(_triton, "aggregate_backward", lambda grad, out, aux, ties, e, compute, grads: note(e))
+    monkeypatch.setattr(_triton, "attend", lambda e, compute, nodes, shape, *more: note(e, _triton._attention(nodes, shape)))
+    monkeypatch.setattr(_triton, "attend_backward", lambda saved, e, compute, nodes, shape, *more: note(e, _triton._attention(nodes, shape)))
+    for name in ("node_map", "node_map_backward"):
+        monkeypatch.setattr(_triton, name, lambda *_: None)
+    with ngk.use_backend("triton"):
+        step()
+    return found
+
+
+@pytest.mark.parametrize(("kind", "columns"), tune.STATES.items(), ids=str)
+def test_what_is_measured_is_of_the_kind_that_is_written(kind: tuple[int, bool], columns: int, monkeypatch):
+    found = lowered_by(tune.step_of(columns, kind[1], torch.device("cpu")), monkeypatch)
+    assert len(found) == 2 and {sizes.kind_of(low, "bf16") for low in found} == {sizes.Kind(kind[0], False, kind[1])}
+
+
+def test_measured_sizes_are_written_and_then_used(on_a_gpu, monkeypatch):
+    """From a clock that knows the answer to the sizes that ops take."""
+    monkeypatch.setattr(tune, "step_of", lambda columns, paired, device: (columns, paired))
+    asked = []
+
+    def clock(step: tuple[int, bool]) -> float:
+        size, exact = sizes.size_for(None, "", GPU), not torch.is_autocast_enabled("cpu")
+        asked.append((step, exact, size))
+        return 1.0 if size == sizes.Size(64, 2) and not exact else 2.0 + step[0]
+
+    found = dict(tune.measured(torch.device("cpu"), (9, 0), clock))
+    assert len(found) == 2 * len(tune.STATES) and len(asked) == len(found) * (1 + len(tune.EDGES) * len(tune.WARPS))
+    for kind, size in found.items():
+        assert size == (sizes.usual(kind, (9, 0)) if kind.exact else (64, 2)), kind
+    assert sizes.size_for(lowered(8), "bf16", GPU) == sizes.usual(NARROW, (9, 0)) != (64, 2)
+    sizes.write(on_a_gpu, (9, 0), found)
+    assert sizes.size_for(lowered(8), "bf16", GPU) == (64, 2) and sizes.size_for(lowered(8), "ieee", GPU) == sizes.usual(sizes.Kind(32, True, False), (9, 0))
 
 
 def test_the_quickest_size_is_kept():
