@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ngkernels import EdgeState, NeuralGraph, encoders
+from ngkernels.kept import kept
 from ngkernels.nn import Encoder
 
 from .probe import ProbeFeatures
@@ -23,6 +24,7 @@ class ActivationEmbedding(nn.Module):
         super().__init__()
         self.op = op
         self.embedding = nn.Embedding(len(ACTIVATION_NAMES), width)
+        self._rows: dict[tuple, torch.Tensor] = {}  # of the last call: the next one mostly asks for the same
 
     def forward(self, graph: NeuralGraph, activations: Sequence) -> torch.Tensor:
         """[N, width]; input and output nodes get 0.
@@ -36,17 +38,29 @@ class ActivationEmbedding(nn.Module):
         each = [activations] * graph.num_graphs if all(isinstance(a, str) for a in activations) else list(activations)
         if len(each) != graph.num_graphs:
             raise ValueError(f"{self.op}: expected activations for {graph.num_graphs} networks, got {len(each)}")
-        index, nothing = [], len(ACTIVATION_NAMES)
         layers = [p.layers for p in graph.parts for _ in range(p.copies)]
         for names, widths in zip(each, layers, strict=True):
             if len(names) != len(widths) - 2 or any(n not in ACTIVATION_NAMES for n in names):
                 raise ValueError(
                     f"{self.op}: expected {len(widths) - 2} activations (one for each hidden layer) of {', '.join(ACTIVATION_NAMES)}, got {list(names)}"
                 )
-            ids = [nothing, *(ACTIVATION_NAMES.index(n) for n in names), nothing]
-            index += [i for i, w in zip(ids, widths, strict=True) for _ in range(w)]
         table = torch.cat([self.embedding.weight, self.embedding.weight.new_zeros(1, self.embedding.embedding_dim)])
-        return table[torch.tensor(index, device=table.device)]
+        return table[self._rows_of(tuple(layers), tuple(map(tuple, each)), table.device)]
+
+    def _rows_of(self, layers: tuple[tuple[int, ...], ...], each: tuple[tuple[str, ...], ...], device: torch.device) -> torch.Tensor:
+        """Row of the table for each node, on the device."""
+
+        def make() -> torch.Tensor:
+            nothing = len(ACTIVATION_NAMES)
+            ids = [(nothing, *map(ACTIVATION_NAMES.index, names), nothing) for names in each]
+            return torch.tensor([i for row, widths in zip(ids, layers, strict=True) for i, w in zip(row, widths, strict=True) for _ in range(w)], device=device)
+
+        if torch.compiler.is_compiling():
+            return make()
+        key = (layers, each, device)
+        if key not in self._rows:
+            self._rows.clear()
+        return kept(self._rows, key, make)
 
 
 class GraphEmbedding(nn.Module):
