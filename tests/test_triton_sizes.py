@@ -49,6 +49,15 @@ def test_architectures_may_differ():
     assert sizes.usual(wide, (8, 0)) == (16, 4) and sizes.usual(wide, (9, 0)) == sizes.usual(wide) == (16, 8)
 
 
+@pytest.mark.parametrize(("capability", "width", "precision", "warps", "options"), [
+    ((9, 0), 64, "ieee", 8, {}), ((9, 0), 65, "bf16", 8, {}), ((9, 0), 65, "ieee", 8, {"maxnreg": 255}), ((10, 0), 65, "float64", 16, {"maxnreg": 128}),
+    ((8, 6), 16, "bf16", 2, {"ptx_options": "--register-usage-level=0"}), ((8, 0), 65, "ieee", 4, {"maxnreg": 255, "ptx_options": "--register-usage-level=0"}),
+])  # fmt: skip
+def test_options_of_the_compiler(capability, width, precision, warps, options, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert sizes.compiler_options(lowered(width), precision, warps, GPU) == options
+
+
 def test_measured_sizes_of_this_architecture_come_first(on_a_gpu):
     sizes.write(on_a_gpu, (8, 0), {NARROW: sizes.Size(128, 16)})
     sizes.write(on_a_gpu, (9, 0), {NARROW: sizes.Size(64, 4)})

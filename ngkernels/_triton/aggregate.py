@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .call import Call
-from .evaluator import PADDED, columns, evaluate, used
+from .evaluator import PADDED, columns, tile, used
 from .launch import OPTIONS, constants, interpreted
 from .lower import padded
 from .messages import (
@@ -31,7 +31,7 @@ from .messages import (
     statistics,
 )
 from .plan import REDUCE
-from .tiles import OK, RAW, edges, panel, partners, sources, view
+from .tiles import OK, RAW, panel, sources, views
 
 
 @triton.jit
@@ -70,8 +70,8 @@ def aggregate_kernel(
     BI: tl.constexpr, BJ: tl.constexpr, SPARSE: tl.constexpr,
 ):  # fmt: skip
     """Statistics of the messages of BI destinations from a range of sources."""
-    row, local, copy, i0, j0, i1, j1, rows, _ = panel(tiles + (first + tl.program_id(0)).to(tl.int64) * 6, blocks)
-    raw, pair_raw = view(weights, row, local, copy, RAW, False, POINTERS), view(pair_weights, row, local, copy, RAW, True, POINTERS)
+    row, local, copy, i0, j0, i1, j1, rows, _ = panel(tiles, (first + tl.program_id(0)).to(tl.int64), blocks)
+    raws = views(weights, pair_weights, row, local, copy, RAW, POINTERS)
     T: tl.constexpr = params.dtype.element_ty
     stats = ()
     for c in tl.static_range(N):
@@ -79,8 +79,7 @@ def aggregate_kernel(
     na = tl.zeros((BI, 1), T)
     j, last = sources(row, i0, j0, i1, j1, BI, BJ)
     while j < last:
-        at = edges(row, copy, i0, j, i1, last, lists, nodes, n_nodes, params, COLUMNS, BI, BJ, SPARSE)
-        regs, _others = evaluate(at, raw, partners(at, row, nodes, n_nodes, COLUMNS, SPARSE), pair_raw, table, table_nodes, STEPS, LIVE, CHUNKS, COLUMNS, T, PRECISION)
+        at, _pair_at, regs, _others = tile(row, copy, i0, j, i1, last, lists, nodes, n_nodes, params, raws, table, table_nodes, STEPS, LIVE, CHUNKS, COLUMNS, PRECISION, BI, BJ, SPARSE)
         ok = tl.reshape(at[OK], (BI, BJ))
         count = tl.sum(ok.to(T), 1)[:, None]
         stats = joined(stats, na, regs, ok, count, EDGE, QUERY, CHUNKS, N, COMBINE, SLOTS, BI, BJ)
@@ -169,7 +168,7 @@ def forward(call: Call, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor
         aggregate_kernel[(last - first,)](
             partial, tiles, call.tensors.table(work, number), call.plan.lists, weights, pair_weights, nodes, call.params, call.table,
             first, call.n_nodes, call.table_nodes, call.steps, low.live(group.both), call.chunks, call.message_chunks, low.columns, low.edge, low.message, low.count, low.combine, low.width, slots, call.precision, len(weights),
-            *group.shape, group.sparse, num_warps=call.warps, **OPTIONS,
+            *group.shape, group.sparse, **call.options,
         )  # fmt: skip
     p = min(padded(low.width), 512 if interpreted() else 64)
     merge_kernel[(segments.shape[0], triton.cdiv(low.width, p))](out, aux, ties, partial, segments, ranges, entries, low.width, slots, work.segment, p, num_warps=1, **OPTIONS)

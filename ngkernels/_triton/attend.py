@@ -12,11 +12,11 @@ import triton.language as tl
 from . import launch
 from .attention import join
 from .call import Call
-from .evaluator import evaluate
+from .evaluator import tile
 from .launch import OPTIONS, interpreted
 from .lower import padded
 from .plan import ATTEND, Chunk, Cut
-from .tiles import RAW, edges, panel, partners, sources, view
+from .tiles import RAW, panel, sources, views
 
 
 class Attending(NamedTuple):
@@ -41,16 +41,14 @@ def attend_kernel(
     SPARSE: tl.constexpr,
 ):  # fmt: skip
     """Softmax sums of the pairs of one panel, by destination; where partners are evaluated to the end, also by source for them."""
-    row, local, copy, i0, j0, i1, j1, rows, _ = panel(tiles + (first + tl.program_id(0)).to(tl.int64) * 6, blocks)
-    raw, pair_raw = view(weights, row, local, copy, RAW, False, POINTERS), view(pair_weights, row, local, copy, RAW, True, POINTERS)
+    row, local, copy, i0, j0, i1, j1, rows, _ = panel(tiles, (first + tl.program_id(0)).to(tl.int64), blocks)
+    raws = views(weights, pair_weights, row, local, copy, RAW, POINTERS)
     to, seed = partial + rows * WIDTH, (seed_low, seed_high)
     i = i0
     while i < i1:
         j, last = sources(row, i, j0, i1, j1, BI, BJ)
         while j < last:
-            at = edges(row, copy, i, j, i1, last, lists, nodes, n_nodes, params, COLUMNS, BI, BJ, SPARSE)
-            pair_at = partners(at, row, nodes, n_nodes, COLUMNS, SPARSE)
-            regs, others = evaluate(at, raw, pair_at, pair_raw, table, table_nodes, STEPS, LIVE, CHUNKS, COLUMNS, params.dtype.element_ty, PRECISION)
+            at, pair_at, regs, others = tile(row, copy, i, j, i1, last, lists, nodes, n_nodes, params, raws, table, table_nodes, STEPS, LIVE, CHUNKS, COLUMNS, PRECISION, BI, BJ, SPARSE)
             join(to, regs, at, (q, k, v), seed, i - i0, i1 - i0, EDGE, SHARE, SHAPE, WIDTH, SCALE, DROPOUT, False, BI, BJ, SPARSE)
             if LIVE == len(STEPS):
                 join(to, others, pair_at, (q, k, v), seed, i1 - i0 + j - j0, i1 - i0 + j1 - j0, EDGE, SHARE, SHAPE, WIDTH, SCALE, DROPOUT, True, BI, BJ, SPARSE)
@@ -66,7 +64,7 @@ def softmax_kernel(
 ):  # fmt: skip
     """Adds columns FROM on of the partial rows of one segment to target [rows, COLUMNS], one entry after the other, all to the largest
     logits `tops` [rows, HEADS] so far. FROM 0: these themselves, in the end."""
-    s = first + tl.program_id(0)
+    s = (first + tl.program_id(0)).to(tl.int64)
     row, column = tl.arange(0, SEGMENT), tl.program_id(1) * P + tl.arange(0, P)
     head = (column // OF_HEAD)[None, :]
     key = (tl.load(segments + 2 * s) + row)[:, None]
@@ -121,7 +119,7 @@ def forward(call: Call, attending: Attending, out: torch.Tensor, sums: torch.Ten
                 partial, tiles, call.tensors.table(work, number), call.plan.lists, weights, pair_weights, nodes, call.params, call.table,
                 *attending.nodes, *attending.seed, first, call.n_nodes, call.table_nodes, call.steps, low.live(group.both), call.chunks, low.columns,
                 low.edge, low.message, call.heads, h.width, attending.scale, attending.dropout, call.precision, len(weights), *group.shape, group.sparse,
-                num_warps=call.warps, **OPTIONS,
+                **call.options,
             )  # fmt: skip
         merge(call, chunk, work, tables, partial, totals, out, sums, lse)
     empty = totals == 0

@@ -39,7 +39,7 @@ class Call:
         self.low = _lowered(tuple(e.program), tuple(x.shape[1] for x in e.xs), attention)
         self.plan = plan_of(e.topology, self.params.device)
         self.precision = launch.precision(self.params.dtype, low, tf32)
-        self.size, self.warps = launch.tile(self.low, self.precision, self.params.device)
+        self.size, self.options = launch.tile(self.low, self.precision, self.params.device)
         self.steps, self.chunks = launch.constants(self.low.steps), launch.constants(self.low.chunks)
         self.message_chunks = () if attention else launch.constants(tuple(cut(0, self.low.width)))
         self.heads = launch.constants(self.low.attention.flat) if attention else ()

@@ -10,10 +10,9 @@ import triton.language as tl
 
 from .backprop import write_edges
 from .call import Call
-from .evaluator import evaluate
-from .launch import OPTIONS
+from .evaluator import tile
 from .plan import NODES
-from .tiles import HAS_VALUES, ITSELF, OK, RAW, VALUES, edges, flag, only, panel, partners, sources, view
+from .tiles import HAS_VALUES, ITSELF, OK, RAW, VALUES, flag, only, panel, sources, views
 
 
 @triton.jit
@@ -31,17 +30,15 @@ def evaluate_kernel(
     POINTERS: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, SPARSE: tl.constexpr,
 ):  # fmt: skip
     """Writes the last register of the edges of one panel, and of their partners where that is evaluated too."""
-    row, local, copy, i0, j0, i1, j1, _, _ = panel(tiles + (first + tl.program_id(0)).to(tl.int64) * 6, blocks)
-    raw, pair_raw = view(weights, row, local, copy, RAW, False, POINTERS), view(pair_weights, row, local, copy, RAW, True, POINTERS)
-    to, pair_to = view(values, row, local, copy, VALUES, False, POINTERS), view(pair_values, row, local, copy, VALUES, True, POINTERS)
+    row, local, copy, i0, j0, i1, j1, _, _ = panel(tiles, (first + tl.program_id(0)).to(tl.int64), blocks)
+    raws = views(weights, pair_weights, row, local, copy, RAW, POINTERS)
+    to, pair_to = views(values, pair_values, row, local, copy, VALUES, POINTERS)
     wanted, pair_wanted = flag(row, HAS_VALUES, False), flag(row, HAS_VALUES, True)
     i = i0
     while i < i1:
         j, last = sources(row, i, j0, i1, j1, BI, BJ)
         while j < last:
-            at = edges(row, copy, i, j, i1, last, lists, nodes, n_nodes, params, COLUMNS, BI, BJ, SPARSE)
-            pair_at = partners(at, row, nodes, n_nodes, COLUMNS, SPARSE)
-            regs, others = evaluate(at, raw, pair_at, pair_raw, table, table_nodes, STEPS, LIVE, CHUNKS, COLUMNS, params.dtype.element_ty, PRECISION)
+            at, pair_at, regs, others = tile(row, copy, i, j, i1, last, lists, nodes, n_nodes, params, raws, table, table_nodes, STEPS, LIVE, CHUNKS, COLUMNS, PRECISION, BI, BJ, SPARSE)
             write_edges(to, only(at[OK], wanted), chunks_from(regs, EDGE, N), at, EDGE, N, CHUNKS, False)
             if LIVE == len(STEPS):
                 write_edges(pair_to, only(at[OK] & (at[ITSELF] == 0), pair_wanted), chunks_from(others, EDGE, N), pair_at, EDGE, N, CHUNKS, False)
@@ -63,5 +60,5 @@ def forward(call: Call, values: Sequence[torch.Tensor]) -> None:
         evaluate_kernel[(last - first,)](
             to, pair_to, tiles, tensors.table(work, number), call.plan.lists, weights, pair_weights, nodes, call.params, call.table,
             first, call.n_nodes, call.table_nodes, call.steps, low.live(group.both), call.chunks, low.columns, low.edge, low.count, call.precision,
-            len(weights), *group.shape, group.sparse, num_warps=call.warps, **OPTIONS,
+            len(weights), *group.shape, group.sparse, **call.options,
         )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .. import program as prog
 from .edge_math import activate, curve_weight, dot, hermite, sin_turns
-from .tiles import DIRECTION, LOCAL_I, LOCAL_J, NODES_I, NODES_J, NUMBER, OK, PARAMS, STATE, THERE, I, J
+from .tiles import DIRECTION, LOCAL_I, LOCAL_J, NODES_I, NODES_J, NUMBER, OK, PARAMS, STATE, THERE, I, J, edges, partners
 
 LOAD, FOURIER, TABLE, LIN, ACT, ADD, MARK, NORM, MASK = (tl.constexpr(k) for k in range(9))
 if (prog.LOAD, prog.FOURIER, prog.TABLE, prog.LIN, prog.ACT, prog.ADD, prog.MARK, prog.NORM, prog.MASK) != tuple(range(9)):
@@ -261,3 +261,12 @@ def evaluate(at, raw, pair_at, pair_raw, table, table_nodes, STEPS: tl.constexpr
             others = others + result_of(others, regs, pair_at, pair_raw, table, table_nodes, STEPS[s], CHUNKS, COLUMNS, T, PRECISION)
         regs = regs + new
     return regs, others
+
+
+@triton.jit
+def tile(row, copy, i, j, i1, last, lists, nodes, n_nodes, params, raws, table, table_nodes, STEPS: tl.constexpr, LIVE: tl.constexpr, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, SPARSE: tl.constexpr):
+    """(the tile from destination i and source j on, that of its partners, the registers of both); raws: views of the weights of both."""
+    at = edges(row, copy, i, j, i1, last, lists, nodes, n_nodes, params, COLUMNS, BI, BJ, SPARSE)
+    pair_at = partners(at, row, nodes, n_nodes, COLUMNS, SPARSE)
+    regs, others = evaluate(at, raws[0], pair_at, raws[1], table, table_nodes, STEPS, LIVE, CHUNKS, COLUMNS, params.dtype.element_ty, PRECISION)
+    return at, pair_at, regs, others

@@ -14,7 +14,7 @@ from .plan import Chunk
 @triton.jit(do_not_specialize=["first"])
 def fold_kernel(out, partial, segments, ranges, entries, first, COLUMNS: tl.constexpr, SEGMENT: tl.constexpr, P: tl.constexpr):
     """out [keys, COLUMNS] += the partial rows of one segment of nodes, one entry after the other."""
-    s = first + tl.program_id(0)
+    s = (first + tl.program_id(0)).to(tl.int64)
     row = tl.arange(0, SEGMENT)
     column = tl.program_id(1) * P + tl.arange(0, P)
     used = (column < COLUMNS)[None, :]

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .attention import STATES, SUMMED, share_gradients
 from .backprop import added, backpropagate
-from .evaluator import PADDED, START, edge_pointers, evaluate, used
+from .evaluator import PADDED, START, edge_pointers, tile, used
 from .linear_back import END_I, END_J, G_PARTIAL, ROW_I, ROW_J
 from .messages import ATTEND, EMIT, PLAIN, coefficients, message, message_gradient, register_gradients
 from .tiles import (
@@ -30,13 +30,11 @@ from .tiles import (
     I,
     J,
     destinations,
-    edges,
     flag,
     only,
     panel,
-    partners,
     sources,
-    view,
+    views,
 )
 
 
@@ -109,12 +107,12 @@ def gradient_kernel(
 ):  # fmt: skip
     """Gradients through the edges of one panel. Its partial rows: destinations, sources; of partners: destinations (the sources), sources."""
     number = (first + tl.program_id(0)).to(tl.int64)
-    row, local, copy, i0, j0, i1, j1, rows, slot = panel(tiles + number * 6, blocks)
+    row, local, copy, i0, j0, i1, j1, rows, slot = panel(tiles, number, blocks)
     T: tl.constexpr = params.dtype.element_ty
-    raw, pair_raw = view(weights, row, local, copy, RAW, False, POINTERS), view(pair_weights, row, local, copy, RAW, True, POINTERS)
-    value, pair_value = view(values, row, local, copy, VALUES, False, POINTERS), view(pair_values, row, local, copy, VALUES, True, POINTERS)
-    g_raw, pair_g_raw = view(grad_weights, row, local, copy, GRAD_RAW, False, POINTERS), view(pair_grad_weights, row, local, copy, GRAD_RAW, True, POINTERS)
-    g_carrier, pair_g_carrier = view(carriers, row, local, copy, CARRIERS, False, POINTERS), view(pair_carriers, row, local, copy, CARRIERS, True, POINTERS)
+    raws = views(weights, pair_weights, row, local, copy, RAW, POINTERS)
+    value, pair_value = views(values, pair_values, row, local, copy, VALUES, POINTERS)
+    g_raw, pair_g_raw = views(grad_weights, pair_grad_weights, row, local, copy, GRAD_RAW, POINTERS)
+    g_carrier, pair_g_carrier = views(carriers, pair_carriers, row, local, copy, CARRIERS, POINTERS)
     g_params, g_partial = grad_params + (number - chunk_first) * N_PARAMS, partial + rows * SUMS
     out_row = tl.load(row + OUT) + copy * tl.load(row + OUT_STRIDE)
     n_i, n_j = i1 - i0, BI * BJ if SPARSE else j1 - j0
@@ -122,9 +120,7 @@ def gradient_kernel(
     while i < i1:
         j, last = sources(row, i, j0, i1, j1, BI, BJ)
         while j < last:
-            at = edges(row, copy, i, j, i1, last, lists, nodes, n_nodes, params, COLUMNS, BI, BJ, SPARSE)
-            pair_at = partners(at, row, nodes, n_nodes, COLUMNS, SPARSE)
-            regs, others = evaluate(at, raw, pair_at, pair_raw, table, table_nodes, STEPS, LIVE, CHUNKS, COLUMNS, T, PRECISION)
+            at, pair_at, regs, others = tile(row, copy, i, j, i1, last, lists, nodes, n_nodes, params, raws, table, table_nodes, STEPS, LIVE, CHUNKS, COLUMNS, PRECISION, BI, BJ, SPARSE)
             to = (g_params, g_partial, i - i0, n_i + j - j0, n_i, n_i + n_j, g_raw, g_carrier, flag(row, WANTS_RAW, False), flag(row, WANTS_CARRIER, False), cells, places, curves, slot)
             at_j, at_i = n_i + n_j, n_i + 2 * n_j
             pair_to = (g_params, g_partial, at_i + i - i0, at_j + j - j0, at_i + n_i, at_j + n_j, pair_g_raw, pair_g_carrier, flag(row, WANTS_RAW, True), flag(row, WANTS_CARRIER, True), cells, places, curves, slot + BI * BJ)

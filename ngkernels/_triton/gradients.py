@@ -17,7 +17,6 @@ from .attend import Attending
 from .call import Call
 from .fold import fold
 from .gradient_kernel import gradient_kernel
-from .launch import OPTIONS
 from .lower import backward
 from .messages import slots_of
 from .nodes import node_gradients, parameter_gradients
@@ -127,7 +126,7 @@ def launch_group(
         call.steps, low.live(group.both), low.paired, call.chunks, call.message_chunks, low.columns, columns, low.edge, low.message, low.count, low.combine,
         low.width, launch.constants(slots_of(low.mask)), call.heads, scale, dropout, call.precision, len(pointers[0]), low.n_params,
         launch.constants(wanted.edge), launch.constants(wanted.query), launch.constants(wanted.need(group.later)), *group.shape, group.sparse,
-        num_warps=call.warps, **OPTIONS,
+        **call.options,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .lower import Lowered
-from .sizes import Size, size_for
+from .sizes import compiler_options, size_for
 
 INTERPRETED = 256  # edges of a tile in the interpreter, where every operation costs the same whatever its size
 BUDGET = 128 << 20  # bytes of partial results in memory at a time,
@@ -33,9 +33,12 @@ def constants(value: tuple) -> tuple:
     return tuple(constants(v) if isinstance(v, tuple) else tl.constexpr(v) for v in value)
 
 
-def tile(low: Lowered, precision: str, device: torch.device) -> Size:
-    """(edges of a tile, warps)."""
-    return Size(INTERPRETED, 4) if interpreted() else size_for(low, precision, device)
+def tile(low: Lowered, precision: str, device: torch.device) -> tuple[int, dict[str, object]]:
+    """(edges of a tile, options of launches of the kernels over edges)."""
+    if interpreted():
+        return INTERPRETED, {"num_warps": 4, **OPTIONS}
+    size = size_for(low, precision, device)
+    return size.edges, {"num_warps": size.warps, **OPTIONS, **compiler_options(low, precision, size.warps, device)}
 
 
 def precision(dtype: torch.dtype, low: bool, tf32: bool) -> str:

@@ -35,7 +35,7 @@ def linear_kernel(out, x, reduced, factors, w, bias, rows, f, c, width, PARTS: t
     """out [rows, width] = act(x W_x^T + sum over s of a_s (reduced W_s^T) + bias), w = [W_x | W_0 | ..]; a_s is 1 where bit s of UNIT is set."""
     r, live, n, used, here, there = block(tl.program_id(0).to(tl.int64) * SIZE, SIZE, rows, width)
     first = tl.program_id(1) * BLOCK
-    inputs = f + PARTS * c
+    inputs = (f + PARTS * c).to(tl.int64)
     zero = tl.zeros((SIZE, BLOCK), out.dtype.element_ty)
     acc = zero + tl.load(bias + n, mask=used, other=0)[None, :]
     acc = times(x, f, r, live, 0, f, w + first * inputs, 1, inputs, width - first, acc, PRECISION)
@@ -87,7 +87,7 @@ def summed(pairs, begin, end, FIELD: tl.constexpr, SIZE: tl.constexpr):
 @triton.jit(do_not_specialize=["width"])
 def spread_kernel(stats, moments, bounds, width, SIZE: tl.constexpr):
     """stats [segments, 2]: mean and standard deviation of all values of a segment's rows."""
-    s = tl.program_id(0)
+    s = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(bounds + s), tl.load(bounds + s + 1)
     n = (end - begin).to(stats.dtype.element_ty)
     mean = summed(moments, begin, end, 0, SIZE) / n

@@ -57,7 +57,7 @@ def row_sums_kernel(sums, y, grad, kept, segment, weight, bias, rows, width, NOR
 @triton.jit(do_not_specialize=["width"])
 def slopes_kernel(slopes, sums, stats, bounds, width, EPS: tl.constexpr, SIZE: tl.constexpr):
     """slopes [segments, 2]: what the segment's mean and spread take from the gradient: a number, and a number times the normalised value."""
-    s = tl.program_id(0)
+    s = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(bounds + s), tl.load(bounds + s + 1)
     n = (end - begin).to(slopes.dtype.element_ty) * width
     spread = tl.load(stats + 2 * s + 1)

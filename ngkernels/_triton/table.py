@@ -39,7 +39,7 @@ def new_slots(count: int, width: int, like: torch.Tensor) -> Slots:
 @triton.jit(do_not_specialize=["parts"])
 def cells_kernel(out, order, starts, place, curve, parts, WIDTH: tl.constexpr, P: tl.constexpr, SIZE: tl.constexpr):
     """out [parts, cells, 6, WIDTH]: sums over a part of a cell's edges, for the lines of its lower and its upper node."""
-    cell, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    cell, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     column = tl.program_id(2) * P + tl.arange(0, P)
     used = column < WIDTH
     begin, end = tl.load(starts + cell), tl.load(starts + cell + 1)

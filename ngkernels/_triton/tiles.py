@@ -150,6 +150,12 @@ def view(pointers, row, local, copy, OF: tl.constexpr, PARTNER: tl.constexpr, N:
 
 
 @triton.jit
+def views(pointers, pair_pointers, row, local, copy, OF: tl.constexpr, N: tl.constexpr):
+    """The views of a block's edges and of their partners."""
+    return view(pointers, row, local, copy, OF, False, N), view(pair_pointers, row, local, copy, OF, True, N)
+
+
+@triton.jit
 def flag(row, OF: tl.constexpr, PARTNER: tl.constexpr):
     return tl.load(row + SIDE + PARTNER * SIDES + OF)
 
@@ -161,8 +167,10 @@ def only(mask, number):
 
 
 @triton.jit
-def panel(tile, blocks):
-    """(row of the block, its number in the launch, copy, first destination and source, ends of both, first partial row, first slot)."""
+def panel(tiles, number, blocks):
+    """Of the panel with that number: (row of the block, its number in the launch, copy, first destination and source, ends of both, first partial
+    row, first slot)."""
+    tile = tiles + number * 6
     local, copy, i0, j0 = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     row = blocks + local * ROW
     i1 = tl.minimum(tl.load(row + N_DST), i0 + tl.load(row + PANEL_I))
