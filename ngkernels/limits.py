@@ -11,9 +11,9 @@ WIDTHS = (32, 64, 128, 1 << 30)  # classes of states: columns of the widest
 # Most products of a chain, by class. An update that is a residual one or has a norm is two products, others are one (the matrix behind the
 # activation is folded into what follows); a single update is always taken. From the bytes that a thread of gradient_kernel spills in tiles
 # of 4 x 4 edges, the worse of sm_80 and sm_90, Triton 3.9 (tests/aot.py); heavy is more than 1024, what its registers hold:
-#   bf16        32 columns: 7 products 576   64: 7 products 624   128: 3 products 376    256: 1 product 1296
-#   exact       32: 5 products 496           64: 3 products 248   128: 1 product 7984
-#   pairs       attention over edges: one update 992 (32 columns, sm_90), two 1176, three 1464 (16 columns); on sm_80 the attention alone 3064
+#   bf16        32 columns: 7 products 568   64: 7 products 416   128: 3 products 376    256: 1 product 616
+#   exact       32: 5 products 408           64: 3 products 192   128: 1 product 5240 (sm_90: 1944)
+#   pairs       attention over edges: one update 992 (32 columns, sm_90), two 1176, three 1464 (16 columns); on sm_80 one update 2176
 LOW = {32: 7, 64: 7, 128: 3}
 EXACT = {32: 5, 64: 3}
 

@@ -51,11 +51,14 @@ def test_architectures_may_differ():
 
 @pytest.mark.parametrize(("capability", "width", "precision", "warps", "options"), [
     ((9, 0), 64, "ieee", 8, {}), ((9, 0), 65, "bf16", 8, {}), ((9, 0), 65, "ieee", 8, {"maxnreg": 255}), ((10, 0), 65, "float64", 16, {"maxnreg": 128}),
-    ((8, 6), 16, "bf16", 2, {"ptx_options": "--register-usage-level=0"}), ((8, 0), 65, "ieee", 4, {"maxnreg": 255, "ptx_options": "--register-usage-level=0"}),
+    ((8, 6), 16, "bf16", 2, {"ptx_options": "--register-usage-level=0"}), ((8, 0), 64, "bf16", 8, {"ptx_options": "--register-usage-level=0"}), ((8, 0), 65, "ieee", 4, {"maxnreg": 255, "ptx_options": "--register-usage-level=0"}),
 ])  # fmt: skip
 def test_options_of_the_compiler(capability, width, precision, warps, options, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    assert sizes.compiler_options(lowered(width), precision, warps, GPU) == options
+    low = lowered(width)
+    assert sizes.compiler_options(low, precision, warps, GPU) == options
+    pairs = sizes.compiler_options(low._replace(paired=True), precision, warps, GPU)
+    assert pairs == ({**options, "maxnreg": 255} if warps == 8 and capability[0] == 8 else options)
 
 
 def test_measured_sizes_of_this_architecture_come_first(on_a_gpu):
