@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import torch
-from aot import VARIANTS, pretended, recorded
+from aot import pretended, recorded
+from aot_list import VARIANTS
 from pair_samples import PairSample
 from pair_samples import engine as pair_engine
 from pair_samples import leaves as pair_leaves
@@ -25,7 +26,7 @@ from ngkernels.ops import autograd, tabulate
 
 DEVICE = torch.device("meta")  # stands for a GPU: whoever reads a value fails
 SAMPLES = ("layer-3", "table", "virtual", "packed", "readout", "sparse", "all-reductions", "attend-edges-table", "attend-dropout", "messages-of-pairs")
-OPTIONS = {"": {}, "graph-norm": {"norm": "batch_graph"}, "unequal": {"norm": "graph", "post_layers": 2, "pooling": ("mean", "last")}}
+OPTIONS = {"": {}, "graph-norm": {"norm": "batch_graph"}, "unequal": {"norm": "graph", "post_layers": 2, "pooling": ("mean", "last")}, "activations": {"activation_embedding": True}}
 MODELS = (*(f"NGGNN-{kind}" for kind in OPTIONS), "NGT-all", "NGT-edges")
 
 
@@ -55,7 +56,8 @@ def step_of_model(name: str) -> Callable[[], None]:
     model, graph = model.to(DEVICE), ngk.NeuralGraph.batch([ngk.NeuralGraph.mlp(layout, batch_size=2) for layout in layouts])
     weights = [torch.empty(2, a, b, 1, device=DEVICE, requires_grad=True) for layout in layouts for a, b in zip(layout, layout[1:])]
     biases = [torch.empty(2, b, 1, device=DEVICE) for layout in layouts for b in layout[1:]]
-    return lambda: model.forward_graph(graph, weights, biases).sum().backward()
+    names = (["relu", "gelu"],) * graph.num_graphs if kind == "activations" else None
+    return lambda: model.forward_graph(graph, weights, biases, activations=names).sum().backward()
 
 
 class Watched(TorchDispatchMode):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from interpreted import FILES
 from mutants_cpp import Patch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,7 +90,7 @@ class Copy:
                     raise LookupError(f"mutant {patch.name}: expected {patch.old!r} once in {patch.file}, got {original.count(patch.old)} times; renew it")
                 path.write_text(original.replace(patch.old, patch.new))
             env = {**os.environ, "PYTHONPATH": str(self.folder), "TRITON_INTERPRET": "1", "NGKERNELS_TEST_BACKENDS": "triton", "PYTHONDONTWRITEBYTECODE": "1"}
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-m", "not slow and not big", "tests/test_triton_interpreter.py"]
+            command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-m", "not slow and not big", *FILES]
             return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True)
         finally:
             if path is not None:

@@ -1,13 +1,15 @@
-"""Expressions drawn at random from all the options together, against the oracle in float64."""
+"""Expressions and attention drawn at random from all the options together, against the oracle in float64."""
 
 from __future__ import annotations
 
 import random
 
+import pair_samples
 import pytest
 import torch
 from compare import assert_close
 from oracle import Network
+from pair_samples import PairSample
 from samples import Sample, cast, leaves, run_engine, run_oracle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,6 +67,90 @@ def check(seed: int, backend: str) -> None:
     assert_close(run_engine(sample, t, backend), run_oracle(sample, t), 1e-9)
     low = run_engine(sample, cast(t, torch.float32), backend)  # a look for what should never come out; budgets are tested elsewhere
     assert all(v.isfinite().all() for v in low.values()), [n for n, v in low.items() if not v.isfinite().all()]
+
+
+def draw_joined(r: random.Random, reverse: bool) -> Network:
+    """One to four layers, any two of them joined by at most one block, as a pair of neurons is by at most one edge."""
+    layers = tuple(r.choice((1, 2, 3, 5, 7, 13)) for _ in range(r.randint(1, 4)))
+    n = len(layers)
+    ends = [(a, b) for a in range(n) for b in range(a, n) if r.random() < (0.8 if b == a + 1 else 0.2) and not (reverse and a == b)]
+    if not ends and n == 1:
+        return Network((*layers, 3), (("dense", 0, 1),), r.randint(1, 2), reverse)
+    blocks = [(r.choice(("dense", "dense", "diagonal")), *(e if r.random() < 0.8 else e[::-1])) for e in ends]
+    return Network(layers, tuple(blocks or [("dense", 0, n - 1)]), r.randint(1, 2), reverse)
+
+
+def draw_pairs(seed: int) -> PairSample:
+    r = random.Random(seed)
+    updates, over, encoder = r.randint(0, 3), r.choice((None, "all", "edges", "in", "out")), r.choice(("linear", "fourier", "identity"))
+    reverse, packed = r.random() < 0.3, r.random() < 0.3
+    networks = tuple(draw_joined(r, reverse) for _ in range(r.choice((1, 1, 2, 3))))
+    alone = over is not None and r.random() < 0.5  # attention without messages or a readout of the same state
+    policies = (None, None, "virtual", "same", "same+virtual") if alone else (None, "same")  # they allow no pair update after a virtual checkpoint
+    memory = tuple(r.choice(policies) for _ in range(updates)) if over != "all" and r.random() < 0.5 else ()
+
+    def each(chance: float) -> tuple[bool, ...]:
+        return tuple(r.random() < chance for _ in range(updates))
+
+    return PairSample(
+        name=f"seed-{seed}",
+        networks=networks,
+        channels=r.choice((3, 5)) if encoder == "identity" else r.choice((1, 1, 2)),
+        width=r.choice((4, 5, 8, 16, 17)),
+        hidden=r.choice((1, 7, 16, 19)),
+        features=r.choice((1, 4, 9, 17)),
+        node_width=r.choice((1, 3, 8)),
+        encoder=encoder,
+        reciprocal=r.random() < 0.4,
+        table=r.choice(("auto", "never")),
+        table_range=r.choice((None, 0.3)),
+        layers=r.choice((0, 0, 1, 2)),
+        residual=each(0.5),
+        reverse=each(0.6),
+        nodes=each(0.6),
+        norm=each(0.5),
+        activation=r.choice(("silu", "gelu", "tanh", "sigmoid", "identity")),
+        kind=r.choice(("film", "gate", "product", "concat")),
+        reduce=tuple(r.sample(("sum", "mean", "min", "max", "std", "var"), r.randint(1, 3))) if not alone else (),
+        head=0 if alone or any(memory) else r.choice((0, 1, 2)),  # of a closed graph it is that of all pairs
+        head_nodes=r.random() < 0.5,
+        memory=memory,
+        closed=any(memory),
+        restrict=r.choice((None, None, -1, r.randrange(min(len(n.layers) for n in networks)))),
+        affine=not packed and r.random() < 0.3,
+        packed=packed,
+        token=r.random() < 0.4,
+        bias=r.random() < 0.8,
+        over=over,
+        include_self=over in (None, "all") or r.random() < 0.6,
+        heads=r.choice((1, 2, 3, 5)),
+        dk=r.choice((1, 3, 8)),
+        dv=r.choice((1, 4, 5, 17)),
+        attention_scale=r.choice((None, 0.3, -0.7)),
+        multiply=r.random() < 0.6,
+        add=r.random() < 0.6,
+        scale=0.3,
+    )
+
+
+def check_pairs(seed: int, backend: str) -> None:
+    sample = draw_pairs(seed)
+    t = pair_samples.leaves(sample, seed)
+    assert_close(pair_samples.run_engine(sample, t, backend), pair_samples.run_oracle(sample, t), 1e-9)
+    low = pair_samples.run_engine(sample, cast(t, torch.float32), backend)
+    assert all(v.isfinite().all() for v in low.values()), [n for n, v in low.items() if not v.isfinite().all()]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_pairs(seed: int, backend: str):
+    check_pairs(seed, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 3000, 100))
+def test_many_random_pairs(first: int, backend: str):
+    for seed in range(first, first + 100):
+        check_pairs(seed, backend)
 
 
 @pytest.mark.parametrize("seed", [*range(60), 1002])  # 1002: a block without edges beside one that nothing reads

@@ -57,12 +57,12 @@ def node_gradient_kernel(grad_x, grad, params, jobs, n_nodes, columns, width, pa
     live = rows < n_nodes
     first = tl.program_id(1) * BLOCK
     acc = tl.zeros((SIZE, BLOCK), grad_x.dtype.element_ty)
-    part = 0
+    part, job = 0, jobs
     while part < parts:
-        job = jobs + part * 4
         w, side, column, count = tl.load(job), tl.load(job + 1), tl.load(job + 2), tl.load(job + 3)
         acc = times(grad + side * n_nodes * columns, columns, rows, live, column, column + count, params + w + first - column * width, width, 1, width - first, acc, PRECISION)
         part += 1
+        job += 4
     n = first + tl.arange(0, BLOCK)
     tl.store(grad_x + (rows * width)[:, None] + n[None, :], acc, mask=live[:, None] & (n < width)[None, :])
 
