@@ -35,7 +35,8 @@ def linear_kernel(out, x, reduced, factors, w, bias, rows, f, c, width, PARTS: t
     """out [rows, width] = act(x W_x^T + sum over s of a_s (reduced W_s^T) + bias), w = [W_x | W_0 | ..]; a_s is 1 where bit s of UNIT is set."""
     r, live, n, used, here, there = block(tl.program_id(0).to(tl.int64) * SIZE, SIZE, rows, width)
     first = tl.program_id(1) * BLOCK
-    inputs = (f + PARTS * c).to(tl.int64)
+    f, c = f.to(tl.int64), c.to(tl.int64)
+    inputs = f + PARTS * c
     zero = tl.zeros((SIZE, BLOCK), out.dtype.element_ty)
     acc = zero + tl.load(bias + n, mask=used, other=0)[None, :]
     acc = times(x, f, r, live, 0, f, w + first * inputs, 1, inputs, width - first, acc, PRECISION)

@@ -98,15 +98,16 @@ def down_kernel(
         to_bias += tl.sum(d, 0)
         at += SIZE
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    to = partial + tl.program_id(0).to(tl.int64) * (3 * width) + c
+    to = partial + tl.program_id(0).to(tl.int64) * 3 * width + c
     tl.store(to, to_bias, mask=c < width)
     tl.store(to + width, to_shift, mask=c < width)
-    tl.store(to + 2 * width, to_scale, mask=c < width)
+    tl.store(to + width + width, to_scale, mask=c < width)
 
 
 @triton.jit(do_not_specialize=["rows", "width", "columns", "inputs", "share"])
 def maps_kernel(partial, g, x, factor, rows, width, columns, inputs, share, SCALED: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr):
     """partial [parts, width, inputs], its first `columns` columns: over `share` rows, the sums of g (outer) x, scaled by `factor`."""
+    inputs = inputs.to(tl.int64)
     n, k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK, BLOCK), g.dtype.element_ty)
     at = tl.program_id(0).to(tl.int64) * share
@@ -127,6 +128,7 @@ def maps_kernel(partial, g, x, factor, rows, width, columns, inputs, share, SCAL
 @triton.jit(do_not_specialize=["rows", "width", "columns", "inputs"])
 def inputs_kernel(out, g, w, factors, rows, width, columns, inputs, PARTS: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr):
     """out [rows, columns] = sum over s of a_s (g W_s); W_s: `columns` columns from s * columns on of w [width, inputs]."""
+    columns, inputs = columns.to(tl.int64), inputs.to(tl.int64)
     r, live, _, _, here, there = block(tl.program_id(0).to(tl.int64) * SIZE, SIZE, rows, columns)
     first = tl.program_id(1) * BLOCK
     zero = tl.zeros((SIZE, BLOCK), out.dtype.element_ty)
