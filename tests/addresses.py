@@ -34,7 +34,7 @@ def _small(name: str, values: dict, seen: dict[str, bool]) -> bool:
         elif op == "arith.trunci":
             seen[name] = True  # kernels say so where they know it: rows of a tile
         else:
-            seen[name] = op in _SMALL or op in _THROUGH and all(_small(o, values, seen) for o in operands)
+            seen[name] = op in _SMALL or (op in _THROUGH or op == "arith.cmpi") and all(_small(o, values, seen) for o in operands)
     return seen[name]
 
 
