@@ -121,7 +121,7 @@ READOUT = tuple(one(name, "readout", *rest) for name, *rest in (
 CHECKPOINT = (
     Mutant("counted-twice", "checkpoint", (
         Edit(f"{EVALUATE}:Evaluator.one", "last.detach() + self.carried(last)", "last + self.carried(last)"),
-        Edit("ngkernels.ops.checkpoint:_detached", "weights=_detach(edges.weights)", "weights=edges.weights"),
+        Edit("ngkernels.ops.checkpoint:_detached", "\"weights\": edges.weights, ", ""),
     )),
     *(one(name, "checkpoint", *rest) for name, *rest in (
         ("hands-nothing-on", f"{EDGES}.block_values", "[index].flatten(0, 1)", "[index].flatten(0, 1).detach()"),

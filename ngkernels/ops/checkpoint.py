@@ -48,4 +48,5 @@ def checkpoint(edges: EdgeState, store: torch.dtype | None = None) -> EdgeState:
 
 def _detached(edges: EdgeState) -> EdgeState:
     steps = tuple(s for s in edges.steps if not isinstance(s, Mark))  # the new mark stops gradients before any earlier one
-    return map_tensors(torch.Tensor.detach, replace(edges, steps=steps))
+    parts = {"weights": edges.weights, "encoder": edges.encoder, "steps": steps, "table": edges.table}
+    return replace(edges, **{name: map_tensors(torch.Tensor.detach, part) for name, part in parts.items()})
