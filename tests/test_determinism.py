@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
+import pair_samples
 import pytest
+import samples
 import torch
 from compare import assert_bitwise
 from oracle import Network, mlp
-from sample_list import LOOPS, PLAIN, RESIDUAL, SPARSE_UNEQUAL, UNEQUAL, UNEQUAL_REVERSED
+from pair_list import OPTIONS
+from pair_samples import PairSample
+from sample_list import LOOPS, PLAIN, RESIDUAL, SAMPLES, SPARSE_UNEQUAL, UNEQUAL, UNEQUAL_REVERSED
 from samples import Sample, Tensors, cast, coefficients, edge_state, engine_on, leaves, message_of, named, run_engine
 
 import ngkernels as ngk
@@ -124,6 +129,17 @@ def poisoned():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.mark.parametrize("sample", **named((*SAMPLES, *OPTIONS)))
+def test_what_was_computed_before_does_not_matter(sample: Sample):
+    """Workers keep their memory from call to call: NaN that an earlier one left there reaches nothing."""
+    module = pair_samples if isinstance(sample, PairSample) else samples
+    t = cast(module.leaves(sample), torch.float32)
+    wanted = module.run_engine(sample, t, "cpp")
+    for dtype in (torch.float64, torch.float32):
+        module.run_engine(sample, {name: torch.full_like(v, math.nan, dtype=dtype) for name, v in t.items()}, "cpp")
+    assert_bitwise(module.run_engine(sample, t, "cpp"), wanted)
 
 
 POISONED = (

@@ -94,9 +94,12 @@ struct Tile {
   bool equal_index(int r) const { return piece->i0 + i[r] == piece->j0 + source(r); }
 };
 
-// Copies the values of a tile's edges between their tensor and rows of a buffer, converting.
+// Copies the values of a tile's edges between their tensor and rows of a buffer, converting. Padding is 0: it is multiplied with 0 later,
+// which of what lay there before may be NaN.
 template <class V, class S, class Convert>
 NGK_INLINE void gather(const Tile<V>& t, const View& v, int channels, typename V::T* buffer, int ld, Convert convert) {
+  for (int r = 0; ld > channels && r < t.n; ++r)
+    for (int c = channels; c < ld; ++c) buffer[static_cast<int64_t>(r) * ld + c] = 0;
   if (const int64_t* number = t.number[v.number]) {
     for (int r = 0; r < t.n; ++r) {
       const S* p = reinterpret_cast<const S*>(v.base) + number[r] * v.src;
