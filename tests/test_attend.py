@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from compare import assert_budget, assert_close
@@ -205,84 +203,3 @@ def test_nan_and_inf_stay_in_their_network(value: float, where: str, over: str, 
     own = [n for n in found if n == "out.0" or n.startswith(("grad.attend.q", "grad.attend.k", "grad.attend.v", "grad.x"))]
     for name, first in [*((n, 10) for n in own), ("grad.weights.0", 1), ("grad.weights.1", 1)]:
         assert torch.equal(found[name][first:], clean[name][first:]), name
-
-
-# ---- drawn at random ----
-def draw_network(r: random.Random, reverse: bool) -> Network:
-    """At most one block between two layers."""
-    layers = tuple(r.choice((1, 2, 3, 5, 7, 13)) for _ in range(r.randint(2, 4)))
-    n = len(layers)
-    blocks = {(k, k + 1): "dense" for k in range(n - 1) if r.random() < 0.9}
-    for _ in range(r.randint(0, 2)):
-        src, dst = r.randrange(n), r.randrange(n)
-        if (src, dst) not in blocks and (dst, src) not in blocks and not (reverse and src == dst):
-            blocks[src, dst] = r.choice(("dense", "diagonal"))
-    return Network(layers, tuple((kind, *ends) for ends, kind in (blocks or {(0, n - 1): "dense"}).items()), r.randint(1, 3), reverse)
-
-
-def draw(seed: int) -> PairSample:
-    r = random.Random(seed)
-    reverse, packed, updates = r.random() < 0.35, r.random() < 0.3, r.randint(0, 3)
-    networks = tuple(draw_network(r, reverse) for _ in range(r.choice((1, 1, 2, 3))))
-    memory = tuple(r.choice((None, None, "virtual", "same", "virtual+same", "same+virtual")) for _ in range(updates))
-    closed = any(memory)
-    over = r.choice(("edges", "in", "out") if closed else ("all", "edges", "in", "out"))
-
-    def some(p: float) -> tuple[bool, ...]:
-        return tuple(r.random() < p for _ in range(updates))
-
-    return PairSample(
-        f"seed-{seed}",
-        networks=networks,
-        channels=r.choice((1, 1, 2, 5)),
-        width=r.choice((1, 4, 5, 8, 16, 17)),
-        hidden=r.choice((1, 7, 16, 19)),
-        node_width=r.choice((1, 3, 8, 13)),
-        encoder=r.choice(("linear", "fourier", "identity")),
-        reciprocal=r.random() < 0.4,
-        layers=r.choice((0, 0, 1, 2)),
-        residual=some(0.5),
-        reverse=some(0.6),
-        nodes=some(0.6),
-        norm=some(0.5),
-        activation=r.choice(("silu", "gelu", "tanh", "relu", "identity")),
-        reduce=() if closed else tuple(r.sample(("sum", "mean", "min", "max"), r.randint(0, 2))),
-        head=0 if closed else r.choice((0, 0, 1, 2)),
-        memory=memory,
-        closed=closed,
-        restrict=r.choice((None, None, -1, r.randrange(min(len(n.layers) for n in networks)))),
-        affine=not packed and r.random() < 0.3,
-        packed=packed,
-        bias=r.random() < 0.8,
-        token=r.random() < 0.3,
-        over=over,
-        include_self=over == "all" or r.random() < 0.7,
-        heads=r.choice((1, 2, 3)),
-        dk=r.choice((1, 3, 4, 8, 17)),
-        dv=r.choice((1, 2, 8, 16, 19)),
-        attention_scale=r.choice((None, 0.3)),
-        multiply=r.random() < 0.7,
-        add=r.random() < 0.7,
-        scale=r.choice((0.3, 0.5)),
-    )
-
-
-def check(seed: int, backend: str) -> None:
-    sample = draw(seed)
-    t = leaves(sample, seed)
-    found, wanted = run_engine(sample, t, backend), run_oracle(sample, t)
-    for kind in ("out.", "grad."):  # some gradients vanish: as large as the others are what they are made of
-        some = {name: v for name, v in wanted.items() if name.startswith(kind)}
-        assert_close({name: found[name] for name in some}, some, 1e-10, max(v.abs().max().item() for v in some.values() if v.numel()))
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_random_expressions(seed: int, backend: str):
-    check(seed, backend)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", range(1000, 3000, 100))
-def test_many_random_expressions(first: int, backend: str):
-    for seed in range(first, first + 100):
-        check(seed, backend)

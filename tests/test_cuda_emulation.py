@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import emulated_checks as checks
 import emulation
 import pytest
+import samples
 import torch
-from compare import assert_bitwise, assert_budget, assert_close
+from compare import assert_bitwise, assert_budget
 from emulation import AHEAD, BACKWARDS, emulated, order  # noqa: F401  a fixture
 from oracle import Network, mlp
 from sample_list import LOW_PRECISION, PLAIN, SAMPLES
@@ -21,13 +23,12 @@ from test_determinism import alone
 
 import ngkernels as ngk
 from ngkernels import backends
-from ngkernels._cuda import launch, plan
+from ngkernels._cuda import plan
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "emulated"),
     pytest.mark.skipif(not emulation.compiler(), reason="no C++ compiler"),
 ]
-FLOAT32_FLOOR, TF32_FLOOR, BFLOAT16_FLOOR = 8e-6, 2**-10, 2**-8  # of the largest entry
 QUICK = (
     "plain", "reduce-var-std-max-min-mean-sum", "reduce-sum", "activation-gelu", "activation-tanh", "gate-1", "product-0", "concat-2", "film-2", "table-residual-first",
     "table-reciprocal", "table-packed", "table-no-update", "identity-3-channels", "identity-then-residual", "linear-reciprocal-3-channels", "linear-affine",
@@ -51,8 +52,7 @@ def tiered() -> list:
 
 @pytest.mark.parametrize("sample", tiered())
 def test_float32_within_twice_the_error_of_plain_pytorch(sample: Sample):
-    wanted, plain = float32_oracle(sample)
-    assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, FLOAT32_FLOOR)
+    checks.exact(samples, sample, assert_budget)
 
 
 @pytest.mark.parametrize("sample", **named(s for s in SAMPLE_OF.values() if missing(s)))
@@ -72,17 +72,7 @@ LOW = [s for s in LOW_PRECISION if missing(s) is None]
 @pytest.mark.parametrize("sample", **named(LOW))
 @pytest.mark.parametrize("tf32", [False, True], ids=["bf16", "tf32"])
 def test_rounded_operands_within_twice_the_error_of_plain_autocast(sample: Sample, tf32: bool):
-    t = cast(leaves(sample), torch.float32)
-    wanted, plain = run_oracle(sample, cast(t, torch.float64)), run_oracle(sample, t, low=True)
-    if not tf32:
-        return assert_budget(run_engine(sample, t, "cuda", autocast=torch.bfloat16), wanted, plain, BFLOAT16_FLOOR)
-    plain = {n: (v + (plain[n].double() - v) / 8).to(plain[n].dtype) for n, v in wanted.items()}  # tf32 has three bits more
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        assert_budget(run_engine(sample, t, "cuda"), wanted, plain, TF32_FLOOR)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    checks.rounded(samples, sample, tf32, assert_budget)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -101,36 +91,18 @@ BITWISE = ("plain", "table-residual-first", "identity-residual-first", "sparse-u
 @pytest.mark.parametrize("name", BITWISE)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["exact", "bf16"])
 def test_the_order_of_threads_does_not_matter(name: str, autocast: torch.dtype | None):
-    """Where a barrier is missing, it does."""
-    sample = SAMPLE_OF[name]
-    t = cast(leaves(sample), torch.float32)
-    wanted = run_engine(sample, t, "cuda", autocast=autocast)
-    for of in (BACKWARDS, AHEAD, AHEAD + BACKWARDS):
-        with order(of):
-            assert_bitwise(run_engine(sample, t, "cuda", autocast=autocast), wanted)
+    checks.any_order_of_threads(samples, SAMPLE_OF[name], autocast)
 
 
 @pytest.mark.parametrize("name", BITWISE)
 @pytest.mark.parametrize("shared", [100_000, 48_000, 36_000])
 def test_working_memory_outside_of_shared_memory(name: str, shared: int, monkeypatch):
-    sample = SAMPLE_OF[name]
-    t = cast(leaves(sample), torch.float32)
-    wanted = run_engine(sample, t, "cuda", autocast=torch.bfloat16)
-    monkeypatch.setattr(launch, "EMULATED_SHARED", shared)
-    assert_bitwise(run_engine(sample, t, "cuda", autocast=torch.bfloat16), wanted)
+    checks.outside_of_shared_memory(samples, SAMPLE_OF[name], shared, monkeypatch)
 
 
 @pytest.mark.parametrize("name", BITWISE)
 def test_partial_results_in_many_launches(name: str, monkeypatch):
-    """Sums over the blocks of a launch end at other places: the rest is the same."""
-    sample = SAMPLE_OF[name]
-    t = cast(leaves(sample), torch.float32)
-    wanted = run_engine(sample, t, "cuda")
-    monkeypatch.setattr(launch, "BUDGET", 1)
-    found = run_engine(sample, t, "cuda")
-    local = [n for n in wanted if n.startswith(("out", "grad.weights", "grad.x"))]
-    assert_bitwise({n: found[n] for n in local}, {n: wanted[n] for n in local})
-    assert_close(found, wanted, 2e-6)
+    checks.in_many_launches(samples, SAMPLE_OF[name], monkeypatch)
 
 
 def test_a_network_alone_and_in_a_batch():
@@ -146,11 +118,7 @@ def test_a_network_alone_and_in_a_batch():
 @pytest.mark.parametrize("wanted", [{"weights.0"}, {"weights.1", "x"}, {"x0"}, {"message.edge.weight"}, {"encoder.weight"}, {"update1.in.bias", "x1"}], ids="+".join)
 @pytest.mark.parametrize("name", ["table-packed", "identity-residual-first", "linear-reverse"])
 def test_gradients_that_are_asked_for(name: str, wanted: set[str]):
-    sample = SAMPLE_OF[name]
-    t = cast(leaves(sample), torch.float32)
-    wanted = wanted & set(t)
-    every = run_engine(sample, t, "cuda")
-    assert_bitwise(run_engine(sample, t, "cuda", wanted), {n: v for n, v in every.items() if not n.startswith("grad.") or n[5:] in wanted})
+    checks.gradients_that_are_asked_for(samples, SAMPLE_OF[name], wanted)
 
 
 HUB = Network((3, 60), (("sparse", 1, 0, tuple((k, 1) for k in range(60)) + ((3, 0), (9, 0), (3, 2))), ("dense", 1, 0)))
@@ -160,7 +128,7 @@ HUB = Network((3, 60), (("sparse", 1, 0, tuple((k, 1) for k in range(60)) + ((3,
 def test_hubs_above_every_panel(networks):
     sample = PLAIN.but("hub", networks=networks, head=0, residual=(True,), width=3, features=2)
     wanted, plain = float32_oracle(sample)
-    assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, FLOAT32_FLOOR)
+    assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, checks.FLOAT32_FLOOR)
 
 
 def test_nan_stays_with_its_neuron():
@@ -214,12 +182,12 @@ def passes(library: Path) -> bool:
             for name in ("plain", "linear-residual-first", "unequal-reversed", "sparse-unequal", "table-reciprocal-beyond", "memory-none-virtual", "tiles-and-tails-reversed"):
                 sample = SAMPLE_OF[name].but(name, reduce=("sum", "mean", "min", "max", "std", "var"), head=0)
                 wanted, plain = float32_oracle(sample)
-                assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, FLOAT32_FLOOR)
+                assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, checks.FLOAT32_FLOOR)
             t = cast(leaves(LOW[0]), torch.float32)
             wanted, plain = run_oracle(LOW[0], cast(t, torch.float64)), run_oracle(LOW[0], t, low=True)
             for of in (0, BACKWARDS, AHEAD):
                 with order(of):
-                    assert_budget(run_engine(LOW[0], t, "cuda", autocast=torch.bfloat16), wanted, plain, BFLOAT16_FLOOR)
+                    assert_budget(run_engine(LOW[0], t, "cuda", autocast=torch.bfloat16), wanted, plain, checks.BFLOAT16_FLOOR)
         except AssertionError:
             return False
     return True

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import emulated_checks as checks
 import emulation
+import pair_samples
 import pytest
 import torch
-from compare import assert_bitwise, assert_close
+from compare import assert_close
 from emulation import AHEAD, BACKWARDS, emulated, order  # noqa: F401  a fixture
 from oracle import Network, mlp
 from pair_list import GRID, LOW_PRECISION, OPTIONS, PLAIN, TABLES
-from pair_samples import PairSample, attend, float32_oracle, leaves, pair_state, run_engine, run_oracle
+from pair_samples import PairSample, attend, leaves, pair_state, run_engine
 from samples import cast, named, run
 from test_attend import assert_budget_of_pairs
 
 import ngkernels as ngk
 from ngkernels import backends
-from ngkernels._cuda import launch
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "emulated"),
     pytest.mark.skipif(not emulation.compiler(), reason="no C++ compiler"),
 ]
-FLOAT32_FLOOR, TF32_FLOOR, BFLOAT16_FLOOR = 8e-6, 2**-10, 2**-8  # of the largest entry
 QUICK = (
     "three-updates", "pair-update-first", "pair-update-later", "no-pair-update", "nothing-residual", "no-biases", "identity-no-update-token", "identity-both", "fourier-then", "affine-diagonals",
     "messages-reversed", "messages-restricted", "messages-token", "readout-packed", "readout-diagonals", "loops-in-layer0-token", "packed-in-restricted", "holes-all",
@@ -64,8 +64,7 @@ def tiered() -> list:
 
 
 def check(sample: PairSample) -> None:
-    wanted, plain = float32_oracle(sample)
-    assert_budget_of_pairs(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, FLOAT32_FLOOR)
+    checks.exact(pair_samples, sample, assert_budget_of_pairs)
 
 
 @pytest.mark.parametrize("sample", tiered())
@@ -87,17 +86,7 @@ def test_float64_is_named():
 @pytest.mark.parametrize("sample", [pytest.param(s, id=s.name, marks=() if k in (1, 5) else pytest.mark.slow) for k, s in enumerate(LOW_PRECISION)])
 @pytest.mark.parametrize("tf32", [False, True], ids=["bf16", "tf32"])
 def test_rounded_operands_within_twice_the_error_of_plain_autocast(sample: PairSample, tf32: bool):
-    t = cast(leaves(sample), torch.float32)
-    wanted, plain = run_oracle(sample, cast(t, torch.float64)), run_oracle(sample, t, low=True)
-    if not tf32:
-        return assert_budget_of_pairs(run_engine(sample, t, "cuda", autocast=torch.bfloat16), wanted, plain, BFLOAT16_FLOOR)
-    plain = {n: (v + (plain[n].double() - v) / 8).to(plain[n].dtype) for n, v in wanted.items()}  # tf32 has three bits more
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        assert_budget_of_pairs(run_engine(sample, t, "cuda"), wanted, plain, TF32_FLOOR)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    checks.rounded(pair_samples, sample, tf32, assert_budget_of_pairs)
 
 
 @pytest.mark.parametrize("rate", [0.3, pytest.param(0.9, marks=pytest.mark.slow)])
@@ -118,39 +107,21 @@ BITWISE = tuple(SAMPLES[n] for n in ("pair-update-first", "sparse-hub"))
 @pytest.mark.parametrize("sample", **named(BITWISE))
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["exact", "bf16"])
 def test_the_order_of_threads_does_not_matter(sample: PairSample, autocast: torch.dtype | None):
-    """Where a barrier is missing, it does."""
-    t = cast(leaves(sample), torch.float32)
-    wanted = run_engine(sample, t, "cuda", autocast=autocast)
-    for of in (BACKWARDS, AHEAD, AHEAD + BACKWARDS):
-        with order(of):
-            assert_bitwise(run_engine(sample, t, "cuda", autocast=autocast), wanted)
+    checks.any_order_of_threads(pair_samples, sample, autocast)
 
 
 @pytest.mark.parametrize("sample", **named(BITWISE))
 def test_working_memory_outside_of_shared_memory(sample: PairSample, monkeypatch):
-    t = cast(leaves(sample), torch.float32)
-    wanted = run_engine(sample, t, "cuda", autocast=torch.bfloat16)
-    monkeypatch.setattr(launch, "EMULATED_SHARED", 60_000)
-    assert_bitwise(run_engine(sample, t, "cuda", autocast=torch.bfloat16), wanted)
+    checks.outside_of_shared_memory(pair_samples, sample, 60_000, monkeypatch)
 
 
 def test_partial_results_in_many_launches(monkeypatch):
-    """Sums over the blocks of a launch end at other places: the rest is the same."""
-    sample = SAMPLES["tails"]
-    t = cast(leaves(sample), torch.float32)
-    wanted = run_engine(sample, t, "cuda")
-    monkeypatch.setattr(launch, "BUDGET", 1)
-    found = run_engine(sample, t, "cuda")
-    local = [n for n in wanted if n.startswith(("out", "grad.weights", "grad.x"))]
-    assert_bitwise({n: found[n] for n in local}, {n: wanted[n] for n in local})
-    assert_close(found, wanted, 2e-6)
+    checks.in_many_launches(pair_samples, SAMPLES["tails"], monkeypatch)
 
 
 @pytest.mark.parametrize("wanted", [{"attend.q"}, {"weights.0", "attend.v"}, {"x0"}, {"update0.norm.weight", "update1.reverse"}], ids="+".join)
 def test_gradients_that_are_asked_for(wanted: set[str]):
-    t = cast(leaves(PLAIN), torch.float32)
-    every = run_engine(PLAIN, t, "cuda")
-    assert_bitwise(run_engine(PLAIN, t, "cuda", wanted), {n: v for n, v in every.items() if not n.startswith("grad.") or n[5:] in wanted})
+    checks.gradients_that_are_asked_for(pair_samples, PLAIN, wanted)
 
 
 def test_split_rows_merge():

@@ -86,7 +86,7 @@ def draw_pairs(seed: int) -> PairSample:
     reverse, packed = r.random() < 0.3, r.random() < 0.3
     networks = tuple(draw_joined(r, reverse) for _ in range(r.choice((1, 1, 2, 3))))
     alone = over is not None and r.random() < 0.5  # attention without messages or a readout of the same state
-    policies = (None, None, "virtual", "same", "same+virtual") if alone else (None, "same")  # they allow no pair update after a virtual checkpoint
+    policies = (None, None, "virtual", "same", "virtual+same", "same+virtual") if alone else (None, "same")  # they allow no pair update after a virtual checkpoint
     memory = tuple(r.choice(policies) for _ in range(updates)) if over != "all" and r.random() < 0.5 else ()
 
     def each(chance: float) -> tuple[bool, ...]:
@@ -136,12 +136,15 @@ def draw_pairs(seed: int) -> PairSample:
 def check_pairs(seed: int, backend: str) -> None:
     sample = draw_pairs(seed)
     t = pair_samples.leaves(sample, seed)
-    assert_close(pair_samples.run_engine(sample, t, backend), pair_samples.run_oracle(sample, t), 1e-9)
+    found, wanted = pair_samples.run_engine(sample, t, backend), pair_samples.run_oracle(sample, t)
+    for kind in ("out.", "grad."):  # some gradients vanish: as large as the others are what they are made of
+        some = {name: v for name, v in wanted.items() if name.startswith(kind)}
+        assert_close({name: found[name] for name in some}, some, 1e-10, max(v.abs().max().item() for v in some.values() if v.numel()))
     low = pair_samples.run_engine(sample, cast(t, torch.float32), backend)
     assert all(v.isfinite().all() for v in low.values()), [n for n, v in low.items() if not v.isfinite().all()]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_random_pairs(seed: int, backend: str):
     check_pairs(seed, backend)
 
