@@ -12,6 +12,7 @@ import torch
 from .blocks import DIAGONAL, SPARSE, Block, Part
 from .edges import EdgeState, Mark
 from .graph import NeuralGraph
+from .kept import kept
 
 BYTES = 64 << 20  # of raw weights in a panel; those of two are on the GPU at a time
 
@@ -51,7 +52,7 @@ class Panel:
 
 
 def cut(edges: EdgeState, op: str, attention: bool) -> list[Panel]:
-    """The panels of a graph, in the order of their rows.
+    """The panels of a graph, in the order of their rows; kept with it.
 
     Raises:
         NotImplementedError: beyond one panel, a packed, closed or checkpointed state; attention of a network without edges.
@@ -66,16 +67,23 @@ def cut(edges: EdgeState, op: str, attention: bool) -> list[Panel]:
             f"{op}: more than {BYTES} bytes of weights on the CPU, under states on a GPU, are read for edge states that are neither packed, closed "
             "nor checkpointed; batch with packed=False, use edge_memory='recompute', or move the weights with .to()"
         )
+    most = BYTES // (weights[0].shape[-1] * max(w.element_size() for w in weights))
+    both = attention or edges.paired
+    return kept(graph._cache, ("panels", most, both, attention), lambda: _panels(op, graph, most, both, attention))
+
+
+def _panels(op: str, graph: NeuralGraph, most: int, both: bool, attention: bool) -> list[Panel]:
+    """most: weights of a panel. both: it has the edges that begin there too. attention: it has rows for neurons without edges."""
     panels, weight, node, row = [], 0, 0, 0
-    number_bytes = weights[0].shape[-1] * max(w.element_size() for w in weights)
     for part in graph.parts:
         layers = range(len(part.layers)) if graph.rows is None else [graph.rows % len(part.layers)]
         stride = sum(part.layers[layer] for layer in layers)
         at = 0
         for layer in layers:
-            step = max(1, BYTES // max(1, number_bytes * _edges_of_a_neuron(part, layer)))
+            touching = _edges_of_a_neuron(part, layer)
+            step = max(1, most // touching) if touching else part.layers[layer]
             for begin in range(0, part.layers[layer], step):
-                cutter = _Cutter(part, layer, begin, min(begin + step, part.layers[layer]), attention or edges.paired, weight)
+                cutter = _Cutter(part, layer, begin, min(begin + step, part.layers[layer]), both, weight)
                 if attention and not cutter.pieces:
                     cutter = _without_edges(op, part, layer, weight)
                 if cutter.pieces:
