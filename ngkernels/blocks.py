@@ -32,7 +32,7 @@ class Block:
 
     @classmethod
     def sparse(cls, src: int, dst: int, weight: int, edge_index: torch.Tensor) -> Block:
-        """The edges of `edge_index`, int64 [2, E] on the CPU: row 0 neurons of layer `src`, row 1 of layer `dst`, both counted
+        """The edges of `edge_index`, int64 [2, E]: row 0 neurons of layer `src`, row 1 of layer `dst`, both counted
         within their layer. Weights, readouts and stored states keep its order. It is kept, not copied: do not change it.
 
         Raises:
@@ -105,7 +105,7 @@ class Part:
         degree = [torch.zeros(d, dtype=torch.int64) for d in self.layers]
         for b in self.blocks:
             if b.kind == SPARSE:
-                degree[b.dst] += torch.bincount(b.index.dst, minlength=self.layers[b.dst])
+                degree[b.dst] += torch.bincount(b.index.dst, minlength=self.layers[b.dst]).cpu()
             elif b.kind == DIAGONAL:
                 degree[b.dst][: min(self.layers[b.src], self.layers[b.dst])] += 1
             else:

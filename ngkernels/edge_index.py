@@ -18,7 +18,7 @@ class EdgeIndex:
     """Pairs of neurons from a source layer to a destination layer, numbered as they come. Compared by identity.
 
     The first `edges` are edges, the rest pairs that NeuralGraph.closure added; the first `raw` have raw features. With `mirror`
-    (reciprocal encoders) a pair without any reads those of the pair that it reverses.
+    (reciprocal encoders) a pair without any reads those of the pair that it reverses. Lists are made on the device of the tensors.
     """
 
     src: torch.Tensor  # int64 [P], within its layer
@@ -30,14 +30,14 @@ class EdgeIndex:
 
     @classmethod
     def of(cls, edge_index: torch.Tensor, op: str) -> EdgeIndex:
-        """From an int64 tensor [2, E] on the CPU, sources first."""
+        """From an int64 tensor [2, E], sources first."""
         if not isinstance(edge_index, torch.Tensor) or edge_index.dtype != torch.int64:
             got = edge_index.dtype if isinstance(edge_index, torch.Tensor) else type(edge_index).__name__
             raise TypeError(f"{op}: expected edge_index to be an int64 tensor, got {got}")
         if edge_index.dim() != 2 or edge_index.shape[0] != 2:
             raise ValueError(f"{op}: expected edge_index of shape (2, E), sources in row 0, got {tuple(edge_index.shape)}")
-        if edge_index.device.type != "cpu":
-            raise TypeError(f"{op}: expected edge_index on cpu, got {edge_index.device}; move it with .cpu()")
+        if edge_index.device.type == "meta":
+            raise TypeError(f"{op}: expected edge_index with values, got one on meta")
         if edge_index.shape[1] >= 1 << NUMBER:
             raise ValueError(f"{op}: expected fewer than 2^{NUMBER} edges, got {edge_index.shape[1]}")
         return cls(edge_index[0], edge_index[1], edge_index.shape[1], edge_index.shape[1])
@@ -86,9 +86,9 @@ class EdgeIndex:
         Raises:
             ValueError: two edges from one neuron to another: a pair has one state.
         """
-        src, dst = other.dst, other.src
+        src, dst = other.dst.to(self.src.device), other.src.to(self.src.device)
         if width is not None:
-            loop = torch.arange(width)
+            loop = torch.arange(width, device=src.device)
             src, dst = torch.cat([src, loop]), torch.cat([dst, loop])
         span = 1 + max([0, *(int(v.max()) for v in (self.src, self.dst, src, dst) if len(v))])
         mine, theirs = self.src * span + self.dst, (src * span + dst).unique()
@@ -101,7 +101,7 @@ class EdgeIndex:
         span = 1 + max([0, *(int(v.max()) for v in (self.src, self.dst, other.src, other.dst) if len(v))])
         if not len(other):
             return torch.full_like(self.src, -1)
-        keys, order = (other.dst * span + other.src).sort()
+        keys, order = (other.dst * span + other.src).to(self.src.device).sort()
         wanted = self.src * span + self.dst
         at = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
         return torch.where(keys[at] == wanted, order[at], -1)
@@ -117,7 +117,7 @@ class Pairs(NamedTuple):
 
     @classmethod
     def of(cls, index: EdgeIndex, partner: torch.Tensor | None = None) -> Pairs:
-        return cls(index.src, index.dst, torch.arange(len(index)), partner)
+        return cls(index.src, index.dst, torch.arange(len(index), device=index.src.device), partner)
 
     def where(self, chosen: torch.Tensor | slice) -> Pairs:
         return Pairs(*(None if t is None else t[chosen] for t in self))
@@ -146,8 +146,9 @@ def make_lists(pairs: Pairs, n_src: int) -> torch.Tensor:
     """
     src, dst, number, partner = pairs
     n = len(src)
+    device = src.device
     if n == 0:
-        return torch.tensor([0, int(partner is not None)])
+        return torch.tensor([0, int(partner is not None)], device=device)
     key = dst * n_src + src
     if bool((key[1:] < key[:-1]).any()):
         order = key.argsort(stable=True)
@@ -157,22 +158,22 @@ def make_lists(pairs: Pairs, n_src: int) -> torch.Tensor:
     del key
     pieces = -(-n // (PIECE if partner is None else PAIRED_PIECE))
     size = -(-n // pieces)
-    first = torch.arange(0, n, size)
+    first = torch.arange(0, n, size, device=device)
     pieces = len(first)
-    piece = torch.arange(n) // size
-    begins = torch.ones(n, dtype=torch.bool)
+    piece = torch.arange(n, device=device) // size
+    begins = torch.ones(n, dtype=torch.bool, device=device)
     begins[1:] = dst[1:] != dst[:-1]
     begins[first] = True
     rank, destinations = begins.cumsum(0) - 1, dst[begins]
     first_dst = rank[first]
     sources, at = torch.unique(piece * n_src + src, return_inverse=True)
-    first_src = torch.searchsorted(sources, torch.arange(pieces) * n_src)
+    first_src = torch.searchsorted(sources, torch.arange(pieces, device=device) * n_src)
     entries = (rank - first_dst[piece]) << (LOCAL + NUMBER) | (at - first_src[piece]) << NUMBER | number
     start, columns = 2 + DIRECTORY * pieces, []
     for begin, total in ((first_dst, len(destinations)), (first_src, len(sources)), (first, n)):
-        columns += [start + begin, torch.diff(begin, append=torch.tensor([total]))]
+        columns += [start + begin, torch.diff(begin, append=torch.tensor([total], device=device))]
         start += total
-    lists = [torch.tensor([pieces, int(partner is not None)]), torch.stack(columns, 1).flatten(), destinations, sources % n_src, entries]
+    lists = [torch.tensor([pieces, int(partner is not None)], device=device), torch.stack(columns, 1).flatten(), destinations, sources % n_src, entries]
     return torch.cat(lists if partner is None else [*lists, partner])
 
 

@@ -88,11 +88,11 @@ class NeuralGraph:
     def from_edge_index(cls, edge_index: torch.Tensor, num_nodes: int) -> NeuralGraph:
         """The graph of any edges: one node layer of `num_nodes` neurons, one sparse block (see Block.sparse).
 
-        `edge_index` is int64 [2, E] on the CPU: sources j in row 0, destinations i in row 1; duplicates and self-loops are edges like
-        any others. Weights are one tensor (1, E, C), [E, C] or [E], in the order of `edge_index`.
+        `edge_index` is int64 [2, E], sources j in row 0, destinations i in row 1; duplicates and self-loops are edges like any others. It
+        is sorted on the device where it lies. Weights are one tensor (1, E, C), [E, C] or [E], in the order of `edge_index`.
 
         Raises:
-            TypeError, ValueError: another dtype, device or shape, indices that are no nodes.
+            TypeError, ValueError: another dtype or shape, indices that are no nodes.
 
         Note: kernels read lists that are made with the graph, once: 8 bytes an edge, and 8 for each neuron of each piece of about 4096
             edges (ngkernels/edge_index.py). Node terms of all neurons exist during a call: 8 d bytes a neuron and term, twice that in

@@ -159,7 +159,7 @@ class _Cutter:
 def _within(block: Block, source: tuple[int, int], to: tuple[int, int]) -> tuple[tuple | None, torch.Tensor | None]:
     """Which weights of a block join two ranges of neurons, None if none does; of a sparse block, also the pairs, counted in the ranges."""
     if block.kind == SPARSE:
-        src, dst = block.index.src, block.index.dst
+        src, dst = block.index.src.cpu(), block.index.dst.cpu()
         numbers = torch.nonzero((src >= source[0]) & (src < source[1]) & (dst >= to[0]) & (dst < to[1])).flatten()
         return ((numbers,), torch.stack([src[numbers] - source[0], dst[numbers] - to[0]])) if len(numbers) else (None, None)
     if block.kind == DIAGONAL:

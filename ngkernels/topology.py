@@ -293,7 +293,7 @@ class _PartTable:
         for name, value in zip(("partner", "partner_variant", "partner_axis", "partner_offset"), partner_reads, strict=True):
             row[COLUMNS.index(name)] = value
         row[COLUMNS.index("count")] = len(pairs.src)
-        return Row(row, make_lists(pairs, self.part.layers[block.src]))
+        return Row(row, make_lists(pairs, self.part.layers[block.src]).cpu())
 
 
 def _finish(graph: NeuralGraph, rows: list[Row], numbers: list[_Numbers]) -> Topology:

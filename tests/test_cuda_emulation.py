@@ -141,6 +141,30 @@ def test_nan_stays_with_its_neuron():
     assert found[node].isnan().all() and torch.equal(found[others], clean["out.0"][others])
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_how_weights_lie_in_memory_does_not_matter(dtype: torch.dtype, channels: int):
+    """By source they come in lines of 16 bytes wherever a row begins, by destination one by one."""
+    g = torch.Generator().manual_seed(0)
+    graph, width = ngk.NeuralGraph.mlp([37, 5, 19]), 17
+    weights = [torch.randn(1, a, b, channels, generator=g).to(dtype) for a, b in ((37, 5), (5, 19))]
+    x = torch.randn(graph.num_nodes, 4, generator=g)
+    encoder = [torch.randn(*shape, generator=g).requires_grad_() for shape in ((width, channels), (width,))]
+    message = [torch.randn(*shape, generator=g).requires_grad_() for shape in ((6, width), (6,), (6, 4), (6, 4))]
+
+    def results(views: list[torch.Tensor]) -> list[torch.Tensor]:
+        own = [v.detach().requires_grad_() for v in views]
+        out = ngk.aggregate(ngk.EdgeState(graph, own, ngk.encoders.Linear(*encoder)), ngk.Message.product(x, *message), ("mean", "max"))
+        return [out, *torch.autograd.grad(out.square().sum(), [*own, *encoder, *message])]
+
+    with ngk.use_backend("cuda"):
+        wanted = results(weights)
+        by_source = [w.transpose(1, 2).contiguous().transpose(1, 2) for w in weights]
+        apart = [torch.stack([w, w], -1)[..., 0] for w in by_source]
+        for found in (results(by_source), results(apart)):
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_panels_cover_every_edge_once():
     for sizes in ((1, 1), (3, 5000), (5000, 3), (70, 4100), (16, 16), (17, 33)):
         graph = ngk.NeuralGraph.mlp(list(sizes))
@@ -154,6 +178,18 @@ def test_panels_cover_every_edge_once():
             assert (seen == 1).all() and work.panels[:, 4].remainder(16).eq(0).all()
 
 
+def test_plans_are_made_on_their_device():
+    """Whatever takes the default device instead meets tensors of another one here."""
+    index = torch.tensor([[0, 2, 3, 1, 3], [1, 1, 3, 0, 1]])
+    for graph in (ngk.NeuralGraph.from_edge_index(index, 4).closure("edges"), ngk.NeuralGraph.mlp([5, 40, 3])):
+        topology = graph.edges_as().table
+        with torch.device("meta"):
+            found = plan.Plan(topology, torch.device("cpu"))
+            assert found.degrees(graph.num_nodes).device.type == "cpu"
+            for work in (found.work().reduce(), *found.work().gradients(graph.num_nodes, 64, 8, 64, 1 << 12)):
+                assert work.n and all(t.device.type == "cpu" for t in (work.panels, *work.sums))
+
+
 # ---- seeded bugs ----
 PATCHES = (
     ("tail-of-sources-counts", "evaluator.h", "return {source, source, source, j + r < panel.j1};", "return {source, source, source, true};"),
@@ -163,13 +199,17 @@ PATCHES = (
     ("transposed-rows-exchanged", "precision.h", "(lane() / 16 * 8 + lane() % 8) * ld + lane() / 8 % 2 * 8", "(lane() / 8 % 2 * 8 + lane() % 8) * ld + lane() / 16 * 8"),
     ("no-barrier-after-the-product", "backprop.h", "matrix_gradients(upper, up);\n        sync_block();", "matrix_gradients(upper, up);"),
     ("no-barrier-before-the-product", "backprop.h", "sync_block();\n        matrix_gradients(upper, up);", "matrix_gradients(upper, up);"),
-    ("features-read-before-they-are-there", "evaluator.h", "turn(0);\n      }\n    }\n    sync_warp();", "turn(0);\n      }\n    }"),
+    ("features-read-before-they-are-there", "evaluator.h", "turn(0);\n    }\n    sync_warp();", "turn(0);\n    }"),
+    ("features-read-before-they-arrive", "evaluator.h", "wait_for_copies<AHEAD - 1>();", ""),
+    ("all-tiles-arrive-at-one-place", "inputs.h", "number % AHEAD * sides()", "number % 1 * sides()"),
+    ("alignment-forgotten", "evaluator.h", "x) + skipped,", "x) + 0 * skipped,"),
+    ("message-overwrites-the-state", "evaluator.h", "odd ? 2 : 1 - g.edge_stages % 2", "odd ? 2 : g.edge_stages % 2"),
     ("residual-gradient-lost", "backprop.h", "if (stage.add >= 0 || (FULL && stage.source == FROM_NORM)) store8(", "if (FULL && stage.source == FROM_NORM) store8("),
-    ("second-half-forgotten", "backprop.h", "if (h >= upper.halves) break;", "if (h >= 1) break;"),
+    ("second-half-forgotten", "backprop.h", "h < upper.halves; ++h) add_product", "h < 1; ++h) add_product"),
     ("strip-overwrites-the-last-one", "sinks.h", "*to = strip && !eval.line ? *to + total : total;", "*to = total;"),
     ("variance-between-lanes-lost", "statistics.h", "*squares + (other_squares + delta * delta * (na * nb / n))", "*squares + other_squares"),
     ("reversed-blocks-overwrite", "sinks.h", "add ? x + read_value<float>(p, dtype) : x", "x"),
-    ("line-of-one-edge", "evaluator.h", "3 * (line[1] + (r < line[2] ? r : 0))", "3 * line[1]"),
+    ("line-of-one-edge", "evaluator.h", "3 * (of[1] + (r < of[2] ? r : 0))", "3 * of[1]"),
     ("table-and-features-both", "sinks.h", "stage.source == FROM_TABLE && !eval.row_beyond(k) ? 0.0f : v[k]", "v[k]"),
     ("beyond-the-table-forgotten", "backprop.h", "if (lowest.source == FROM_FOURIER || beyond_table())", "if (lowest.source == FROM_FOURIER)"),
 )  # fmt: skip
@@ -179,10 +219,11 @@ def passes(library: Path) -> bool:
     """Whether a library of kernels gives right values for a few samples."""
     with backends.emulate_cuda(library):
         try:
-            for name in ("plain", "linear-residual-first", "unequal-reversed", "sparse-unequal", "table-reciprocal-beyond", "memory-none-virtual", "tiles-and-tails-reversed"):
+            for name in ("plain", "gate-1", "linear-residual-first", "unequal-reversed", "sparse-unequal", "table-reciprocal-beyond", "memory-none-virtual", "tiles-and-tails-reversed"):
                 sample = SAMPLE_OF[name].but(name, reduce=("sum", "mean", "min", "max", "std", "var"), head=0)
                 wanted, plain = float32_oracle(sample)
                 assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, checks.FLOAT32_FLOOR)
+            test_how_weights_lie_in_memory_does_not_matter(torch.float32, 1)
             t = cast(leaves(LOW[0]), torch.float32)
             wanted, plain = run_oracle(LOW[0], cast(t, torch.float64)), run_oracle(LOW[0], t, low=True)
             for of in (0, BACKWARDS, AHEAD):

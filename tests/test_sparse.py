@@ -325,7 +325,7 @@ ERRORS = {
     "dtype": (lambda: ngk.NeuralGraph.from_edge_index(torch.zeros(2, 3, dtype=torch.int32), 4), TypeError, "Block.sparse: expected edge_index to be an int64 tensor, got torch.int32"),
     "list": (lambda: ngk.NeuralGraph.from_edge_index([[0], [1]], 4), TypeError, "Block.sparse: expected edge_index to be an int64 tensor, got list"),
     "transposed": (lambda: ngk.NeuralGraph.from_edge_index(torch.zeros(3, 2, dtype=torch.int64), 4), ValueError, r"Block.sparse: expected edge_index of shape \(2, E\), sources in row 0, got \(3, 2\)"),
-    "device": (lambda: ngk.NeuralGraph.from_edge_index(torch.zeros(2, 3, dtype=torch.int64, device="meta"), 4), TypeError, r"Block.sparse: expected edge_index on cpu, got meta; move it with .cpu\(\)"),
+    "device": (lambda: ngk.NeuralGraph.from_edge_index(torch.zeros(2, 3, dtype=torch.int64, device="meta"), 4), TypeError, "Block.sparse: expected edge_index with values, got one on meta"),
     "source": (lambda: ngk.NeuralGraph.from_edge_index(edges((4, 0)), 4), ValueError, "NeuralGraph: expected source indices of edge_index between 0 and 3, got 4 to 4"),
     "destination": (lambda: ngk.NeuralGraph.from_edge_index(edges((0, 1), (2, -1)), 4), ValueError, "NeuralGraph: expected destination indices of edge_index between 0 and 3, got -1 to 1"),
     "layer": (lambda: ngk.NeuralGraph.from_blocks([2, 3], [ngk.Block.sparse(0, 1, 0, edges((2, 2)))]), ValueError, "expected source indices of edge_index between 0 and 1, got 2 to 2"),
@@ -344,6 +344,17 @@ ERRORS = {
 def test_errors_name_the_rule_and_the_value(call, kind: type, text: str):
     with pytest.raises(kind, match=text):
         call()
+
+
+def test_lists_are_made_where_the_edge_index_lies():
+    """Whatever takes the default device instead meets tensors of another one here."""
+    index = edges((0, 1), (2, 1), (3, 3), (1, 0), (3, 1))
+    with torch.device("meta"):
+        found = EdgeIndex.of(index, "test")
+        found.check_unique("test")
+        closed = found.closed(found.flipped(), 4, True)
+        for pairs in (Pairs.of(found), Pairs.of(closed, closed.numbers_in(closed.flipped())), Pairs.of(found).first(0)):
+            assert make_lists(pairs, 4).device.type == "cpu"
 
 
 def test_malformed_lists_are_refused():

@@ -9,13 +9,14 @@ namespace ngk::cuda {
 template <class P, int D, bool FULL>
 struct AggregateForward {
   static constexpr bool TOGETHER = true;  // threads work together
-  static NGK_DEVICE void emit(const Args& g, const Evaluator<P, D, FULL>& eval, const Panel& panel, int c, const float* v) {
+  static NGK_DEVICE void emit(const Args& g, const Evaluator<P, D, FULL>& eval, const Panel& panel, int64_t j, int c, const float* v) {
     const Values& to = eval.block->values;
     NGK_UNROLL
     for (int k = 0; k < 8; ++k) {
       const int column = c * 16 + eval.column_of(k);
       if (eval.ok[k / 2 % 2] && column < g.width)
-        write_value<float>(element_of(to, panel.copy, eval.destination, eval.place[k / 2 % 2], column), static_cast<Dtype>(to.dtype), v[k]);
+        write_value<float>(element_of(to, panel.copy, eval.destination, eval.edge(panel, j, eval.row_of(k)).place, column),
+                           static_cast<Dtype>(to.dtype), v[k]);
     }
   }
 
@@ -24,6 +25,7 @@ struct AggregateForward {
     const int64_t number = g.first_panel + block() * WARPS + warp();
     if (number >= g.n_panels) return;
     const Panel& panel = g.panels[number];
+    eval.begin(panel, true, false);
     const int fragments = eval.message_fragments();
     float* memory = placed_of_warp<float>(g.statistics, static_cast<int64_t>(STATISTIC_PLANES + 1) * fragments * LANES * 4);
     NGK_ROLLED
@@ -32,15 +34,14 @@ struct AggregateForward {
       NGK_ROLLED
       for (int64_t j = panel.j0; j < panel.j1; j += 16) {
         eval.tile(panel, i, j, true);
-        typename Evaluator<P, D, FULL>::Register edge, query;
-        eval.run(0, static_cast<int>(g.edge_stages) - 1, &edge);
-        eval.run(static_cast<int>(g.edge_stages), static_cast<int>(g.edge_stages + g.message_stages) - 1, &query);
+        const auto edge = eval.run(0, static_cast<int>(g.edge_stages) - 1);
+        const auto query = eval.run(static_cast<int>(g.edge_stages), static_cast<int>(g.edge_stages + g.message_stages) - 1);
         NGK_ROLLED
         for (int c = 0; c < fragments; ++c) {
           typename Evaluator<P, D, FULL>::Message m;
           eval.message(c, edge, query, &m);
           if (g.combine == EMIT) {
-            emit(g, eval, panel, c, m.m);
+            emit(g, eval, panel, j, c, m.m);
           } else if (eval.ok[0] || eval.ok[1]) {
             stats.add(c, m.m, eval.ok);
           }

@@ -26,8 +26,9 @@ struct MessageBack : Backprop<P, D, FULL> {
       for (int k = 0; k < 8; ++k) {
         const int column = c * 16 + eval.column_of(k);
         const bool there = eval.ok[k / 2 % 2] && column < g.width && from.data;
-        e[k] = there ? read_value<float>(element_of(from, panel->copy, eval.destination, eval.place[k / 2 % 2], column),
-                                         static_cast<Dtype>(from.dtype))
+        e[k] = there ? read_value<float>(
+                           element_of(from, panel->copy, eval.destination, eval.edge(*panel, this->source(), eval.row_of(k)).place, column),
+                           static_cast<Dtype>(from.dtype))
                      : 0.0f;
       }
       if (last.mark) {
@@ -88,14 +89,13 @@ struct AggregateBackward {
   static NGK_DEVICE void run(const Args& g) {
     Evaluator<P, D, FULL> eval(g);
     MessageBack<P, D, FULL> back(g, eval);
-    Walk walk(g);
+    Walk walk(g, eval);
     NGK_ROLLED
-    for (int64_t at = 0; at < walk.most; ++at) {
+    for (int at = 0; at < walk.most; ++at) {
       walk.enter(at, eval, back);
-      typename Evaluator<P, D, FULL>::Register edge, query;
       const int edges = static_cast<int>(g.edge_stages), all = static_cast<int>(g.edge_stages + g.message_stages);
-      eval.run(0, edges - 1, &edge);
-      eval.run(edges, all - 1, &query);
+      const auto edge = eval.run(0, edges - 1);
+      const auto query = eval.run(edges, all - 1);
       if (g.combine == EMIT) {
         back.from_values();
       } else {

@@ -87,10 +87,10 @@ struct Args {
   const float *q, *k, *v, *lse, *delta, *grad_out, *grad_sums;
   int64_t heads, dk, dv, de, multiply, summed, attention_columns;  // attention_columns: where q's, or k's and v's, stand in a partial row
   int64_t dropped_below, seed, scale, keep;                        // scale, keep: the bits of a float
-  // of each warp: raw features and the table's weights, kept registers, a register on its way to the next stage, statistics, sums by
-  // source, column sums, a gradient that waits for the stage whose register was added or normalised, what attention keeps of a tile; of the
-  // block: matrices, constants, staged rows, gradients
-  Place features, stash, carry, statistics, sources, sums, waiting, scores, copied, constants_copied, staged, gradients;
+  // of each warp: raw features and the table's weights, those of tiles to come, kept registers, a register on its way to the next stage,
+  // statistics, sums by source, column sums, a gradient that waits for the stage whose register was added or normalised, what attention
+  // keeps of a tile; of the block: matrices, constants, staged rows, gradients
+  Place features, arrivals, stash, carry, statistics, sources, sums, waiting, scores, copied, constants_copied, staged, gradients;
 };
 static_assert(sizeof(Args) % sizeof(int64_t) == 0, "an array of 64-bit numbers");
 

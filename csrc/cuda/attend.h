@@ -134,6 +134,7 @@ struct AttendForward {
     const int64_t number = g.first_panel + block() * WARPS + warp();
     if (number >= g.n_panels) return;
     const Panel& panel = g.panels[number];
+    eval.begin(panel, true, false);
     const Gathering<P, D> gathering(g, eval);
     NGK_ROLLED
     for (int64_t i = panel.i0; i < panel.i1; ++i) {
@@ -141,8 +142,7 @@ struct AttendForward {
       NGK_ROLLED
       for (int64_t j = panel.j0; j < panel.j1; j += 16) {
         eval.tile(panel, i, j, true);
-        typename Evaluator<P, D, true>::Register e;
-        eval.run(0, static_cast<int>(g.edge_stages) - 1, &e);
+        const auto e = eval.run(0, static_cast<int>(g.edge_stages) - 1);
         gathering.join(panel, j, e);
       }
       gathering.write(g.partial + (panel.rows_i + i - panel.i0) * g.width);

@@ -26,7 +26,7 @@ struct AttendBack : Backprop<P, D, true> {
     of.logits(e);
     of.by_head([&](int at, int r, int h) {
       of.p[at] = r < eval.count ? expf(of.p[at] - lse[h]) : 0.0f;
-      of.weight[at] = r < eval.count ? of.dropped(of.p[at], *panel, this->source, r, h) : 0.0f;
+      of.weight[at] = r < eval.count ? of.dropped(of.p[at], *panel, this->source(), r, h) : 0.0f;
     });
     value_products(e, grad);
     sync_warp();
@@ -146,13 +146,12 @@ struct AttendBackward {
   static NGK_DEVICE void run(const Args& g) {
     Evaluator<P, D, true> eval(g);
     AttendBack<P, D> back(g, eval);
-    Walk walk(g);
+    Walk walk(g, eval);
     NGK_ROLLED
-    for (int64_t at = 0; at < walk.most; ++at) {
+    for (int at = 0; at < walk.most; ++at) {
       walk.enter(at, eval, back);
-      typename Evaluator<P, D, true>::Register e;
       const int edges = static_cast<int>(g.edge_stages);
-      eval.run(0, edges - 1, &e);
+      const auto e = eval.run(0, edges - 1);
       back.from_result(e);
       back.descend(0, edges, 0);
       walk.leave(at, back);

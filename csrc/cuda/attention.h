@@ -40,7 +40,7 @@ struct Attention {
         d_v(static_cast<int>(g.heads * g.dv)),
         scale(float_of(g.scale)),
         keep(float_of(g.keep)) {
-    products = placed_of_warp<float>(g.scores, memory(g));
+    products = shared_of_warp<float>(g.scores, memory(g));
     p = products + 16 * WIDE;
     weight = p + 16 * heads;
     slope = weight + 16 * heads;

@@ -124,33 +124,15 @@ struct Backprop : Sinks<P, D, FULL> {
   NGK_DEVICE void below(const Stage& upper, const Stage& stage, Buffers up, int64_t down) const {
     const int side = eval.side();
     const Slope slope = FULL && upper.source == FROM_NORM ? norm_slope(upper) : Slope{};
-    Left a[FULL ? 1 : 2][KB];
-    if constexpr (!FULL) {
-      NGK_UNROLL
-      for (int h = 0; h < 2; ++h) NGK_UNROLL
-      NGK_ROLLED
-      for (int k = 0; k < KB; ++k)
-        if (h < upper.halves) a[h][k] = P::staged(rows(up.own + h) + k * 16, LD);
-    }
     NGK_ROLLED
     for (int c = 0; c < KB; ++c) {
       float v[8] = {0, 0, 0, 0, 0, 0, 0, 0}, x[8], d[8];
-      if constexpr (FULL) {
-        if (upper.source == FROM_NORM) {
-          through_norm(upper, slope, c, v);
-        } else {
-          NGK_ROLLED
-          for (int h = 0; up.of(side) >= 0 && h < upper.halves; ++h) add_product(upper.back + h, up.of(side) + h, c, v);
-          if (upper.reverse >= 0 && up.of(1 - side) >= 0) add_product(upper.reverse_back, up.of(1 - side), c, v);
-        }
+      if (FULL && upper.source == FROM_NORM) {
+        through_norm(upper, slope, c, v);
       } else {
-        NGK_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          if (h >= upper.halves) break;
-          const Element* w = eval.matrices + (static_cast<int64_t>(upper.back + h) * KB + c) * KB * FRAGMENTS + lane() * 8;
-          NGK_UNROLL
-          for (int k = 0; k < KB; ++k) P::multiply(v, a[h][k], P::right(w + k * FRAGMENTS));
-        }
+        NGK_ROLLED
+        for (int h = 0; up.of(side) >= 0 && h < upper.halves; ++h) add_product(upper.back + h, up.of(side) + h, c, v);
+        if (FULL && upper.reverse >= 0 && up.of(1 - side) >= 0) add_product(upper.reverse_back, up.of(1 - side), c, v);
       }
       if (stage.held && !(FULL && side && stage.held > g.live)) {  // partners have no gradient of what only edges add
         load8(waits(c), d);
@@ -232,7 +214,7 @@ struct Backprop : Sinks<P, D, FULL> {
       float* own = gradients + (matrix * KB * KB + u) * FRAGMENTS + lane() * 8;
       float acc[8];
       load8(own, acc);
-      NGK_UNROLL
+      NGK_ROLLED
       for (int r = 0; r < WARPS; ++r)
         P::multiply(acc, P::left_transposed(gz + r * 16 * LD + u / KB * 16, LD), P::right_transposed(x + r * 16 * LD + u % KB * 16, LD));
       store8(own, acc);

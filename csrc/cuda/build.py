@@ -27,20 +27,28 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
-def architectures() -> list[str]:
-    """Options of nvcc for TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), or for ARCHITECTURES.
+def architectures(listed: str | None = None) -> list[str]:
+    """Options of nvcc for the capabilities `listed` as in "8.0;9.0+PTX"; None: for TORCH_CUDA_ARCH_LIST, or ARCHITECTURES.
+
+    The kernels use nothing that is newer than 8.0: the front end runs once, for the oldest, and only the assembler for each.
 
     Raises:
         SystemExit: an entry that is not a capability of 8.0 or more.
     """
-    options = []
-    for entry in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()) if os.environ.get("TORCH_CUDA_ARCH_LIST") else ARCHITECTURES:
+    entries = re.split(r"[;\s]+", (listed or os.environ.get("TORCH_CUDA_ARCH_LIST", "")).strip()) if listed or os.environ.get("TORCH_CUDA_ARCH_LIST") else ARCHITECTURES
+    plain, options = {}, []
+    for entry in entries:
         found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if not found or int(found[1]) < 8:
             raise SystemExit(f"ngkernels: expected TORCH_CUDA_ARCH_LIST to name capabilities of 8.0 or more such as 9.0, got {entry!r}")
         number = f"{found[1]}{found[2]}{found[3]}"
-        options += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if found[3]:
+            options += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        else:
+            plain[int(number)] = f"sm_{number}"
         options += ["-gencode", f"arch=compute_{number},code=compute_{number}"] if found[4] else []
+    if plain:
+        options = ["-gencode", f"arch=compute_{min(plain)},code=[{','.join(plain[n] for n in sorted(plain))}]", *options]
     return options
 
 
@@ -77,13 +85,14 @@ def compile_all(nvcc: str, folder: Path, options: list[str], jobs: int | None = 
     return targets
 
 
-def resources(messages: str) -> dict[str, dict[str, int]]:
-    """Registers, bytes of stack and of spills of each kernel in nvcc's messages: "attend forward bf16 32" or the name of a simple one."""
-    found = {}
+def resources(messages: str) -> dict[str, dict[str, dict[str, int]]]:
+    """By capability, registers, bytes of stack and of spills of each kernel in nvcc's messages: "attend forward bf16 32" or the name of a
+    simple one."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
     for part in messages.split("Compiling entry function")[1:]:
-        name = re.search(r"'(\S+)'", part)[1]
+        name, major, minor = re.search(r"'(\S+)' for 'sm_(\d+)(\d)'", part).groups()
         template, simple = TEMPLATE.search(name), re.search(r"entryINS0_\d+([A-Za-z]+?)ENS", name)
         key = f"{PURPOSES[template[1]]}{template[2].lower()} {ROUNDING[template[3]]} {template[4]}" if template else simple[1]
         stack, stores, loads = (int(v) for v in re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
-        found[key] = {"registers": int(re.search(r"Used (\d+) registers", part)[1]), "stack": stack, "spills": stores + loads}
+        found.setdefault(f"{major}.{minor}", {})[key] = {"registers": int(re.search(r"Used (\d+) registers", part)[1]), "stack": stack, "spills": stores + loads}
     return found

@@ -10,9 +10,11 @@ int launch_messages_128(int precision, bool backward, const Launch& l) { return 
 int launch_options_16(int precision, bool backward, const Launch& l) { return launch_options<16>(precision, backward, l); }
 int launch_options_32(int precision, bool backward, const Launch& l) { return launch_options<32>(precision, backward, l); }
 int launch_options_64(int precision, bool backward, const Launch& l) { return launch_options<64>(precision, backward, l); }
+int launch_options_128(int precision, bool backward, const Launch& l) { return launch_options<128>(precision, backward, l); }
 int launch_attend_16(int precision, bool backward, const Launch& l) { return launch_attend<16>(precision, backward, l); }
 int launch_attend_32(int precision, bool backward, const Launch& l) { return launch_attend<32>(precision, backward, l); }
 int launch_attend_64(int precision, bool backward, const Launch& l) { return launch_attend<64>(precision, backward, l); }
+int launch_attend_128(int precision, bool backward, const Launch& l) { return launch_attend<128>(precision, backward, l); }
 }  // namespace ngk::cuda
 
 extern "C" __attribute__((visibility("default"))) void ngk_cuda_order(int order) {

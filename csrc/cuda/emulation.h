@@ -16,11 +16,23 @@
 
 namespace ngk::cuda {
 
+// Into shared memory, `there` bytes of n and zeros. It happens when its thread waits for it or, with `backwards`, at once.
+struct Copy {
+  char* to;
+  const char* from;
+  int n, there;
+
+  void happen() const {
+    std::memcpy(to, from, static_cast<size_t>(there));
+    std::memset(to + there, 0, static_cast<size_t>(n - there));
+  }
+};
 struct Fiber {
   ucontext_t start;
   jmp_buf at;
   std::unique_ptr<char[]> stack;
   bool begun = false, done = false;
+  std::vector<std::vector<Copy>> copies;  // by group, the last one open
 };
 
 // Where threads meet: of one warp, or of the block.
@@ -41,6 +53,7 @@ struct Machine {
   std::vector<float> given, taken;  // by thread, 8 numbers each: what lanes bring to a meeting and what they take from it
   std::vector<const void*> rows;
   std::unique_ptr<float[]> memory;
+  uintptr_t bytes = 0;
   ucontext_t home;
   jmp_buf back;
   const std::function<void()>* body = nullptr;
@@ -102,9 +115,14 @@ inline void run_block(int64_t block, int threads, int64_t shared, const std::fun
   m.given.assign(static_cast<size_t>(threads) * 8, 0);
   m.taken.assign(static_cast<size_t>(threads) * 8, 0);
   m.rows.assign(static_cast<size_t>(threads), nullptr);
-  m.memory.reset(new float[static_cast<size_t>(shared) / 4 + 64]);
-  std::memset(m.memory.get(), 0xff, static_cast<size_t>(shared) + 128);
-  for (int k = 0; k < threads; ++k) m.fibers[static_cast<size_t>(k)].begun = m.fibers[static_cast<size_t>(k)].done = false;
+  m.bytes = static_cast<uintptr_t>(shared) + 256;
+  m.memory.reset(new float[m.bytes / 4]);
+  std::memset(m.memory.get(), 0xff, m.bytes);
+  for (int k = 0; k < threads; ++k) {
+    Fiber& f = m.fibers[static_cast<size_t>(k)];
+    f.begun = f.done = false;
+    f.copies.assign(1, {});
+  }
   const int group = m.ahead ? 32 : threads;  // that goes on together until it waits for others
   while (m.left < threads) {
     const int64_t before = progress(threads);
@@ -142,6 +160,24 @@ inline void sync_block() {
 inline Meeting& own_warp() { return machine().warps[static_cast<size_t>(thread() / 32)]; }
 inline void sync_warp() {
   meet(own_warp(), "sync_warp", [] {});
+}
+inline void copy_async(char* to, const char* from, int n, int there) {
+  const auto shared = reinterpret_cast<uintptr_t>(machine().memory.get()), at = reinterpret_cast<uintptr_t>(to);
+  if (at % static_cast<uintptr_t>(n) || reinterpret_cast<uintptr_t>(from) % static_cast<uintptr_t>(n))
+    broken("a copy between misaligned addresses");
+  if (at < shared || at + static_cast<uintptr_t>(n) > shared + machine().bytes) broken("a copy to what is no shared memory");
+  const Copy copy{to, from, n, there};
+  if (machine().backwards) return copy.happen();
+  machine().fibers[static_cast<size_t>(thread())].copies.back().push_back(copy);
+}
+inline void copy_async16(char* to, const char* from, int bytes) { copy_async(to, from, 16, bytes); }
+inline void copy_async4(char* to, const char* from) { copy_async(to, from, 4, 4); }
+inline void copies_end() { machine().fibers[static_cast<size_t>(thread())].copies.emplace_back(); }
+template <int N>
+inline void wait_for_copies() {
+  auto& groups = machine().fibers[static_cast<size_t>(thread())].copies;
+  for (; groups.size() > N + 1; groups.erase(groups.begin()))
+    for (const Copy& c : groups.front()) c.happen();
 }
 inline float* given(int t) { return &machine().given[static_cast<size_t>(t) * 8]; }
 inline float* taken(int t) { return &machine().taken[static_cast<size_t>(t) * 8]; }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../edge_math.h"
-#include "memory.h"
+#include "arrivals.h"
 #include "precision.h"
 
 namespace ngk::cuda {
@@ -14,7 +14,7 @@ struct Eight {
 };
 // The 16 features cos | sin of 2 pi b w from column `first` on, or their derivatives by 2 pi b w. b: [count, channels]; w: of this lane's
 // first row. One at a time: the code is long.
-NGK_DEVICE Eight fourier_features(const float* b, int count, const float* w, int channels, int first, bool derivative) {
+NGK_SELDOM Eight fourier_features(const float* b, int count, const float* w, int channels, int first, bool derivative) {
   Eight f;
   NGK_ROLLED
   for (int k = 0; k < 4; ++k) {
@@ -49,6 +49,7 @@ struct Inputs {
   const Element* matrices;
   const float* constants;
   float *features, *feature_gradients, *hermite;
+  char* arrivals;
   // of a tile
   const Rows* block = nullptr;
   int turned = 0;
@@ -63,16 +64,17 @@ struct Inputs {
 
   // Copies what all warps read into shared memory. Every thread of the block comes here.
   NGK_DEVICE explicit Inputs(const Args& args) : g(args) {
-    features = placed_of_warp<float>(g.features, features_of_warp());
+    features = shared_of_warp<float>(g.features, features_of_warp());
     feature_gradients = features + 16 * g.channels;
     hermite = feature_gradients + 16 * g.channels;
-    float* own = placed<float>(g.constants_copied);
+    arrivals = shared_of_warp<char>(g.arrivals, AHEAD * sides() * arrival_bytes(g.channels));
+    float* own = shared<float>(g.constants_copied);
     NGK_ROLLED
     for (int64_t k = thread(); k < g.n_constants; k += WARPS * LANES) own[k] = g.constants[k];
     constants = own;
     matrices = static_cast<const Element*>(g.matrices);
     if (g.matrices_copied) {
-      float* copy = placed<float>(g.copied);
+      float* copy = shared<float>(g.copied);
       const float* from = static_cast<const float*>(g.matrices);
       const int64_t n = g.matrices_copied * static_cast<int64_t>(sizeof(Element)) / 16;
       NGK_ROLLED
@@ -82,16 +84,20 @@ struct Inputs {
     sync_block();
   }
 
-  // Of the edge of this lane, into the features of this side.
-  NGK_DEVICE void load_features(const Panel& panel, int64_t destination, int64_t number, bool there) {
-    const bool partner = side();
-    const Values& raw = partner ? block->partner_raw : block->raw;
-    const int64_t affine = partner ? block->partner_affine : block->affine;
+  NGK_DEVICE const Values& raw(int of) const { return of ? block->partner_raw : block->raw; }
+  // Where the values of tile `number` arrive, of a side.
+  NGK_DEVICE char* arrival(int64_t number, int of) const { return arrivals + (number % AHEAD * sides() + of) * arrival_bytes(g.channels); }
+
+  // Of the edge of this lane, from where it has arrived into the features of this side.
+  NGK_DEVICE void take_features(const char* from, bool there) {
+    const int64_t affine = side() ? block->partner_affine : block->affine;
+    const Values& values = raw(side());
+    const Dtype dtype = static_cast<Dtype>(values.dtype);
     NGK_ROLLED
     for (int c = 0; c < g.channels; ++c) {
       float x = 0;
-      if (there && raw.data) {
-        x = read_value<float>(element_of(raw, panel.copy, destination, number, c), static_cast<Dtype>(raw.dtype));
+      if (there && values.data) {
+        x = read_value<float>(from + (lane() * g.channels + c) * dtype_size(dtype), dtype);
         if (affine >= 0) x = fmaf(x, constants[affine], constants[affine + 1]);
       }
       features[lane() * g.channels + c] = x;

@@ -9,12 +9,17 @@
 #include "../inline.h"
 #if defined(__CUDACC__)
 #define NGK_DEVICE __device__ __forceinline__
+#define NGK_SELDOM __device__ __noinline__  // inlined where it is not run, its code costs registers all the same
 #define NGK_UNROLL _Pragma("unroll")
 #define NGK_ROLLED _Pragma("unroll 1")
+#define NGK_PRAGMA(x) _Pragma(#x)
+#define NGK_UNROLL_IF(x) NGK_PRAGMA(unroll(x) ? 8 : 1)
 #else
 #define NGK_DEVICE inline
+#define NGK_SELDOM inline
 #define NGK_UNROLL
 #define NGK_ROLLED
+#define NGK_UNROLL_IF(x)
 #include "emulation.h"
 #endif
 
@@ -52,6 +57,23 @@ NGK_DEVICE void load_transposed(uint32_t* r, const uint16_t* row) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(at)
                : "memory");
+}
+// Copies to shared memory that go on beside the lane's work: 16 bytes, all but the first `bytes` of them zero, or 4.
+NGK_DEVICE void copy_async16(char* to, const char* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes)
+               : "memory");
+}
+NGK_DEVICE void copy_async4(char* to, const char* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+// Ends a group of copies of this lane; waits until no more than the last `N` groups are on their way.
+NGK_DEVICE void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+NGK_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 NGK_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t r;

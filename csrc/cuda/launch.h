@@ -61,8 +61,10 @@ int launch_messages_128(int precision, bool backward, const Launch& l);
 int launch_options_16(int precision, bool backward, const Launch& l);
 int launch_options_32(int precision, bool backward, const Launch& l);
 int launch_options_64(int precision, bool backward, const Launch& l);
+int launch_options_128(int precision, bool backward, const Launch& l);
 int launch_attend_16(int precision, bool backward, const Launch& l);
 int launch_attend_32(int precision, bool backward, const Launch& l);
 int launch_attend_64(int precision, bool backward, const Launch& l);
+int launch_attend_128(int precision, bool backward, const Launch& l);
 
 }  // namespace ngk::cuda

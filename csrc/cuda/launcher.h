@@ -39,10 +39,10 @@ inline int launch_by_number(int kernel, const Launch& l) {
   }
   // PURPOSES of ngkernels/_cuda/launch.py: by purpose, width, precision, backward
   constexpr int (*wide[])(int, bool, const Launch&) = {launch_messages_16, launch_messages_32, launch_messages_64, launch_messages_128,
-                                                       launch_options_16,  launch_options_32,  launch_options_64,  nullptr,
-                                                       launch_attend_16,   launch_attend_32,   launch_attend_64,   nullptr};
+                                                       launch_options_16,  launch_options_32,  launch_options_64,  launch_options_128,
+                                                       launch_attend_16,   launch_attend_32,   launch_attend_64,   launch_attend_128};
   const int number = kernel - 16;
-  if (number < 0 || number >= 12 * 6 || !wide[number / 6]) return UNKNOWN;
+  if (number < 0 || number >= 12 * 6) return UNKNOWN;
   return wide[number / 6](number / 2 % 3, number % 2, l);
 }
 

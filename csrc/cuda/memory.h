@@ -26,6 +26,15 @@ template <class X>
 NGK_DEVICE X* placed_of_warp(const Place& p, int64_t size) {
   return placed<X>(p) + warp() * size;
 }
+// The same of what always lies in shared memory, which the compiler should know.
+template <class X>
+NGK_DEVICE X* shared(const Place& p) {
+  return reinterpret_cast<X*>(shared_memory() + static_cast<int>(p.offset));
+}
+template <class X>
+NGK_DEVICE X* shared_of_warp(const Place& p, int64_t size) {
+  return shared<X>(p) + warp() * static_cast<int>(size);
+}
 
 NGK_DEVICE char* element_of(const Values& v, int64_t copy, int64_t i, int64_t j, int64_t channel) {
   return reinterpret_cast<char*>(v.data) +

@@ -11,7 +11,8 @@
 namespace ngk::cuda {
 
 struct Bf16 {
-  using Element = uint16_t;  // of packed matrices and of staged rows
+  using Element = uint16_t;            // of packed matrices and of staged rows
+  static constexpr bool SHORT = true;  // a row of operands fits into registers
   struct Left {
     uint32_t r[4];
   };
@@ -62,6 +63,7 @@ struct Bf16 {
 template <bool EXACT>
 struct Tf32 {
   using Element = float;
+  static constexpr bool SHORT = false;
   struct Left {
     float r[8];
   };

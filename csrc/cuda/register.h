@@ -6,6 +6,17 @@
 
 namespace ngk::cuda {
 
+// act(z) and its derivative, of those with longer code.
+NGK_SELDOM Two other_activation(int kind, float z) {
+  Two x;
+  if (kind == GELU) {
+    gelu<Number>(z, x.v, x.v + 1);
+  } else {
+    act_scalar<float>(kind, z, x.v, x.v + 1);
+  }
+  return x;
+}
+
 // h = act(z) in place of z, and the derivative d of 8 numbers.
 NGK_DEVICE void activate8(int kind, float* v, float* d) {
   NGK_UNROLL
@@ -21,26 +32,30 @@ NGK_DEVICE void activate8(int kind, float* v, float* d) {
       case SIGMOID:
         logistic<Number>(v[k], &h, d + k);
         break;
-      case GELU:
-        gelu<Number>(v[k], &h, d + k);
-        break;
       default:
-        act_scalar<float>(kind, v[k], &h, d + k);
+        const Two x = other_activation(kind, v[k]);
+        h = x.v[0];
+        d[k] = x.v[1];
     }
     v[k] = h;
   }
 }
 
-// The register that a stage reads: in registers of its lane or, where partners have one too, where the last stage has left it.
-template <class Left, int KB, bool FULL>
+// A register where the last stage has left it, in the memory of its lane.
+template <class Left>
 struct Register {
-  Left r[KB];
-  NGK_DEVICE const Left& operator[](int k) const { return r[k]; }
-};
-template <class Left, int KB>
-struct Register<Left, KB, true> {
   const Left* at;
   NGK_DEVICE const Left& operator[](int k) const { return at[k * LANES]; }
+};
+// The same, taken out of there by precisions whose numbers are short: all fragments of the next stage read it.
+template <class Left, int KB>
+struct Held {
+  Left r[KB];
+  NGK_DEVICE explicit Held(const Register<Left>& from) {
+    NGK_UNROLL
+    for (int k = 0; k < KB; ++k) r[k] = from[k];
+  }
+  NGK_DEVICE const Left& operator[](int k) const { return r[k]; }
 };
 
 }  // namespace ngk::cuda

@@ -20,7 +20,7 @@ struct Sinks {
   Element* staged;
   // of a tile
   const Panel* panel = nullptr;
-  int64_t i = 0, source = 0, strip = 0, number = 0;  // destination, first source, which strip of sources and which tile it is
+  int row = 0, strip = 0, number = 0;  // of its destination in the panel, of its sources; which tile it is
   bool active = false;
 
   NGK_DEVICE Sinks(const Args& args, Evaluator<P, D, FULL>& e) : g(args), eval(e) {
@@ -28,7 +28,7 @@ struct Sinks {
     sums = placed_of_warp<float>(g.sums, g.n_sums * LANES * 4) + lane() * 4;
     waiting = placed_of_warp<float>(g.waiting, eval.sides() * KB * FRAGMENTS) + lane() * 8;
     gradients = placed<float>(g.gradients);
-    staged = placed<Element>(g.staged);
+    staged = P::SHORT ? shared<Element>(g.staged) : placed<Element>(g.staged);
     NGK_ROLLED
     for (int64_t k = 0; k < g.n_sums; ++k) store4(sums + k * LANES * 4, {{0, 0, 0, 0}});
     NGK_ROLLED
@@ -36,6 +36,7 @@ struct Sinks {
     sync_block();
   }
 
+  NGK_DEVICE int64_t source() const { return eval.line ? 0 : panel->j0 + strip * 16; }  // the first
   NGK_DEVICE bool wants_nodes() const { return g.need_nodes || g.need_parameters; }
   NGK_DEVICE bool wants_sources() const { return wants_nodes() || (FULL && g.combine == ATTEND); }
   // The gradient, columns 16 c .., that waits for the stage whose result was added to another, or normalised.
@@ -119,7 +120,7 @@ struct Sinks {
     float total = (odd ? x[1] : x[0]) + shuffle_xor(odd ? x[0] : x[1], 8);
     total += shuffle_xor(total, 4);
     if (!active || (lane() & 4)) return;
-    float* to = g.partial + (panel->rows_i + i - panel->i0) * g.sum_columns + column + (upper ? 8 : 0) + lane() % 4 * 2 + (odd ? 1 : 0);
+    float* to = g.partial + (panel->rows_i + row) * g.sum_columns + column + (upper ? 8 : 0) + lane() % 4 * 2 + (odd ? 1 : 0);
     *to = strip && !eval.line ? *to + total : total;
   }
   // Adds v times the rows' factors, row by row, to this lane's own numbers.
@@ -145,13 +146,13 @@ struct Sinks {
     const int total_width = stage.width * stage.halves;
     NGK_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const int row = lane() / 4 + 8 * r;
-      const float *rise = eval.hermite + row * HERMITE + 6, cell = eval.hermite[row * HERMITE + 12];
+      const int edge = lane() / 4 + 8 * r;
+      const float *rise = eval.hermite + edge * HERMITE + 6, cell = eval.hermite[edge * HERMITE + 12];
       const float* line = eval.table_line(stage, cell < 0 ? 0 : static_cast<int64_t>(cell), h, c);
-      const int64_t place = (panel->slot + number * 16 + row) * eval.sides() + eval.side();
+      const int64_t place = (panel->slot + number * 16 + edge) * eval.sides() + eval.side();
       if (active && g.need_table && h == 0 && c == 0 && lane() % 4 == 0) {
         g.cells[place] = eval.ok[r] && cell >= 0 ? static_cast<int32_t>(eval.direction() * g.table_nodes + static_cast<int64_t>(cell)) : -1;
-        g.places[place] = eval.features[row];
+        g.places[place] = eval.features[edge];
       }
       NGK_UNROLL
       for (int e = 0; e < 4; ++e) {
@@ -181,7 +182,7 @@ struct Sinks {
     sync_warp();
     if (!g.need_raw || !active || lane() >= 16) return;
     const Rows& rows = *eval.block;
-    const typename Evaluator<P, D, FULL>::Edge e = eval.edge(*panel, source, lane());
+    const typename Evaluator<P, D, FULL>::Edge e = eval.edge(*panel, source(), lane());
     if (!e.ok || (FULL && rows.diagonal && e.source != eval.destination)) return;
     const float *own = eval.feature_gradients + lane() * g.channels, *partners = own + eval.features_of_side();
     const bool both = FULL && g.live;
@@ -210,7 +211,8 @@ struct Sinks {
     for (int k = 0; k < 8; ++k) {
       const int column = c * 16 + eval.column_of(k);
       if (!eval.ok[k / 2 % 2] || column >= g.carrier_width) continue;
-      char* p = element_of(to, panel->copy, eval.destination, partner ? eval.partner_place[k / 2 % 2] : eval.place[k / 2 % 2], column);
+      const auto edge = eval.edge(*panel, source(), eval.row_of(k));
+      char* p = element_of(to, panel->copy, eval.destination, partner ? edge.partner : edge.place, column);
       write_value<float>(p, dtype, partner ? v[k] + read_value<float>(p, dtype) : v[k]);
     }
   }

@@ -8,11 +8,12 @@ namespace ngk::cuda {
 struct Walk {
   const Panel* panel;
   bool lines;  // each of them is a strip of its own
-  int64_t own, height, most = 0;
+  int own, height, most = 0;
 
-  static NGK_DEVICE int64_t tiles(const Panel& p) { return (p.i1 - p.i0) * ((p.j1 - p.j0 + 15) / 16); }
+  static NGK_DEVICE int tiles(const Panel& p) { return static_cast<int>((p.i1 - p.i0) * ((p.j1 - p.j0 + 15) / 16)); }
 
-  NGK_DEVICE explicit Walk(const Args& g) {
+  template <class Evaluator>
+  NGK_DEVICE Walk(const Args& g, Evaluator& eval) {
     const int64_t first = g.first_panel + block() * WARPS, number = first + warp();
     NGK_ROLLED
     for (int w = 0; w < WARPS; ++w)
@@ -20,23 +21,23 @@ struct Walk {
     panel = g.panels + (number < g.n_panels ? number : first);
     lines = g.blocks[panel->block].lines;
     own = number < g.n_panels ? tiles(*panel) : 0;
-    height = lines ? 1 : panel->i1 - panel->i0;
+    height = lines ? 1 : static_cast<int>(panel->i1 - panel->i0);
+    eval.begin(*panel, own > 0, true);
   }
 
   template <class Evaluator, class Back>
-  NGK_DEVICE void enter(int64_t at, Evaluator& eval, Back& back) const {
+  NGK_DEVICE void enter(int at, Evaluator& eval, Back& back) const {
     back.panel = panel;
     back.active = at < own;
     back.number = at;
     back.strip = back.active ? at / height : 0;
-    back.i = !back.active ? panel->i0 : lines ? panel->i0 + at : panel->i0 + at % height;
-    back.source = lines ? 0 : panel->j0 + back.strip * 16;
+    back.row = !back.active ? 0 : lines ? at : at % height;
     if (at % height == 0) back.clear_sources();
-    eval.tile(*panel, back.i, back.source, back.active);
+    eval.tile(*panel, panel->i0 + back.row, lines ? 0 : panel->j0 + back.strip * 16, back.active);
     back.clear_features();
   }
   template <class Back>
-  NGK_DEVICE void leave(int64_t at, Back& back) const {
+  NGK_DEVICE void leave(int at, Back& back) const {
     back.write_features();
     if (back.active && (at + 1) % height == 0) back.write_sources();
   }

@@ -22,9 +22,9 @@ FIELDS = (
     "free_0", "free_1", "inputs_buffer", "live", "partner_0", "partner_1", "partner_inputs", "sum_columns", "q", "k", "v", "lse", "delta", "grad_out", "grad_sums",
     "heads", "dk", "dv", "de", "multiply", "summed", "attention_columns", "dropped_below", "seed", "scale", "keep",
 )  # fmt: skip
-PLACES = ("features", "stash", "carry", "statistics", "sources", "sums", "waiting", "scores", "copied", "constants_copied", "staged", "gradients")  # args.h
-SHARED_FIRST = ("constants_copied", "features", "staged", "scores", "carry", "statistics", "stash", "sources", "waiting", "sums", "copied", "gradients")
-STATISTIC_PLANES, MESSAGE_PLANES, HERMITE, LANES = 6, 7, 16, 32
+PLACES = ("features", "arrivals", "stash", "carry", "statistics", "sources", "sums", "waiting", "scores", "copied", "constants_copied", "staged", "gradients")  # args.h
+SHARED_FIRST = ("constants_copied", "features", "arrivals", "staged", "scores", "carry", "statistics", "stash", "sources", "waiting", "sums", "copied", "gradients")
+STATISTIC_PLANES, MESSAGE_PLANES, HERMITE, LANES, AHEAD = 6, 7, 16, 32, 2
 NO_VALUES = (0,) * 6
 
 
@@ -59,6 +59,8 @@ class Call:
         self.work = self.plan.work(tuple(k for k in self.plan.active if self.owned(values, self.plan.rows[k]) is not None) if emits else None)
         self.precision = launch.precision(low, tf32)
         self.n_nodes = self.xs[0].shape[0] if self.xs else nodes
+        if self.n_nodes >= 1 << 30:
+            raise Unsupported(f"graphs of {self.n_nodes} neurons, 2^30 or more")
         self.weights, w, x = e.weights, len(e.weights), len(e.xs)
         grads = grads or []
         self.grad_weights, self.grad_xs = grads[:w], grads[w : w + x]
@@ -90,10 +92,10 @@ class Call:
         r, partner = self.plan.rows[k], turned(self.plan.rows[k])
         affine, partner_affine = (-1 if self.low.affine < 0 or end.weight < 0 else self.low.affine + 2 * end.weight for end in (r, partner))
         direction, partner_direction = (end.variant if self.low.directions > 1 else 0 for end in (r, partner))
-        listed = k in self.plan.lists
+        listed = k in self.plan.lines
         sparse = KINDS[r.kind] == SPARSE
         head = [r.n_src, r.n_dst, r.src, r.dst, r.node_stride, r.out, r.out_stride, direction, affine, int(self.work.added[k])]
-        head += [t.data_ptr() for t in self.plan.lists[k]] if listed else [0, 0]
+        head += [t.data_ptr() for t in self.plan.lines[k]] if listed else [0, 0]
         head += [int(sparse and r.src_axis == 2), partner_direction, partner_affine, int(sparse and r.partner_axis == 2)]
         head += [int(bool(r.flags & flag)) for flag in (TOKEN, SPARSE_RAW, SAME)]
         raw = (self._raw(tensors, r) for tensors in (self.weights, self.grad_weights))
@@ -181,8 +183,9 @@ class Call:
         element = 2 if self.precision == "bf16" else 4
         found = {
             "features": warp * 16 * (2 * low.channels + (HERMITE if low.steps >= 0 else 0)) * self.sides,
+            "arrivals": WARPS * AHEAD * self.sides * (16 * low.channels * 4 + 16),
             "stash": warp * low.slots * kb * 256 * self.sides,
-            "carry": WARPS * kb * LANES * 8 * element * (4 if low.full else 1),
+            "carry": WARPS * kb * LANES * 8 * element * (4 if low.full else 3),
             "copied": low.matrices.size * element,
             "constants_copied": 4 * low.constants.size,
         }
@@ -214,7 +217,7 @@ class Call:
                 inside[name] = (used, size)
                 used += size
                 copied = self.low.matrices.size if name == "copied" else copied
-            elif name in ("constants_copied", "features", "staged", "scores"):
+            elif name in ("constants_copied", "features", "arrivals", "scores") or (name == "staged" and self.precision == "bf16"):  # ldmatrix, cp.async
                 raise Unsupported(f"{name} of {size} bytes beside {used} in {limit} bytes of shared memory: registers this wide, rounded to {self.precision},")
             elif name != "copied":
                 outside[name] = size

@@ -18,7 +18,6 @@ from ..program import Term
 from . import packing
 
 WIDTHS = (16, 32, 64, 128)  # columns of a register
-WIDEST = 64  # of kernels with all options, and of attention
 FROM_RAW, FROM_REGISTER, FROM_TABLE, FROM_NODES, FROM_COPY, FROM_FOURIER, FROM_NORM = range(7)
 
 
@@ -192,8 +191,6 @@ class _Lowering:
         self.full = self.combine == prog.ATTEND or any(s["masked"] or s["source"] == FROM_NORM or s.get("reverse", -1) >= 0 for s in self.stages)
         if most > WIDTHS[-1]:
             raise Unsupported(f"registers of {most} columns, more than {WIDTHS[-1]}")
-        if self.full and most > WIDEST:
-            raise Unsupported(f"registers of {most} columns, more than {WIDEST}, in attention or beside layer norms, tokens or reverse partners")
         return next(w for w in WIDTHS if most <= w)
 
     # ---- places ----

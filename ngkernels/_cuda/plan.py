@@ -1,7 +1,7 @@
 """The blocks of a graph as panels: rectangles of edges, one for each warp, and the order in which partial results are summed.
 
 The cut of a block depends on its own size alone and every sum runs in the order of the panels, so results are bitwise the same from run to
-run and for a network alone or in a batch. All of it is made once for a graph and kept on the device.
+run and for a network alone or in a batch. All of it is made once for a graph, on the device, and kept there.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import OrderedDict, namedtuple
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from ..edge_index import read_lists
@@ -23,28 +22,29 @@ WARPS = 4  # panels of a block of threads
 
 class Lines(NamedTuple):
     """Edges one by one, as lines: up to TILE edges of one destination. lines [n, 3]: destination, first edge, edges; edges [e, 3]: source,
-    number, partner's number."""
+    number, partner's number; int64."""
 
-    lines: np.ndarray
-    edges: np.ndarray
+    lines: torch.Tensor
+    edges: torch.Tensor
 
     @classmethod
     def of(cls, row: Row, topology: torch.Tensor) -> Lines:
+        """On the device of the topology table."""
         if KINDS[row.kind] == DIAGONAL:
-            n = np.arange(row.n_src)
-            return cls(np.stack([n, n, np.ones_like(n)], 1), np.stack([n, n, n], 1))
-        dst, src, number, partner = (t.numpy() for t in read_lists(topology[row.lists :], row.count))
+            n = torch.arange(row.n_src, device=topology.device)
+            return cls(torch.stack([n, n, torch.ones_like(n)], 1), torch.stack([n, n, n], 1))
+        dst, src, number, partner = read_lists(topology[row.lists :], row.count)
         if row.turned:
             dst, src, number, partner = src, dst, partner, number
-            order = np.lexsort((src, dst))
+            order = (dst * row.n_src + src).argsort(stable=True)
             order = order[(dst != src)[order]] if row.src == row.dst else order  # a neuron's pair with itself is its own partner
             dst, src, number, partner = dst[order], src[order], number[order], partner[order]
-        begins = np.flatnonzero(np.diff(dst, prepend=-1))
-        degree = np.diff(begins, append=len(dst))
-        parts = -(-degree // TILE)
-        first = np.repeat(begins, parts) + _within(parts) * TILE
-        count = np.minimum(TILE, np.repeat(begins + degree, parts) - first)
-        return cls(np.stack([dst[first], first, count], 1), np.stack([src, number, partner], 1))
+        found, degree = dst.unique_consecutive(return_counts=True)
+        parts = ceil_div(degree, TILE)
+        within = _within(parts) * TILE
+        first = (degree.cumsum(0) - degree).repeat_interleave(parts) + within
+        count = (degree.repeat_interleave(parts) - within).clamp(max=TILE)
+        return cls(torch.stack([found.repeat_interleave(parts), first, count], 1), torch.stack([src, number, partner], 1))
 
 
 class Sums(NamedTuple):
@@ -84,7 +84,7 @@ def directed(r: Row) -> list[Row]:
     return [r] * bool(r.flags & FORWARD) + [turned(r)] * bool(r.flags & PARTNER)
 
 
-def ceil_div(a: int, b: int) -> int:
+def ceil_div(a, b: int):
     return -(-a // b)
 
 
@@ -112,8 +112,9 @@ class Plan:
         self.rows = [found for r in rows for found in directed(r)]
         self.device = device
         self.active = [k for k, r in enumerate(self.rows) if r.copies and (r.count if KINDS[r.kind] == SPARSE else r.n_src and r.n_dst)]
-        self.lines = {k: Lines.of(self.rows[k], topology) for k in self.active if KINDS[self.rows[k].kind] in (DIAGONAL, SPARSE)}
-        self.lists = {k: tuple(torch.from_numpy(np.ascontiguousarray(t, np.int64)).to(device) for t in found) for k, found in self.lines.items()}
+        listed = [k for k in self.active if KINDS[self.rows[k].kind] in (DIAGONAL, SPARSE)]
+        topology = topology.to(device) if listed else topology
+        self.lines = {k: Lines.of(self.rows[k], topology) for k in listed}
         self.active = [k for k in self.active if k not in self.lines or len(self.lines[k].lines)]
         self._works: dict = {}
         self._degrees: dict = {}
@@ -121,15 +122,16 @@ class Plan:
     def degrees(self, rows: int) -> torch.Tensor:
         """Number of messages of every output row, at least 1, float32 [rows]."""
         if rows not in self._degrees:
-            count = np.zeros(rows, np.int64)
+            count = torch.zeros(rows, dtype=torch.int64, device=self.device)
             for k in self.active:
-                r, base = self.rows[k], np.arange(self.rows[k].copies)[:, None]
+                r = self.rows[k]
+                first = r.out + torch.arange(r.copies, device=self.device)[:, None] * r.out_stride
                 if k in self.lines:
                     dst, _, messages = self.lines[k].lines.T
-                    np.add.at(count, (r.out + base * r.out_stride + dst).reshape(-1), np.tile(messages, r.copies))
+                    count.index_add_(0, (first + dst).flatten(), messages.repeat(r.copies))
                 else:
-                    count[(r.out + base * r.out_stride + np.arange(r.n_dst)).reshape(-1)] += r.n_src
-            self._degrees[rows] = torch.from_numpy(np.maximum(count, 1)).to(self.device, torch.float32)
+                    count[(first + torch.arange(r.n_dst, device=self.device)).flatten()] += r.n_src
+            self._degrees[rows] = count.clamp(min=1).float()
         return self._degrees[rows]
 
     def work(self, active: tuple[int, ...] | None = None) -> Work:
@@ -162,21 +164,26 @@ class Work:
                 found[read] = turns[k] + 1
         return turns, added
 
-    def _panels(self, k: int, size: tuple[int, int]) -> np.ndarray:
+    def _panels(self, k: int, size: tuple[int, int]) -> torch.Tensor:
         """[n, len(PANEL)] of one block; partial rows and slots are still their numbers: destinations, sources, edges in whole tiles."""
         row, (tall, wide) = self.rows[k], size
         if k in self.lines:
             row, (tall, wide) = row._replace(n_dst=len(self.lines[k].lines), n_src=TILE), (TILE, TILE)
-        copy, j0, i0 = (a.reshape(-1) for a in np.meshgrid(np.arange(row.copies), np.arange(0, row.n_src, wide), np.arange(0, row.n_dst, tall), indexing="ij"))
-        i1, j1 = np.minimum(i0 + tall, row.n_dst), np.minimum(j0 + wide, row.n_src)
-        return np.stack([np.full_like(i0, self.active.index(k)), copy, i0, i1, j0, j1, i1 - i0, (i1 - i0) * TILE if k in self.lines else j1 - j0, (i1 - i0) * -(-(j1 - j0) // TILE) * TILE], 1).astype(np.int64)
+        axes = (torch.arange(0, n, step, device=self.device) for n, step in ((row.copies, 1), (row.n_src, wide), (row.n_dst, tall)))
+        copy, j0, i0 = (a.flatten() for a in torch.meshgrid(*axes, indexing="ij"))
+        i1, j1 = (i0 + tall).clamp(max=row.n_dst), (j0 + wide).clamp(max=row.n_src)
+        sources = (i1 - i0) * TILE if k in self.lines else j1 - j0
+        return torch.stack([torch.full_like(i0, self.active.index(k)), copy, i0, i1, j0, j1, i1 - i0, sources, (i1 - i0) * ceil_div(j1 - j0, TILE) * TILE], 1)
+
+    def _all(self, panels: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([torch.zeros(0, len(PANEL), dtype=torch.int64, device=self.device), *panels])
 
     def reduce(self) -> Launch:
         """All panels of a forward pass; a partial row for each destination of a panel."""
         if "reduce" not in self._launches:
-            panels = np.concatenate([np.zeros((0, len(PANEL)), np.int64), *(self._panels(k, forward_panel(self.rows[k])) for k in self.active)])
-            count = panels[:, 6].copy()
-            panels[:, 6] = np.cumsum(count) - count
+            panels = self._all([self._panels(k, forward_panel(self.rows[k])) for k in self.active])
+            count = panels[:, 6].clone()
+            panels[:, 6] = count.cumsum(0) - count
             panels[:, 7:] = 0
             keys, messages = self._keys(panels, count, "out", "out_stride", False)
             self._launches["reduce"] = self._launch(panels, keys, messages, 0)
@@ -191,62 +198,58 @@ class Work:
         return self._launches[key]
 
     def _of_turn(self, turn: int, nodes: int, row_bytes: int, slot_bytes: int, block_bytes: int, budget: int) -> list[Launch]:
-        panels = [self._panels(k, backward_panel(self.rows[k])) for k in self.active if self.turns[k] == turn]
-        panels = np.concatenate([np.zeros((0, len(PANEL)), np.int64), *panels])
-        if not len(panels):
-            return []
+        panels = self._all([self._panels(k, backward_panel(self.rows[k])) for k in self.active if self.turns[k] == turn])
         size = (panels[:, 6] + panels[:, 7]) * row_bytes + panels[:, 8] * slot_bytes + block_bytes // WARPS
-        number = (np.cumsum(size) - size) // budget
-        ends = np.flatnonzero(np.diff(number, append=-1)) + 1
-        ends = np.unique(np.minimum(-(-ends // WARPS) * WARPS, len(panels)))  # whole blocks of threads
+        ends = ((size.cumsum(0) - size) // budget).unique_consecutive(return_counts=True)[1].cumsum(0)
+        ends = (ceil_div(ends, WARPS) * WARPS).clamp(max=len(panels)).unique().tolist()  # whole blocks of threads
         launches = []
-        for a, b in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
-            part = panels[a:b].copy()
-            tall, wide, slots = part[:, 6].copy(), part[:, 7].copy(), part[:, 8].copy()
-            part[:, 6] = np.cumsum(tall + wide) - tall - wide
+        for a, b in zip([0, *ends[:-1]], ends, strict=True):
+            part = panels[a:b].clone()
+            tall, wide, slots = part[:, 6].clone(), part[:, 7].clone(), part[:, 8].clone()
+            part[:, 6] = (tall + wide).cumsum(0) - tall - wide
             part[:, 7] = part[:, 6] + tall
-            part[:, 8] = np.cumsum(slots) - slots
-            keys = np.empty(int((tall + wide).sum()), np.int64)
+            part[:, 8] = slots.cumsum(0) - slots
+            keys = part.new_empty(int((tall + wide).sum()))
             keys[_runs(part[:, 6], tall)] = self._keys(part, tall, "dst", "node_stride", False)[0]
             found = self._keys(part, wide, "src", "node_stride", True)[0]
-            keys[_runs(part[:, 7], wide)] = np.where(found >= 0, nodes + found, -1)
-            launches.append(self._launch(part, keys, np.zeros(len(keys), np.int64), int(slots.sum())))
+            keys[_runs(part[:, 7], wide)] = torch.where(found >= 0, nodes + found, -1)
+            launches.append(self._launch(part, keys, torch.zeros_like(keys), int(slots.sum())))
         return launches
 
-    def _keys(self, panels: np.ndarray, count: np.ndarray, first: str, stride: str, sources: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _keys(self, panels: torch.Tensor, count: torch.Tensor, first: str, stride: str, sources: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Of `count` partial rows of each panel, of its destinations or `sources`: the nodes or output rows that they belong to (-1: none),
         and the messages of each."""
-        start = np.array([[getattr(self.rows[k], first), getattr(self.rows[k], stride)] for k in self.active], np.int64).reshape(-1, 2)[panels[:, 0]]
-        owner, within = np.repeat(np.arange(len(panels)), count), _within(count)
+        starts = [[getattr(self.rows[k], first), getattr(self.rows[k], stride)] for k in self.active]
+        start = torch.tensor(starts, dtype=torch.int64, device=self.device).reshape(-1, 2)[panels[:, 0]]
+        owner, within = torch.arange(len(panels), device=self.device).repeat_interleave(count), _within(count)
         place = panels[owner, 4 if sources else 2] + within
         messages = (panels[:, 5] - panels[:, 4])[owner]
         for number, k in enumerate(self.active):
             if k not in self.lines:
                 continue
-            mine = np.flatnonzero(panels[owner, 0] == number)
+            mine = (panels[owner, 0] == number).nonzero().flatten()
             lines, edges = self.lines[k]
-            line = panels[owner[mine], 2] + (within[mine] // TILE if sources else within[mine])
-            dst, begin, messages[mine] = lines[line].T
+            dst, begin, messages[mine] = lines[panels[owner[mine], 2] + (within[mine] // TILE if sources else within[mine])].T
             r = within[mine] % TILE
-            place[mine] = np.where(r < messages[mine], edges[begin + np.minimum(r, messages[mine] - 1), 0], -1) if sources else dst
-        return np.where(place >= 0, start[owner, 0] + panels[owner, 1] * start[owner, 1] + place, -1), messages
+            place[mine] = torch.where(r < messages[mine], edges[begin + torch.minimum(r, messages[mine] - 1), 0], -1) if sources else dst
+        return torch.where(place >= 0, start[owner, 0] + panels[owner, 1] * start[owner, 1] + place, -1), messages
 
-    def _launch(self, panels: np.ndarray, keys: np.ndarray, messages: np.ndarray, slots: int) -> Launch:
-        order = np.argsort(keys, kind="stable")
+    def _launch(self, panels: torch.Tensor, keys: torch.Tensor, messages: torch.Tensor, slots: int) -> Launch:
+        order = keys.argsort(stable=True)
         order = order[keys[order] >= 0]
-        found, starts = np.unique(keys[order], return_index=True)
-        tables = (found, np.append(starts, len(order)), order, messages)
-        sums = Sums(*(torch.from_numpy(np.ascontiguousarray(t, np.int64)).to(self.device) for t in tables))
-        return Launch(torch.from_numpy(np.ascontiguousarray(panels)).to(self.device), len(panels), len(keys), slots, sums)
+        found, count = keys[order].unique_consecutive(return_counts=True)
+        starts = torch.cat([count.new_zeros(1), count.cumsum(0)])
+        return Launch(panels.contiguous(), len(panels), len(keys), slots, Sums(found, starts, order, messages))
 
 
-def _within(count: np.ndarray) -> np.ndarray:
-    return np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+def _within(count: torch.Tensor) -> torch.Tensor:
+    total = torch.arange(int(count.sum()), device=count.device)
+    return total - (count.cumsum(0) - count).repeat_interleave(count)
 
 
-def _runs(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+def _runs(first: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """first[k] .. first[k] + count[k] - 1, one run after the other."""
-    return np.repeat(first, count) + _within(count)
+    return first.repeat_interleave(count) + _within(count)
 
 
 _by_content: OrderedDict = OrderedDict()

@@ -1,0 +1,57 @@
+// Raw features of the tiles to come, on their way into shared memory while a warp works on those before.
+#pragma once
+
+#include "memory.h"
+
+namespace ngk::cuda {
+
+// Where a warp is in its panel: 16 sources of destination i from j on, or line i. Tiles go on by destination or, in strips, by source.
+struct Tile {
+  int64_t i = 0, j = 0;
+  bool there = false, strips = false;
+
+  NGK_DEVICE void next(const Panel& p) {
+    if (strips) {
+      if (++i < p.i1) return;
+      i = p.i0;
+      there = there && (j += 16) < p.j1;
+    } else {
+      if ((j += 16) < p.j1) return;
+      j = p.j0;
+      there = there && ++i < p.i1;
+    }
+  }
+};
+
+constexpr int AHEAD = 2;  // tiles that are on their way at a time
+
+// Of one tile and side: the elements of 16 edges, behind what lies before them in their first 16 bytes.
+NGK_DEVICE int64_t arrival_bytes(int64_t channels) { return 16 * channels * 4 + 16; }
+
+// Whether the numbers of neighbouring sources are neighbours in memory.
+NGK_DEVICE bool in_a_row(const Values& v, int64_t channels) { return v.src == channels && (v.channel == 1 || channels == 1); }
+NGK_DEVICE int before(const char* p) { return static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16); }
+
+// Copies the values of sources from `first` on, `edges` of them, by whole lines of 16 bytes: all lanes together.
+NGK_DEVICE void fetch_row(const Values& v, int64_t copy, int64_t destination, int64_t first, int edges, int64_t channels, char* to) {
+  const char* from = element_of(v, copy, destination, first, 0);
+  const int skipped = before(from), bytes = skipped + edges * static_cast<int>(channels) * dtype_size(static_cast<Dtype>(v.dtype));
+  NGK_ROLLED
+  for (int at = lane() * 16; at < bytes; at += LANES * 16) copy_async16(to + at, from - skipped + at, bytes - at < 16 ? bytes - at : 16);
+}
+// Copies those of one edge: the lane's own.
+NGK_DEVICE void fetch_edge(const Values& v, int64_t copy, int64_t destination, int64_t number, int row, int64_t channels, char* to) {
+  const int size = dtype_size(static_cast<Dtype>(v.dtype));
+  NGK_ROLLED
+  for (int64_t c = 0; c < channels; ++c) {
+    const char* from = element_of(v, copy, destination, number, c);
+    char* at = to + (row * channels + c) * size;
+    if (size == 4) {
+      copy_async4(at, from);
+    } else {
+      std::memcpy(at, from, 2);  // less than what can be copied on the side
+    }
+  }
+}
+
+}  // namespace ngk::cuda
