@@ -55,12 +55,12 @@ class Contender:
         return f"{self.provider.name}-{self.precision}"
 
 
-TRITON = Provider("ngk-triton", "ngkernels, Triton kernels", backend="triton")
+OURS = (Provider("ngk-triton", "ngkernels, Triton kernels", backend="triton"), Provider("ngk-cuda", "ngkernels, CUDA kernels", backend="cuda"))
 
 
 def contenders(plan: Plan, quick: bool) -> list[Contender]:
-    """Every provider in every precision; for a first look the Triton kernels in each, rivals in one."""
-    found = [Contender(TRITON, precision) for precision in LIMITS]
+    """Every provider in every precision; for a first look our kernels in each, rivals in one."""
+    found = [Contender(provider, precision) for provider in OURS for precision in LIMITS]
     return found + [Contender(PROVIDERS[name], precision) for precision in (["tf32"] if quick else LIMITS) for name in plan.rivals]
 
 

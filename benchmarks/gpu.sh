@@ -58,7 +58,23 @@ if [ -n "${LONG:-}" ]; then
     done
     step others env NGKERNELS_TEST_BACKENDS=reference,cpp,triton "$PY" -m pytest -q -p no:cacheprovider -m 'not slow and not big'
 fi
-LINES_SHOWN=60 step timings "$PY" -m benchmarks.gpu $([ -n "${LONG:-}" ] || echo --quick)
+LINES_SHOWN=80 step timings "$PY" -m benchmarks.gpu $([ -n "${LONG:-}" ] || echo --quick)
+# Nsight Compute, where it is and may count: how near the CUDA kernels come to what the device can do, over a million edges.
+ncu=$(command -v ncu || echo /usr/local/cuda/bin/ncu)
+if [ -x "$ncu" ]; then
+    step ncu "$ncu" --section SpeedOfLight --section Occupancy --section WarpStateStats --kernel-name regex:entry --launch-count 60 "$PY" -c "
+import torch, ngkernels as ngk
+from ngkernels import tune
+for purpose, paired in tune.PURPOSES.items():
+    for columns in (32, 64):
+        with ngk.use_backend('cuda'), torch.autocast('cuda', torch.bfloat16):
+            tune.step_of(columns, paired, torch.device('cuda'), purpose == 'attend')()"
+else
+    echo "== ncu is not there: no figures of Nsight Compute"
+fi
+if [ -n "${LONG:-}" ]; then
+    step tune env NGKERNELS_TILES="$OUT/tiles.json" NGKERNELS_FASTER="$OUT/faster.json" "$PY" -m ngkernels.tune
+fi
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed: ${failed[*]}; see $OUT"
     exit 1

@@ -128,6 +128,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+def forced() -> str | None:
+    """The name that `use_backend` or the environment forces."""
+    return _forced[-1] if _forced else os.environ.get("NGKERNELS_BACKEND") or None
+
+
 def kind_of(device: torch.device) -> str:
     """The type of a device; "cpu" for "meta", whose tensors stand for those of a CPU while a plan is made."""
     return "cpu" if device.type == "meta" else device.type
@@ -142,13 +147,13 @@ def choose(op: str, device: torch.device) -> int:
     """
     global _warned
     device = torch.device(kind_of(device)) if device.type == "meta" else device
-    forced = _forced[-1] if _forced else os.environ.get("NGKERNELS_BACKEND")
-    if forced:
-        reason = why_not(_check_name(forced), device)
+    name = forced()
+    if name:
+        reason = why_not(_check_name(name), device)
         if reason:
             table = "; ".join(f"{b}: {why_not(b, device) or 'runs'}" for b in BACKENDS)
-            raise NotImplementedError(f"{op}: backend {forced!r} was forced but {reason} ({table})")
-        return BACKENDS.index(forced)
+            raise NotImplementedError(f"{op}: backend {name!r} was forced but {reason} ({table})")
+        return BACKENDS.index(name)
     best = {"cpu": "cpp", "cuda": "triton"}.get(device.type)
     if best is None:
         return BACKENDS.index("reference")

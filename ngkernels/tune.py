@@ -1,7 +1,8 @@
-"""Measures sizes of tiles for the Triton kernels: `python -m ngkernels.tune` writes the best of each kind for the GPU at hand.
+"""Measures sizes of tiles for the Triton kernels: `python -m ngkernels.tune` writes the best of each kind for the GPU at hand, and for each
+class of expressions which of the Triton and the CUDA kernels are faster.
 
-Ops read the file, never write it: nothing is measured behind anybody's back. It lies at NGKERNELS_TILES, else in the user's cache folder,
-and can be copied to other machines with the same architecture.
+Ops read the files, never write them: nothing is measured behind anybody's back. They lie at NGKERNELS_TILES and NGKERNELS_FASTER, else in
+the user's cache folder, and can be copied to other machines with the same architecture.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import torch
 
 import ngkernels as ngk
 from ngkernels import backends
+from ngkernels.ops import faster
 
 EDGES, WARPS = (16, 32, 64), (2, 4, 8)
 # What is measured of each class of registers (sizes.Kind): columns of states. Attention's registers hold queries, keys and values beside one another.
 STATES = {(32, False): 32, (64, False): 64, (128, False): 128, (64, True): 16, (128, True): 32, (1 << 30, True): 64}
+PURPOSES = {"messages": False, "options": True, "attend": True}  # faster.Shape, and whether its steps have a pair update
 
 
-def step_of(width: int, paired: bool, device: torch.device) -> Callable[[], None]:
-    """A training step over about a million edges with states of so many columns: messages after one update, or attention along edges after a
-    pair update."""
+def step_of(width: int, paired: bool, device: torch.device, attention: bool = True) -> Callable[[], None]:
+    """A training step over about a million edges with states of so many columns: messages after one update, or attention along edges, or
+    messages, after a pair update."""
     g = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int) -> torch.Tensor:
@@ -37,7 +40,7 @@ def step_of(width: int, paired: bool, device: torch.device) -> Callable[[], None
     edges = edges.update(x, square[0], square[1], square[2], None, square[3], None, activation="silu", **more)
 
     def step() -> None:
-        if paired:
+        if paired and attention:
             out = ngk.attend(edges, x, x, x, square[0], square[1], square[2], square[5], heads=8, over="edges")
         else:
             out = ngk.aggregate(edges, ngk.Message.gate(x, square[4], None, square[1], square[2]), ("mean", "max"))
@@ -97,6 +100,19 @@ def measured(device: torch.device, capability: tuple[int, int], clock: Callable[
             yield kind, best([sizes.usual(kind, capability), *map(sizes.Size._make, itertools.product(EDGES, WARPS))], measure)
 
 
+def compared(device: torch.device, clock: Callable[[Callable[[], None]], float] = seconds) -> Iterator[tuple[faster.Shape, str]]:
+    """(class of expressions, the backend that runs it faster) of every class; Triton's sizes of tiles should be measured first."""
+    for (purpose, paired), columns, exact in itertools.product(PURPOSES.items(), faster.COLUMNS, (False, True)):
+        step = step_of(columns, paired, device, purpose == "attend")
+
+        def measure(backend, step=step, exact=exact) -> float:
+            torch.set_float32_matmul_precision("highest")
+            with ngk.use_backend(backend), torch.autocast(device.type, torch.bfloat16, enabled=not exact):
+                return clock(step)
+
+        yield faster.Shape(purpose, columns, exact), best(("triton", "cuda"), measure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=backends.tiles_path())
@@ -113,6 +129,14 @@ def main() -> None:
         print(f"{kind}: {size}", flush=True)
     sizes.write(out, capability, found)
     print(f"written to {out}")
+    if reason := backends.why_not("cuda", device):
+        return print(f"not compared with the CUDA kernels: {reason}")
+    shapes = {}
+    for shape, backend in compared(device):
+        shapes[shape] = backend
+        print(f"{shape}: {backend}", flush=True)
+    faster.write(faster.path(), capability, shapes)
+    print(f"written to {faster.path()}")
 
 
 if __name__ == "__main__":

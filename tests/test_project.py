@@ -40,6 +40,7 @@ EXCEPTIONS = {
     ("ngkernels.edges", "ngkernels.ops.checkpoint"): "EdgeState.checkpoint() is the op of that name, as a method",
     ("ngkernels.tune", "ngkernels"): "a program that uses the engine as anybody does,",
     ("ngkernels.tune", "ngkernels._triton.sizes"): "and writes what its kernels read",
+    ("ngkernels.tune", "ngkernels.ops.faster"): "and what chooses between backends",
 }
 # What the engine may import from outside, and where.
 ENGINE_NEEDS = {"torch": None, "numpy": None, "triton": {"_triton", "backends"}, "torch_geometric": {"pyg"}}

@@ -10,8 +10,8 @@ from .. import panels
 from ..edges import EdgeState, Message
 from ..program import REDUCE, aux_slots, build_message, reductions
 from ..reference import evaluate as reference
-from . import _cuda, _triton, in_panels
 from . import expression as ex
+from . import faster, in_panels
 from .autograd import register
 from .double_backward import second_derivatives
 
@@ -39,7 +39,7 @@ def _fake_backward(grad, out, aux, ties, weights, xs, params, table, carriers, t
 def _forward(weights, xs, params, table, carriers, topology, program, rows, compute):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
     outputs = _outputs(table, program, rows)
-    kernels = {"triton": _triton, "cuda": _cuda}.get(ex.backend_of(compute))
+    kernels = faster.kernels(e, compute)
     if kernels is not None:
         kernels.aggregate(e, compute, *outputs)
         return outputs
@@ -50,7 +50,7 @@ def _forward(weights, xs, params, table, carriers, topology, program, rows, comp
 
 def _backward(grad, out, aux, ties, weights, xs, params, table, carriers, topology, program, compute, need):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    kernels = {"triton": _triton, "cuda": _cuda}.get(ex.backend_of(compute))
+    kernels = faster.kernels(e, compute)
     if kernels is not None:
         grads = ex.empty_gradients(e, need)
         kernels.aggregate_backward(grad.contiguous(), out, aux, ties, e, compute, grads)

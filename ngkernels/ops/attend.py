@@ -12,8 +12,8 @@ from ..edges import EdgeState
 from ..program import HEADER, RECORD, build_attention, full_precision
 from ..reference import attend as reference
 from ..topology import OVER
-from . import _cuda, _triton, in_panels
 from . import expression as ex
+from . import faster, in_panels
 from .autograd import register
 from .node_map import node_map
 
@@ -53,7 +53,7 @@ def _fake_backward(
 
 def _forward(weights, xs, params, table, carriers, topology, program, q, k, v, shape, scale, dropout, seed, rows, compute):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    kernels = {"triton": _triton, "cuda": _cuda}.get(ex.backend_of(compute))
+    kernels = faster.kernels(e, compute, (shape[0], q.shape[1], v.shape[1], shape[1], shape[2]))
     if kernels is not None:
         outputs = _outputs(table, program, v, shape, rows)
         kernels.attend(e, compute, (q, k, v), shape, scale, dropout, seed, outputs)
@@ -66,7 +66,7 @@ def _backward(
     grad, grad_sums, out, sums, lse, weights, xs, params, table, carriers, topology, program, q, k, v, shape, scale, dropout, seed, compute, need
 ):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    kernels = {"triton": _triton, "cuda": _cuda}.get(ex.backend_of(compute))
+    kernels = faster.kernels(e, compute, (shape[0], q.shape[1], v.shape[1], shape[1], shape[2]))
     if kernels is not None:
         grads = _empty_gradients(e, q, k, v, need)
         kernels.attend_backward((grad, grad_sums, out, sums, lse), e, compute, (q, k, v), shape, scale, dropout, seed, grads)

@@ -7,8 +7,8 @@ import torch
 from ..graph import NeuralGraph
 from ..reference import evaluate as reference
 from ..topology import DENSE
-from . import _cuda, _triton
 from . import expression as ex
+from . import faster
 from .autograd import register
 from .double_backward import second_derivatives
 
@@ -55,7 +55,7 @@ def _fake_backward(grads, weights, xs, params, table, carriers, topology, progra
 
 def _forward(weights, xs, params, table, carriers, topology, program, shapes, dtype, compute):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    kernels = {"triton": _triton, "cuda": _cuda}.get(ex.backend_of(compute))
+    kernels = faster.kernels(e, compute)
     if kernels is not None:
         out = _fake(*e, shapes, dtype, compute)
         if shapes and shapes[0] == 2:  # packed: a restricted graph leaves rows out
@@ -68,7 +68,7 @@ def _forward(weights, xs, params, table, carriers, topology, program, shapes, dt
 
 def _backward(grads, weights, xs, params, table, carriers, topology, program, shapes, compute, need):
     e = ex.E(weights, xs, params, table, carriers, topology, program)
-    kernels = {"triton": _triton, "cuda": _cuda}.get(ex.backend_of(compute))
+    kernels = faster.kernels(e, compute)
     if kernels is not None:
         out = ex.empty_gradients(e, need)
         kernels.evaluate_backward([g.contiguous() for g in grads], e, compute, out)

@@ -41,15 +41,16 @@ def fake(name: str) -> Callable:
     return register
 
 
-LOW, TF32 = 1, 8  # bits of the `compute` argument; between them the backend
+LOW, TF32, FREE = 1, 8, 16  # bits of the `compute` argument; between the first two the backend, which FREE says nobody forced
 
 
 def compute_mode(backend: int) -> int:
     """The `compute` argument: the backend, and whether matrix products may round their operands to bfloat16 (autocast
-    to it) or to tf32 (on GPUs, where PyTorch's own products may)."""
+    to it) or to tf32 (on GPUs, where PyTorch's own products may); on GPUs, whether another backend may run that measured faster."""
     low = any(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) is torch.bfloat16 for d in ("cpu", "cuda"))
     gpu = backends.BACKENDS[backend] in ("triton", "cuda")
-    return LOW * low + 2 * backend + TF32 * (gpu and torch.backends.cuda.matmul.allow_tf32)  # what torch.compile can read
+    free = gpu and backends.forced() is None
+    return LOW * low + 2 * backend + TF32 * (gpu and torch.backends.cuda.matmul.allow_tf32) + FREE * free  # what torch.compile can read
 
 
 def mode_for(op: str, edges: EdgeState, over: str | None = None) -> int:
