@@ -138,13 +138,13 @@ def measure_attention(text: str, width: int, device: torch.device, samples: int)
         torch.set_float32_matmul_precision("highest")
         true = flex.ours(p).detach().double()
     compiled = torch.compile(flex.flex_attention)
-    functions = {"ngk-triton": flex.ours, "flex": lambda p: flex.flex(p, compiled)}
+    functions = {provider.name: (flex.ours, provider.backend) for provider in OURS} | {"flex": (lambda p: flex.flex(p, compiled), "triton")}
     for precision in ("fp32", "tf32"):
-        for name, function in functions.items():
+        for name, (function, backend) in functions.items():
             entry = {"model": "attend", "contender": f"{name}-{precision}", "precision": precision, "layout": list(case.layout), "batch": 1, "edges": case.edges}
             torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
             try:
-                with ngk.use_backend("triton"):
+                with ngk.use_backend(backend):
                     step = flex.step_of(function, p)
                     entry["error"] = ((step().double() - true).norm() / true.norm()).item()
                     if not entry["error"] <= LIMITS[precision]:

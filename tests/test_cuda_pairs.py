@@ -42,14 +42,17 @@ SHAPES = (
     PLAIN.but("inside-a-layer", networks=(Network((3, 18), (("dense", 0, 1), ("dense", 1, 1))),), over="edges", **ONE),
     PLAIN.but("norm-alone", over=None, reduce=("mean", "max"), head=2, reverse=(False, False)),
 )  # fmt: skip
+WIDEST = (
+    PLAIN.but("widest-attention", networks=(mlp(3, 18, 2),), over="edges", width=97, hidden=70, heads=4, dk=30, dv=25, **ONE),
+    PLAIN.but("widest-messages", networks=(mlp(3, 18, 2),), over=None, reduce=("mean", "max"), width=97, hidden=70, **ONE),
+)
 WIDE = PLAIN.but("wide", networks=(mlp(530, 2),), over="in", multiply=False, add=False, residual=(), reverse=(), nodes=(), norm=())
-SAMPLES = {s.name: s for s in (*OPTIONS, *TABLES, *SHAPES, *GRID)}
+SAMPLES = {s.name: s for s in (*OPTIONS, *TABLES, *SHAPES, *WIDEST, *GRID)}
 
 
 def missing(s: PairSample) -> bool:
-    """Whether a register would have more than 64 columns."""
-    columns = [s.width, s.hidden] + [s.heads * s.dk, s.heads * s.dv] * bool(s.over)
-    return max(columns) > 64 and (s.over is not None or any((*s.norm, *s.reverse, s.token)))
+    """Whether a register would have more than 128 columns."""
+    return max([s.width, s.hidden] + [s.heads * s.dk, s.heads * s.dv] * bool(s.over)) > 128
 
 
 def one_logit(s: PairSample) -> bool:
@@ -60,7 +63,7 @@ def one_logit(s: PairSample) -> bool:
 def tiered() -> list:
     assert set(QUICK) <= set(SAMPLES)
     found = [s for s in SAMPLES.values() if not missing(s) and not one_logit(s)]
-    return [pytest.param(s, id=s.name, marks=() if s.name in QUICK or s in SHAPES else pytest.mark.slow) for s in found]
+    return [pytest.param(s, id=s.name, marks=() if s.name in QUICK or s in (*SHAPES, *WIDEST) else pytest.mark.slow) for s in found]
 
 
 def check(sample: PairSample) -> None:
@@ -83,7 +86,7 @@ def test_float64_is_named():
         run_engine(PLAIN, leaves(PLAIN), "cuda")
 
 
-@pytest.mark.parametrize("sample", [pytest.param(s, id=s.name, marks=() if k in (1, 5) else pytest.mark.slow) for k, s in enumerate(LOW_PRECISION)])
+@pytest.mark.parametrize("sample", [pytest.param(s, id=s.name, marks=() if k in (1, 5) or s in WIDEST else pytest.mark.slow) for k, s in enumerate((*LOW_PRECISION, *WIDEST))])
 @pytest.mark.parametrize("tf32", [False, True], ids=["bf16", "tf32"])
 def test_rounded_operands_within_twice_the_error_of_plain_autocast(sample: PairSample, tf32: bool):
     checks.rounded(pair_samples, sample, tf32, assert_budget_of_pairs)
