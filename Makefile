@@ -71,7 +71,8 @@ $(VENV)-triton-old/.ready:
 
 # The backends that a run must cover: NGKERNELS_TEST_BACKENDS, else reference and cpp. A library that does not compile has failed
 # in `make build`; where there is no compiler, the run says that it leaves cpp out. Threads that wait sleep: the tests' work is in small
-# pieces, and on a machine that has other things to do, spinning threads made them take four times as long.
+# pieces, and on a machine that has other things to do, spinning threads made them take four times as long. Files of tests run side by
+# side, one on each core, in the order of tests/conftest.py; an environment of your own without pytest-xdist runs them one after the other.
 define with_backends
 backends=$${NGKERNELS_TEST_BACKENDS:-}; \
 if [ -z "$$backends" ]; then \
@@ -79,7 +80,8 @@ if [ -z "$$backends" ]; then \
     [ -e $(LIBRARY) ] || { backends=reference; echo "NOT TESTED: the cpp backend, because the library was not built"; }; \
 fi; \
 echo "backends that must run: $$backends"; \
-NGKERNELS_TEST_BACKENDS=$$backends OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(1)
+workers=$$($(PY) -c 'from importlib.util import find_spec; print("-n auto --dist loadfile --no-loadscope-reorder" if find_spec("xdist") else "")'); \
+NGKERNELS_TEST_BACKENDS=$$backends OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-PASSIVE} $(1) $$workers
 endef
 
 lint: build  ## check Python with ruff

@@ -14,6 +14,9 @@ import pytest
 
 DECLARED = tuple(name.strip() for name in os.environ.get("NGKERNELS_TEST_BACKENDS", "reference,cpp").split(",") if name.strip())
 
+# Files of tests that take longest begin first, so that no core waits for the last of them where files run side by side.
+LONGEST = ("test_triton_aot", "test_cuda_emulation", "test_triton_interpreter", "test_cuda_pairs", "test_planner", "test_golden", "test_random_expressions", "test_memory")
+
 
 def _has_gpu() -> bool:
     import torch
@@ -40,13 +43,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The seeded bugs of the C++ kernels are asked for by name; tests of a GPU are for machines that have one."""
+    """The seeded bugs of the C++ kernels are asked for by name; tests of a GPU are for machines that have one. Long files go first."""
     absent = {"mutants"} if not config.getoption("--mutants") else set()
     absent |= {"gpu"} if backends.why_not("triton", torch.device("cuda")) is not None else set()
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
     config.hook.pytest_deselected(items=left_out)
     gone = set(map(id, left_out))
-    items[:] = [item for item in items if id(item) not in gone]
+    order = {file: k for k, file in enumerate(LONGEST)}
+    items[:] = sorted((item for item in items if id(item) not in gone), key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_configure(config: pytest.Config) -> None:
