@@ -7,7 +7,7 @@ import random
 import pair_samples
 import pytest
 import torch
-from compare import assert_close
+from compare import assert_close, largest
 from oracle import Network
 from pair_samples import PairSample
 from samples import Sample, cast, leaves, run_engine, run_oracle
@@ -61,10 +61,18 @@ def draw(seed: int) -> Sample:
     )
 
 
+def assert_close_by_kind(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Some gradients vanish: as large as the others of their kind are the terms that cancel in them."""
+    assert found.keys() == wanted.keys()
+    for kind in ("out", "grad"):
+        some = {name: v for name, v in wanted.items() if name.partition(".")[0] == kind}
+        assert_close({name: found[name] for name in some}, some, 1e-10, max(map(largest, some.values()), default=0.0))
+
+
 def check(seed: int, backend: str) -> None:
     sample = draw(seed)
     t = leaves(sample, seed)
-    assert_close(run_engine(sample, t, backend), run_oracle(sample, t), 1e-9)
+    assert_close_by_kind(run_engine(sample, t, backend), run_oracle(sample, t))
     low = run_engine(sample, cast(t, torch.float32), backend)  # a look for what should never come out; budgets are tested elsewhere
     assert all(v.isfinite().all() for v in low.values()), [n for n, v in low.items() if not v.isfinite().all()]
 
@@ -137,9 +145,7 @@ def check_pairs(seed: int, backend: str) -> None:
     sample = draw_pairs(seed)
     t = pair_samples.leaves(sample, seed)
     found, wanted = pair_samples.run_engine(sample, t, backend), pair_samples.run_oracle(sample, t)
-    for kind in ("out.", "grad."):  # some gradients vanish: as large as the others are what they are made of
-        some = {name: v for name, v in wanted.items() if name.startswith(kind)}
-        assert_close({name: found[name] for name in some}, some, 1e-10, max(v.abs().max().item() for v in some.values() if v.numel()))
+    assert_close_by_kind(found, wanted)
     low = pair_samples.run_engine(sample, cast(t, torch.float32), backend)
     assert all(v.isfinite().all() for v in low.values()), [n for n, v in low.items() if not v.isfinite().all()]
 
@@ -159,6 +165,19 @@ def test_many_random_pairs(first: int, backend: str):
 @pytest.mark.parametrize("seed", [*range(60), 1002])  # 1002: a block without edges beside one that nothing reads
 def test_random_expressions(seed: int, backend: str):
     check(seed, backend)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_error_of_any_one_result_is_noticed(seed: int, monkeypatch: pytest.MonkeyPatch):
+    sample = draw(seed)
+    found = run_engine(sample, leaves(sample, seed), "reference")
+    for name in (name for name, v in found.items() if v.numel()):
+        scale = max(largest(v) for other, v in found.items() if other.partition(".")[0] == name.partition(".")[0])
+        wrong = {**found, name: found[name].clone()}
+        wrong[name].view(-1)[-1] += 1e-8 * scale
+        monkeypatch.setitem(globals(), "run_engine", lambda *_, wrong=wrong: wrong)
+        with pytest.raises(AssertionError, match=name):
+            check(seed, "reference")
 
 
 @pytest.mark.slow
