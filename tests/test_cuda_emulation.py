@@ -115,7 +115,7 @@ def test_a_network_alone_and_in_a_batch():
 
 
 # ---- which gradients ----
-@pytest.mark.parametrize("wanted", [{"weights.0"}, {"weights.1", "x"}, {"x0"}, {"message.edge.weight"}, {"encoder.weight"}, {"update1.in.bias", "x1"}], ids="+".join)
+@pytest.mark.parametrize("wanted", [{"weights.0"}, {"weights.1", "x"}, {"x0"}, {"message.edge.weight"}, {"encoder.weight"}, {"update1.in.bias", "x1"}], ids=lambda names: "+".join(sorted(names)))
 @pytest.mark.parametrize("name", ["table-packed", "identity-residual-first", "linear-reverse"])
 def test_gradients_that_are_asked_for(name: str, wanted: set[str]):
     checks.gradients_that_are_asked_for(samples, SAMPLE_OF[name], wanted)
