@@ -69,6 +69,8 @@ def compiler_options(low: Lowered, precision: str, warps: int, device: torch.dev
     ampere = capability is not None and capability[0] == 8
     if kind.width > 64 and kind.exact or kind.paired and warps == 8 and ampere:
         options["maxnreg"] = min(255, REGISTERS // (32 * warps))
+    # A documented option of ptxas that selects optimizations and not results. It is a beta: another release may do less with it, and then
+    # the limits on spilled bytes in tests/test_triton_aot.py show it.
     if ampere:
         options["ptx_options"] = "--register-usage-level=0"
     return options
