@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import re
+import struct
 import subprocess
 import tempfile
 import time
@@ -163,6 +164,13 @@ class Compiled:
     seconds: float
 
 
+def code_bytes(cubin: bytes) -> int:
+    """Bytes of machine code, 16 an instruction: of the sections .text* of an ELF file. A disassembler takes as long as the assembler."""
+    start, size, count, names = struct.unpack_from("<Q", cubin, 0x28) + struct.unpack_from("<3H", cubin, 0x3A)
+    sections = [struct.unpack_from("<II4Q", cubin, start + k * size) for k in range(count)]  # name, type, flags, address, offset, bytes
+    return sum(s[5] for s in sections if cubin[sections[names][4] + s[0] :].startswith(b".text"))
+
+
 def _compiled(launch: Launch, capability: int, source, addresses: list[str] | None) -> tuple[Compiled, str]:
     """(what came of `source`, its Triton IR)."""
     start = time.perf_counter()
@@ -171,14 +179,13 @@ def _compiled(launch: Launch, capability: int, source, addresses: list[str] | No
         f.write(done.asm["cubin"])
         f.flush()
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([TOOLS / "nvdisasm", "-c", f.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))
     constants = {name: plain(value) for name, value in launch.constants}
     steps = [Step(*step) for step in constants.get("STEPS", ())]
     ir = done.asm["ttir"]
     return Compiled(
         launch.kernel.__name__, capability, f"{constants.get('BI', '-')}x{constants.get('BJ', '-')}", launch.warps, registers, stack, done.metadata.shared,
-        getattr(done.metadata, "tmem_size", 0) or 0, len(re.findall(r"^\s+/\*[0-9a-f]+\*/", sass, re.M)), len(re.findall(r"\b(?:HMMA|HGMMA|DMMA|UTCHMMA|UTCMMA)", sass)),
+        getattr(done.metadata, "tmem_size", 0) or 0, code_bytes(done.asm["cubin"]) // 16, len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", done.asm["ptx"])),
         any(step.op == LIN and step.n_in >= 9 for step in steps), narrow(ir) if addresses is None else addresses, launch.features,
         round(time.perf_counter() - start, 1),
     ), ir  # fmt: skip
