@@ -203,7 +203,7 @@ class Work:
         ends = ((size.cumsum(0) - size) // budget).unique_consecutive(return_counts=True)[1].cumsum(0)
         ends = (ceil_div(ends, WARPS) * WARPS).clamp(max=len(panels)).unique().tolist()  # whole blocks of threads
         launches = []
-        for a, b in zip([0, *ends[:-1]], ends, strict=True):
+        for a, b in zip([0, *ends][: len(ends)], ends, strict=True):
             part = panels[a:b].clone()
             tall, wide, slots = part[:, 6].clone(), part[:, 7].clone(), part[:, 8].clone()
             part[:, 6] = (tall + wide).cumsum(0) - tall - wide
