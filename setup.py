@@ -135,7 +135,7 @@ def extension_arguments(compiler: str, torch_version: str) -> dict:
     # libtorch itself, which names libtorch_cuda where there is one: symbols of that are looked up there
     link = ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", *shlex.split(os.environ.get("NGKERNELS_CXXFLAGS", ""))]
     if nvcc:
-        link += [f"-L{Path(nvcc).resolve().parent.parent / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        link += [f"-L{cuda_build().runtime_folder(nvcc)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 
     class BuildLibrary(BuildExtension):
         def finalize_options(self) -> None:

@@ -27,6 +27,21 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
+def runtime_folder(nvcc: str) -> Path:
+    """Where nvcc's toolkit has libcudart_static.a: `nvcc` may be a script elsewhere that calls it, and toolkits differ in the folder.
+
+    Raises:
+        SystemExit: nowhere.
+    """
+    said = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"TOP=(\S+)", said)
+    root = Path(top[1]) if top else Path(nvcc).resolve().parent.parent
+    for folder in (root / "lib64", root / "lib", *root.glob("targets/*/lib")):
+        if (folder / "libcudart_static.a").exists():
+            return folder.resolve()
+    raise SystemExit(f"ngkernels: expected libcudart_static.a in the toolkit of {nvcc}, found none in {root}; install the CUDA runtime's static library, or NGKERNELS_CUDA=0")
+
+
 def architectures(listed: str | None = None) -> list[str]:
     """Options of nvcc for the capabilities `listed` as in "8.0;9.0+PTX"; None: for TORCH_CUDA_ARCH_LIST, or ARCHITECTURES.
 

@@ -9,7 +9,7 @@
 #include "../inline.h"
 #if defined(__CUDACC__)
 #define NGK_DEVICE __device__ __forceinline__
-#define NGK_SELDOM __device__ __noinline__  // inlined where it is not run, its code costs registers all the same
+#define NGK_SELDOM inline __device__ __noinline__  // inlined where it is not run, its code costs registers all the same
 #define NGK_UNROLL _Pragma("unroll")
 #define NGK_ROLLED _Pragma("unroll 1")
 #define NGK_PRAGMA(x) _Pragma(#x)
