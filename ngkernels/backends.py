@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from . import measured
+
 OPS = ("aggregate", "attend", "readout", "checkpoint", "node_map")
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
@@ -98,7 +100,7 @@ def availability() -> dict[str, dict[str, str | None]]:
 
 def tiles_path() -> Path:
     """The file of measured tile sizes (python -m ngkernels.tune): NGKERNELS_TILES, else in the user's cache folder."""
-    return Path(os.environ.get("NGKERNELS_TILES") or Path.home() / ".cache" / "ngkernels" / "tiles.json")
+    return measured.path("NGKERNELS_TILES", "tiles.json")
 
 
 def isa() -> str:

@@ -11,7 +11,7 @@ import torch
 from emulation import emulated  # noqa: F401  a fixture
 
 import ngkernels as ngk
-from ngkernels import backends, tune
+from ngkernels import backends, measured, tune
 from ngkernels.ops import faster
 from ngkernels.ops.faster import Shape
 
@@ -32,7 +32,7 @@ def ran(monkeypatch) -> list[str]:
 
     monkeypatch.delenv("NGKERNELS_BACKEND", raising=False)
     monkeypatch.setattr(backends, "choose", lambda op, device: backends.BACKENDS.index(backends.forced() or "triton"))
-    monkeypatch.setattr(faster, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(measured, "capability_of", lambda device: (9, 0))
     monkeypatch.setattr(faster, "kernels", spy)
     return asked
 

@@ -50,7 +50,7 @@ def architectures(listed: str | None = None) -> list[str]:
     Raises:
         SystemExit: an entry that is not a capability of 8.0 or more.
     """
-    entries = re.split(r"[;\s]+", (listed or os.environ.get("TORCH_CUDA_ARCH_LIST", "")).strip()) if listed or os.environ.get("TORCH_CUDA_ARCH_LIST") else ARCHITECTURES
+    entries = re.split(r"[;\s]+", (listed or os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(ARCHITECTURES)).strip())
     plain, options = {}, []
     for entry in entries:
         found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +12,8 @@ import torch
 
 from .. import backends
 from .. import program as prog
+from ..measured import capability_of, read
+from ..measured import write as write_records
 from .lower import Lowered
 
 WIDTHS = (32, 64, 128, 1 << 30)  # classes of registers
@@ -81,33 +82,21 @@ def usual(kind: Kind, capability: tuple[int, int] | None = None) -> Size:
     return DIFFERENT.get((capability, kind)) or Size(16, WARPS[kind.width][kind.exact])
 
 
+def _entry(width: int, exact: bool, paired: bool, edges: int, warps: int) -> tuple[Kind, Size]:
+    if edges not in (16, 32, 64, 128) or warps not in (1, 2, 4, 8, 16):
+        raise ValueError(f"{edges} edges and {warps} warps")
+    return Kind(width, exact, paired), Size(edges, warps)
+
+
 @lru_cache(maxsize=8)
 def measured(path: Path) -> dict[tuple[int, int], dict[Kind, Size]]:
-    """The records of a file, by compute capability; none where there is no file.
-
-    Raises:
-        ValueError: a file that does not hold them.
-    """
-    if not path.exists():
-        return {}
-    found: dict[tuple[int, int], dict[Kind, Size]] = {}
-    try:
-        for record in json.loads(path.read_text()):
-            (major, minor), width, exact, paired, edges, warps = (record[name] for name in FIELDS)
-            if edges not in (16, 32, 64, 128) or warps not in (1, 2, 4, 8, 16):
-                raise ValueError(f"{edges} edges and {warps} warps")
-            found.setdefault((major, minor), {})[Kind(width, exact, paired)] = Size(edges, warps)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"ngkernels: expected records of {', '.join(FIELDS)} in {path}, got {error}; write it with python -m ngkernels.tune") from error
-    return found
+    """The records of a file, by compute capability (ngkernels/measured.py)."""
+    return read(path, FIELDS, _entry)
 
 
 def write(path: Path, capability: tuple[int, int], sizes: dict[Kind, Size]) -> None:
     """Puts the sizes measured on one architecture beside those of others."""
-    records = [] if not path.exists() else [r for r in json.loads(path.read_text()) if tuple(r["capability"]) != capability]
-    records += [dict(zip(FIELDS, (list(capability), *kind, *size), strict=True)) for kind, size in sizes.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(json.dumps(r) for r in records) + "\n]\n")
+    write_records(path, FIELDS, capability, [(*kind, *size) for kind, size in sizes.items()])
     measured.cache_clear()
 
 
@@ -119,10 +108,6 @@ def forced(size: Size) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
-
-
-def capability_of(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def size_for(low: Lowered, precision: str, device: torch.device) -> Size:

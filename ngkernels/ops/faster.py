@@ -6,8 +6,6 @@ cache folder, else the table below. `use_backend` and NGKERNELS_BACKEND override
 
 from __future__ import annotations
 
-import json
-import os
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import backends
+from .. import backends, measured
 from . import _cuda, _triton
 from . import expression as ex
 
@@ -37,41 +35,26 @@ MEASURED: dict[tuple[int, int], dict[Shape, str]] = {}
 
 
 def path() -> Path:
-    return Path(os.environ.get("NGKERNELS_FASTER") or Path.home() / ".cache" / "ngkernels" / "faster.json")
+    return measured.path("NGKERNELS_FASTER", "faster.json")
+
+
+def _entry(purpose: str, columns: int, exact: bool, backend: str) -> tuple[Shape, str]:
+    if columns not in COLUMNS or backend not in ("triton", "cuda"):
+        raise ValueError(f"{columns} columns and backend {backend!r}")
+    return Shape(purpose, columns, exact), backend
 
 
 @lru_cache(maxsize=8)
 def table(file: Path) -> dict[tuple[int, int], dict[Shape, str]]:
-    """The records of a file beside those that are built in.
-
-    Raises:
-        ValueError: a file that does not hold them.
-    """
-    found = {capability: dict(shapes) for capability, shapes in MEASURED.items()}
-    if not file.exists():
-        return found
-    try:
-        for record in json.loads(file.read_text()):
-            (major, minor), purpose, columns, exact, backend = (record[name] for name in FIELDS)
-            if columns not in COLUMNS or backend not in ("triton", "cuda"):
-                raise ValueError(f"{columns} columns and backend {backend!r}")
-            found.setdefault((major, minor), {})[Shape(purpose, columns, exact)] = backend
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"ngkernels: expected records of {', '.join(FIELDS)} in {file}, got {error}; write it with python -m ngkernels.tune") from error
-    return found
+    """The records of a file (ngkernels/measured.py) beside those that are built in, by compute capability."""
+    found = measured.read(file, FIELDS, _entry)
+    return {c: MEASURED.get(c, {}) | found.get(c, {}) for c in MEASURED.keys() | found.keys()}
 
 
 def write(file: Path, capability: tuple[int, int], shapes: dict[Shape, str]) -> None:
     """Puts what was measured on one architecture beside what was on others."""
-    records = [] if not file.exists() else [r for r in json.loads(file.read_text()) if tuple(r["capability"]) != capability]
-    records += [dict(zip(FIELDS, (list(capability), *shape, backend), strict=True)) for shape, backend in shapes.items()]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("[\n" + ",\n".join(json.dumps(r) for r in records) + "\n]\n")
+    measured.write(file, FIELDS, capability, [(*shape, backend) for shape, backend in shapes.items()])
     table.cache_clear()
-
-
-def capability_of(device: torch.device) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def shape_of(e: ex.E, exact: bool, attention: tuple[int, ...] | None = None) -> Shape | None:
@@ -90,7 +73,7 @@ def shape_of(e: ex.E, exact: bool, attention: tuple[int, ...] | None = None) -> 
 
 def backend(e: ex.E, exact: bool, device: torch.device, attention: tuple[int, ...] | None = None) -> str:
     """"cuda" where it measured faster on this device and runs, else "triton"."""
-    known = table(path()).get(capability_of(device))
+    known = table(path()).get(measured.capability_of(device))
     if not known or backends.why_not("cuda", device):
         return "triton"
     return known.get(shape_of(e, exact, attention), "triton")
