@@ -6,6 +6,7 @@ memory, the order of threads. What is not: that a device does what the PTX manua
 
 from __future__ import annotations
 
+from math import ceil
 from pathlib import Path
 
 import emulated_checks as checks
@@ -129,6 +130,29 @@ def test_hubs_above_every_panel(networks):
     sample = PLAIN.but("hub", networks=networks, head=0, residual=(True,), width=3, features=2)
     wanted, plain = float32_oracle(sample)
     assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, checks.FLOAT32_FLOOR)
+
+
+# Of 0 to 5 edges each, and of more than a panel has, in the middle of them; first layers of every size up to a tile's, alone and in batches.
+DEGREES = [k % 6 for k in range(70)] + [300] + [k * 7 % 3 for k in range(20)]
+TINY = Network((301, len(DEGREES)), (("sparse", 0, 1, tuple((k % 301, i) for i, n in enumerate(DEGREES) for k in range(i, i + n))),), copies=2)
+SMALL = (mlp(1, 41, 2, copies=2), mlp(2, 35, 3), mlp(3, 19), mlp(4, 4), mlp(5, 6, 7, 8, 9), mlp(9, 17), Network((6, 6, 6), (("diagonal", 0, 1), ("dense", 1, 2), ("diagonal", 0, 2))))
+
+
+@pytest.mark.parametrize("networks", [(TINY,), SMALL, (TINY, *SMALL)], ids=["tiny-rows", "small-layers", "both"])
+@pytest.mark.parametrize("of", ["reduce-var-std-max-min-mean-sum", "table-reciprocal", "linear-reciprocal-3-channels"])
+def test_tiles_of_several_destinations(networks, of: str):
+    sample = SAMPLE_OF[of].but("several", networks=networks, head=0)
+    wanted, plain = float32_oracle(sample)
+    assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, checks.FLOAT32_FLOOR)
+
+
+def test_tiles_are_full():
+    """Of listed edges, and of small layers where their sizes divide a tile's."""
+    sizes = {(TINY,): ceil(sum(DEGREES) / 16) * 2, (mlp(2, 40),): 5, (mlp(1, 33),): 3, (mlp(8, 10),): 5, (mlp(3, 16),): 4, (mlp(17, 2),): 4}
+    for networks, tiles in sizes.items():
+        found = plan.Plan(samples.graph_of(PLAIN.but("several", networks=networks)).edges_as().table, torch.device("cpu")).work()
+        (launch,) = found.gradients(1000, 64, 0, 0, 1 << 30)
+        assert launch.slots == 16 * tiles
 
 
 def test_nan_stays_with_its_neuron():

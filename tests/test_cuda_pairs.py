@@ -33,6 +33,8 @@ QUICK = (
 ONE = {"residual": (True,), "reverse": (True,), "nodes": (True,), "norm": (True,)}
 SPARSE = Network((3, 30), (("sparse", 0, 1, tuple((k % 3, k) for k in range(26)) + ((0, 1), (2, 0))), ("sparse", 1, 1, ((3, 3), (4, 5), (5, 4), (0, 29)))))
 HUB = Network((2, 40), (("sparse", 1, 0, tuple((k, 1) for k in range(40)) + ((3, 0), (9, 0))),), copies=2)
+TINY = Network((301, 44), (("sparse", 0, 1, tuple((k % 301, i) for i in range(44) for k in range(i, i + (300 if i == 25 else i % 5)))),), copies=2)
+SMALL = (mlp(1, 19, 2), mlp(3, 5, 4, copies=2))
 SHAPES = (
     *(PLAIN.but(f"sparse-{over}", networks=(SPARSE,), over=over, **ONE) for over in ("in", "out", "edges")),
     PLAIN.but("sparse-hub", networks=(HUB,), over="edges", reciprocal=True, encoder="fourier", **ONE),
@@ -40,6 +42,9 @@ SHAPES = (
     PLAIN.but("messages-sparse", networks=(SPARSE, HUB), over=None, reduce=("mean", "max"), **ONE),
     PLAIN.but("tails", networks=(mlp(3, 35, 17),), over="edges", **ONE),
     PLAIN.but("inside-a-layer", networks=(Network((3, 18), (("dense", 0, 1), ("dense", 1, 1))),), over="edges", **ONE),
+    PLAIN.but("tiny-rows", networks=(TINY, *SMALL), over="edges", multiply=True, **ONE),
+    PLAIN.but("tiny-rows-out", networks=(TINY, *SMALL), over="out", reciprocal=True, **ONE),
+    PLAIN.but("messages-tiny-rows", networks=(TINY, *SMALL), over=None, reduce=("mean", "max"), **ONE),
     PLAIN.but("norm-alone", over=None, reduce=("mean", "max"), head=2, reverse=(False, False)),
 )  # fmt: skip
 WIDEST = (

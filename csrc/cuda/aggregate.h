@@ -1,5 +1,5 @@
-// Forward: each warp reduces the messages of a panel's destinations, one after the other, to partial rows of statistics; or it writes out
-// what the last stage computes for every edge.
+// Forward: each warp reduces the messages of a panel, tile by tile, to partial rows of statistics, one of each destination; or it writes
+// out what the last stage computes for every edge.
 #pragma once
 
 #include "statistics.h"
@@ -9,14 +9,14 @@ namespace ngk::cuda {
 template <class P, int D, bool FULL>
 struct AggregateForward {
   static constexpr bool TOGETHER = true;  // threads work together
-  static NGK_DEVICE void emit(const Args& g, const Evaluator<P, D, FULL>& eval, const Panel& panel, int64_t j, int c, const float* v) {
+  static NGK_DEVICE void emit(const Args& g, const Evaluator<P, D, FULL>& eval, const Panel& panel, int c, const float* v) {
     const Values& to = eval.block->values;
     NGK_UNROLL
     for (int k = 0; k < 8; ++k) {
       const int column = c * 16 + eval.column_of(k);
-      if (eval.ok[k / 2 % 2] && column < g.width)
-        write_value<float>(element_of(to, panel.copy, eval.destination, eval.edge(panel, j, eval.row_of(k)).place, column),
-                           static_cast<Dtype>(to.dtype), v[k]);
+      if (!eval.ok[k / 2 % 2] || column >= g.width) continue;
+      const auto e = eval.edge(panel, eval.row_of(k));
+      write_value<float>(element_of(to, panel.copy, e.destination, e.place, column), static_cast<Dtype>(to.dtype), v[k]);
     }
   }
 
@@ -28,9 +28,9 @@ struct AggregateForward {
     eval.begin(panel, true, false);
     const int fragments = eval.message_fragments();
     float* memory = placed_of_warp<float>(g.statistics, static_cast<int64_t>(STATISTIC_PLANES + 1) * fragments * LANES * 4);
+    float seen = 0, after = 0;  // messages of this lane's rows to the destination that goes on: before this tile, after it
     NGK_ROLLED
-    for (int64_t i = panel.i0; i < panel.i1; ++i) {
-      Statistics stats{g, memory, fragments};
+    for (int64_t i = panel.i0; i < panel.i1; i += eval.block->step()) {
       NGK_ROLLED
       for (int64_t j = panel.j0; j < panel.j1; j += 16) {
         eval.tile(panel, i, j, true);
@@ -41,14 +41,19 @@ struct AggregateForward {
           typename Evaluator<P, D, FULL>::Message m;
           eval.message(c, edge, query, &m);
           if (g.combine == EMIT) {
-            emit(g, eval, panel, j, c, m.m);
-          } else if (eval.ok[0] || eval.ok[1]) {
-            stats.add(c, m.m, eval.ok);
+            emit(g, eval, panel, c, m.m);
+            continue;
           }
+          eval.by_destination([&](const Run& run) {
+            const bool ok[2] = {eval.ok[0] && run.has(lane() / 4), eval.ok[1] && run.has(lane() / 4 + 8)};
+            Statistics stats{g, memory, fragments, run.begins ? 0 : seen};
+            if (ok[0] || ok[1]) stats.add(c, m.m, ok);
+            after = stats.seen;
+            if (run.ends) stats.write(c, g.partial + (panel.rows_i + run.row) * STATISTIC_PLANES * 16 * fragments);
+          });
         }
-        stats.seen += static_cast<float>(eval.ok[0]) + static_cast<float>(eval.ok[1]);
+        seen = after;
       }
-      if (g.combine != EMIT) stats.write(g.partial + (panel.rows_i + i - panel.i0) * STATISTIC_PLANES * 16 * fragments);
     }
   }
 };

@@ -26,9 +26,8 @@ struct MessageBack : Backprop<P, D, FULL> {
       for (int k = 0; k < 8; ++k) {
         const int column = c * 16 + eval.column_of(k);
         const bool there = eval.ok[k / 2 % 2] && column < g.width && from.data;
-        e[k] = there ? read_value<float>(
-                           element_of(from, panel->copy, eval.destination, eval.edge(*panel, this->source(), eval.row_of(k)).place, column),
-                           static_cast<Dtype>(from.dtype))
+        const auto edge = eval.edge(*panel, eval.row_of(k));
+        e[k] = there ? read_value<float>(element_of(from, panel->copy, edge.destination, edge.place, column), static_cast<Dtype>(from.dtype))
                      : 0.0f;
       }
       if (last.mark) {
@@ -48,7 +47,7 @@ struct MessageBack : Backprop<P, D, FULL> {
     const Stage& last = g.stages[g.edge_stages - 1];
     const Stage& last_query = g.stages[g.edge_stages + g.message_stages - (g.message_stages ? 1 : 0)];
     const int stride = 16 * eval.message_fragments();
-    const float* k = g.coefficients + (eval.block->out + panel->copy * eval.block->out_stride + eval.destination) * MESSAGE_PLANES * stride;
+    const float* of[2] = {coefficients(0, stride), coefficients(1, stride)};
     NGK_ROLLED
     for (int c = 0; c < KB; ++c) {
       float e[8] = {0, 0, 0, 0, 0, 0, 0, 0}, shift[8] = {0, 0, 0, 0, 0, 0, 0, 0}, query_gradient[8] = {0, 0, 0, 0, 0, 0, 0, 0};
@@ -56,13 +55,11 @@ struct MessageBack : Backprop<P, D, FULL> {
         typename Evaluator<P, D, FULL>::Message m;
         eval.message(c, edge, query, &m);
         NGK_UNROLL
+        for (int k = 0; k < 8; k += 2) slopes(of[k / 2 % 2] + c * 16 + eval.column_of(k), stride, m.m + k, shift + k);
+        NGK_UNROLL
         for (int x = 0; x < 8; ++x) {
-          const float* own = k + c * 16 + eval.column_of(x);
-          float d = fmaf(own[stride], m.m[x] - own[2 * stride], own[0]);
-          if (g.low && m.m[x] == own[3 * stride]) d += own[4 * stride];
-          if (g.high && m.m[x] == own[5 * stride]) d += own[6 * stride];
-          if (!eval.ok[x / 2 % 2]) d = 0;
-          shift[x] = d;
+          if (!eval.ok[x / 2 % 2]) shift[x] = 0;
+          const float d = shift[x];
           e[x] = g.combine == PLAIN ? d : d * m.q[x];
           if (g.combine == GATE) e[x] *= m.e[x] * (1.0f - m.e[x]);
           if (g.combine != PLAIN) query_gradient[x] = eval.ok[x / 2 % 2] ? d * m.e[x] : 0.0f;
@@ -78,6 +75,25 @@ struct MessageBack : Backprop<P, D, FULL> {
       if (g.combine == PLAIN) continue;
       sink(last_query, 0, c, query_gradient);
       stage_gradient(last_query, g.message_buffer, c, query_gradient);
+    }
+  }
+
+ private:
+  // Of the destination of row h of this lane.
+  NGK_DEVICE const float* coefficients(int h, int stride) const {
+    return g.coefficients + eval.output_row(*panel, eval.destination[h]) * MESSAGE_PLANES * stride;
+  }
+  // The gradients of two neighbouring columns of a message.
+  NGK_DEVICE void slopes(const float* own, int stride, const float* m, float* d) const {
+    const Two constant = load2(own), slope = load2(own + stride), mean = load2(own + 2 * stride);
+    Two low{{0, 0}}, low_share{{0, 0}}, high{{0, 0}}, high_share{{0, 0}};
+    if (g.low) low = load2(own + 3 * stride), low_share = load2(own + 4 * stride);
+    if (g.high) high = load2(own + 5 * stride), high_share = load2(own + 6 * stride);
+    NGK_UNROLL
+    for (int p = 0; p < 2; ++p) {
+      d[p] = fmaf(slope.v[p], m[p] - mean.v[p], constant.v[p]);
+      if (g.low && m[p] == low.v[p]) d[p] += low_share.v[p];
+      if (g.high && m[p] == high.v[p]) d[p] += high_share.v[p];
     }
   }
 };

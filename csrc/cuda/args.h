@@ -37,21 +37,26 @@ constexpr int STAGE_INTS = sizeof(Stage) / sizeof(int);
 struct Values {
   int64_t data, dtype, copy, src, dst, channel;  // address; strides in elements
 };
-// A block of the graph. Edges one by one come as lines, up to 16 edges of one destination: (destination, first edge, edges), and the edges
-// (source, number, partner's number); addresses, 0: every pair is an edge. Edge values then go by number instead of source, raw ones by
-// numbers[raw_by]. The partner of an edge is its reversal: its values go by the edge's own destination and source.
+// A block of the graph, as tiles of 16 edges. Where every pair is an edge, a tile has 2^log_rows rows of each of its destinations: 16, or
+// fewer where there are fewer sources; runs: the rows at which destinations begin. Else edges: address of (destination, source, number,
+// partner's number), by destination, 16 to a tile; runs: address of what a tile's runs are: bits of the rows that they begin at, bit 16:
+// whether the last one ends there, from bit 32 on the first one's partial row in its panel. Edge values then go by number instead of source,
+// raw ones by numbers[raw_by]. The partner of an edge is its reversal: its values go by the edge's own destination and source.
 struct Rows {
   int64_t n_src, n_dst, src, dst, node_stride, out, out_stride;
   int64_t direction, affine, add;  // affine: place of its (scale, shift), -1: none
-  int64_t lines, edges, raw_by;
+  int64_t edges, n_edges, runs, log_rows, raw_by;
   int64_t partner_direction, partner_affine, partner_raw_by;
   int64_t token, diagonal, same;          // diagonal: pairs of equal index alone have raw features; same: partners read the same numbers
   Values raw, gradient, values, carrier;  // data 0: not there, not wanted; values: what evaluate writes, or reads as gradient
   Values partner_raw, partner_gradient, partner_carrier;  // gradients of partners are added to what is there
+
+  // Destinations, or numbers of tiles, that a tile has.
+  NGK_INLINE_MEMBER int64_t step() const { return 16 >> log_rows; }
 };
 constexpr int ROWS_INTS = sizeof(Rows) / sizeof(int64_t);
 
-// A rectangle of a block that one warp works through, 16 sources of a destination at a time; or its lines i0 .. i1 - 1.
+// A rectangle of a block that one warp works through, or its tiles i0 .. i1 - 1 of listed edges.
 struct Panel {
   int64_t block, copy, i0, i1, j0, j1;
   int64_t rows_i, rows_j;  // first partial row of its destinations, of its sources

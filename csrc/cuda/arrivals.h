@@ -5,20 +5,21 @@
 
 namespace ngk::cuda {
 
-// Where a warp is in its panel: 16 sources of destination i from j on, or line i. Tiles go on by destination or, in strips, by source.
+// Where a warp is in its panel: sources from j on of destinations from i on, or tile i of listed edges. They go on by destination or, in strips, by source.
 struct Tile {
   int64_t i = 0, j = 0;
   bool there = false, strips = false;
 
-  NGK_DEVICE void next(const Panel& p) {
+  // `step`: destinations, or numbers of tiles, that a tile has.
+  NGK_DEVICE void next(const Panel& p, int64_t step) {
     if (strips) {
-      if (++i < p.i1) return;
+      if ((i += step) < p.i1) return;
       i = p.i0;
       there = there && (j += 16) < p.j1;
     } else {
       if ((j += 16) < p.j1) return;
       j = p.j0;
-      there = there && ++i < p.i1;
+      there = there && (i += step) < p.i1;
     }
   }
 };

@@ -20,49 +20,54 @@ struct AttendBack : Backprop<P, D, true> {
   NGK_DEVICE AttendBack(const Args& args, Eval& e) : Base(args, e), of(args, e) {}
 
   NGK_DEVICE void from_result(const Register& e) const {
-    const int64_t row = eval.block->out + panel->copy * eval.block->out_stride + eval.destination;
-    const float *lse = g.lse + row * of.heads, *delta = g.delta + row * of.heads, *grad = g.grad_out + row * of.d_v;
-    const float* grad_sums = g.grad_sums + row * of.heads * g.de;
     of.logits(e);
     of.by_head([&](int at, int r, int h) {
-      of.p[at] = r < eval.count ? expf(of.p[at] - lse[h]) : 0.0f;
-      of.weight[at] = r < eval.count ? of.dropped(of.p[at], *panel, this->source(), r, h) : 0.0f;
+      of.p[at] = eval.has(r) ? expf(of.p[at] - g.lse[output_row(r) * of.heads + h]) : 0.0f;
+      of.weight[at] = eval.has(r) ? of.dropped(of.p[at], *panel, r, h) : 0.0f;
     });
-    value_products(e, grad);
+    value_products(e);
     sync_warp();
     of.by_head([&](int at, int r, int h) { of.slope[at] = of.head_sum(r, h, g.dv); });
     sync_warp();
-    if (g.summed) state_products(grad_sums);
+    if (g.summed) state_products();
     of.by_head([&](int at, int r, int h) {
-      of.slope[at] = r < eval.count ? (of.weight[at] * of.slope[at] - of.p[at] * delta[h]) * of.scale : 0.0f;
+      const float delta = g.delta[output_row(r) * of.heads + h];
+      of.slope[at] = eval.has(r) ? (of.weight[at] * of.slope[at] - of.p[at] * delta) * of.scale : 0.0f;
     });
     sync_warp();
-    share_gradients(e, grad);
-    if (g.summed) state_gradients(grad_sums);
+    share_gradients(e);
+    if (g.summed) state_gradients();
     sync_warp();  // all have read what the next tile overwrites
   }
 
  private:
+  // Of the destination of a row of the tile; of this lane's rows.
+  NGK_DEVICE int64_t output_row(int r) const { return eval.output_row(*panel, eval.edge(*panel, r).destination); }
+  NGK_DEVICE int64_t own_row(int h) const { return eval.output_row(*panel, eval.destination[h]); }
   // The gradient of the result, columns 16 c ..
-  NGK_DEVICE void result_gradient(const float* grad, int c, float* v) const {
+  NGK_DEVICE void result_gradient(int c, float* v) const {
+    const float* grad[2] = {g.grad_out + own_row(0) * of.d_v, g.grad_out + own_row(1) * of.d_v};
     NGK_UNROLL
-    for (int k = 0; k < 8; ++k) v[k] = c * 16 + Eval::column_of(k) < of.d_v ? grad[c * 16 + Eval::column_of(k)] : 0.0f;
+    for (int k = 0; k < 8; ++k) v[k] = c * 16 + Eval::column_of(k) < of.d_v ? grad[k / 2 % 2][c * 16 + Eval::column_of(k)] : 0.0f;
   }
-  NGK_DEVICE void value_products(const Register& e, const float* grad) const {
+  // That of a head's sums of states, of the destination of row h of this lane.
+  NGK_DEVICE const float* sums_gradient(int h, int head) const { return g.grad_sums + (own_row(h) * of.heads + head) * g.de; }
+  NGK_DEVICE void value_products(const Register& e) const {
     NGK_ROLLED
     for (int c = 0; c < of.fragments(of.d_v); ++c) {
       float v[8], factor[8], x[8];
       of.value(c, e, v, factor);
-      result_gradient(grad, c, x);
+      result_gradient(c, x);
       NGK_UNROLL
       for (int k = 0; k < 8; ++k) x[k] *= v[k] * factor[k];
       of.put(c, x);
     }
   }
   // What the sums of states add to the gradients of the exponentials.
-  NGK_DEVICE void state_products(const float* grad_sums) const {
+  NGK_DEVICE void state_products() const {
     NGK_ROLLED
     for (int h = 0; h < of.heads; ++h) {
+      const float* grad[2] = {sums_gradient(0, h), sums_gradient(1, h)};
       float total[2] = {0, 0};
       NGK_ROLLED
       for (int c = 0; c < KB; ++c) {
@@ -71,7 +76,7 @@ struct AttendBack : Backprop<P, D, true> {
         NGK_UNROLL
         for (int k = 0; k < 8; ++k)
           if (c * 16 + Eval::column_of(k) < g.de)
-            total[k / 2 % 2] = fmaf(grad_sums[h * g.de + c * 16 + Eval::column_of(k)], e[k], total[k / 2 % 2]);
+            total[k / 2 % 2] = fmaf(grad[k / 2 % 2][c * 16 + Eval::column_of(k)], e[k], total[k / 2 % 2]);
       }
       NGK_UNROLL
       for (int r = 0; r < 2; ++r) {
@@ -81,21 +86,24 @@ struct AttendBack : Backprop<P, D, true> {
     }
     sync_warp();
   }
-  NGK_DEVICE void state_gradients(const float* grad_sums) const {
+  NGK_DEVICE void state_gradients() const {
     NGK_ROLLED
     for (int c = 0; c < KB; ++c) {
       float v[8] = {0, 0, 0, 0, 0, 0, 0, 0};
       NGK_ROLLED
-      for (int h = 0; h < of.heads; ++h) NGK_UNROLL
-      for (int k = 0; k < 8; ++k)
-        if (c * 16 + Eval::column_of(k) < g.de)
-          v[k] = fmaf(of.weight[Eval::row_of(k) * of.heads + h], grad_sums[h * g.de + c * 16 + Eval::column_of(k)], v[k]);
+      for (int h = 0; h < of.heads; ++h) {
+        const float* grad[2] = {sums_gradient(0, h), sums_gradient(1, h)};
+        NGK_UNROLL
+        for (int k = 0; k < 8; ++k)
+          if (c * 16 + Eval::column_of(k) < g.de)
+            v[k] = fmaf(of.weight[Eval::row_of(k) * of.heads + h], grad[k / 2 % 2][c * 16 + Eval::column_of(k)], v[k]);
+      }
       store8(this->waits(c), v);
     }
   }
 
   // Puts the gradients of the shares down, and adds those of q, k and v to their nodes'.
-  NGK_DEVICE void share_gradients(const Register& e, const float* grad) const {
+  NGK_DEVICE void share_gradients(const Register& e) const {
     NGK_ROLLED
     for (int c = 0; c < KB; ++c) {
       float a[8] = {0, 0, 0, 0, 0, 0, 0, 0}, b[8] = {0, 0, 0, 0, 0, 0, 0, 0}, s[8];
@@ -114,14 +122,14 @@ struct AttendBack : Backprop<P, D, true> {
       put_down(Part::KEY, c, b);
       this->to_destination(g.attention_columns + c * 16, a);
       this->to_sources(g.attention_columns + c * 16, b);
-      value_gradients(c, e, grad);
+      value_gradients(c, e);
     }
   }
-  NGK_DEVICE void value_gradients(int c, const Register& e, const float* grad) const {
+  NGK_DEVICE void value_gradients(int c, const Register& e) const {
     float v[8] = {0, 0, 0, 0, 0, 0, 0, 0}, factor[8] = {0, 0, 0, 0, 0, 0, 0, 0}, x[8], w[8];
     if (c < of.fragments(of.d_v)) {
       of.value(c, e, v, factor);
-      result_gradient(grad, c, x);
+      result_gradient(c, x);
       of.spread(of.weight, g.dv, of.d_v, c, w);
       NGK_UNROLL
       for (int k = 0; k < 8; ++k) {

@@ -1,5 +1,4 @@
-// Relational attention on one tile: logits of its edges, softmax by destination, and the way back. A warp has 16 sources of one
-// destination.
+// Relational attention on one tile: logits of its edges, softmax by destination, and the way back.
 //
 // An edge's share r = [query | key | value factor] is the last stage, three parts of the state e below it.
 //   logit = scale <q_i + r_q, k_j + r_k>,  value = v_j r_v (or v_j),  out_i = sum_j p value,  sums_i = sum_j p e   (p by head)
@@ -27,7 +26,7 @@ struct Attention {
   const Eval& eval;
   const int heads, d, d_v;
   const float scale, keep;
-  float *products, *p, *weight, *slope;  // [16][WIDE], [16][heads]: exponentials, with dropout, their gradients
+  float *products, *p, *weight, *slope;  // [16][WIDE], [16][heads]: exponentials, with dropout, their gradients (forward: the largest logits)
 
   // Numbers of the working memory of a warp; then come top, total and shrink [heads] (attend.h).
   static NGK_DEVICE int64_t memory(const Args& g) { return 16 * WIDE + 3 * (16 + 1) * g.heads; }
@@ -65,7 +64,7 @@ struct Attention {
   }
   NGK_DEVICE void query(int c, const Register& e, float* v) const {
     part(QUERY, c, e, v);
-    add_nodes(g.q, d, eval.node, eval.node, c, v);
+    add_nodes(g.q, d, eval.node[0], eval.node[1], c, v);
   }
   NGK_DEVICE void key(int c, const Register& e, float* v) const {
     part(KEY, c, e, v);
@@ -123,11 +122,12 @@ struct Attention {
   }
 
   // An exponential with dropout.
-  NGK_DEVICE float dropped(float x, const Panel& panel, int64_t source, int row, int head) const {
+  NGK_DEVICE float dropped(float x, const Panel& panel, int row, int head) const {
     if (!g.dropped_below) return x;
     const Rows& b = *eval.block;
-    const int64_t j = b.src + panel.copy * b.node_stride + eval.edge(panel, source, row).source;
-    return dropout_hash(eval.node, j, head, g.seed) >= static_cast<uint32_t>(g.dropped_below) ? x * keep : 0.0f;
+    const typename Eval::Edge e = eval.edge(panel, row);
+    const int64_t j = b.src + panel.copy * b.node_stride + e.source;
+    return dropout_hash(eval.node_of(panel, e), j, head, g.seed) >= static_cast<uint32_t>(g.dropped_below) ? x * keep : 0.0f;
   }
 };
 

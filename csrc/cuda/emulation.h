@@ -226,6 +226,7 @@ inline void mma_bf16(float* d, const uint32_t* a, const uint32_t* b) {
   });
   std::memcpy(d, taken(thread()) + 4, 16);
 }
+inline int lowest_bit(uint32_t x) { return __builtin_ctz(x); }
 inline float truncated(float x) {  // what the tensor cores read of a number
   uint32_t u;
   std::memcpy(&u, &x, 4);

@@ -1,17 +1,17 @@
-// The evaluator of an edge expression: a warp takes 16 edges of one destination through its stages.
+// The evaluator of an edge expression: a warp takes 16 edges through its stages.
 #pragma once
 
 #include <type_traits>
-#include "inputs.h"
 
+#include "edges.h"
 #include "register.h"
 
 namespace ngk::cuda {
 
 template <class P, int D, bool FULL>
-struct Evaluator : Inputs<P, D, FULL> {
-  using Base = Inputs<P, D, FULL>;
-  using Base::column_of, Base::row_of, Base::side;
+struct Evaluator : Edges<P, D, FULL> {
+  using Base = Edges<P, D, FULL>;
+  using Base::column_of, Base::row_of, Base::side, Base::node, Base::source_node;
   using Base::KB, Base::FRAGMENTS, Base::g, Base::block, Base::constants, Base::features, Base::hermite, Base::matrices;
   using typename Base::Element;
   using Left = typename P::Left;
@@ -23,31 +23,6 @@ struct Evaluator : Inputs<P, D, FULL> {
 
   float* stash;
   Left* carry;
-  // of a tile
-  const int64_t* line = nullptr;          // null: every pair is an edge
-  int destination = 0;                    // in its layer
-  int node = 0, source_node[2] = {0, 0};  // its destination in the graph, this lane's two sources
-  bool ok[2] = {false, false};
-  int count = 0;  // FULL: its edges, the first rows
-
-  struct Edge {
-    int64_t source = 0, place = 0, partner = 0;
-    bool ok = false;
-    NGK_DEVICE int64_t raw(int64_t by) const { return by ? partner : place; }
-  };
-  NGK_DEVICE static const int64_t* line_of(const Rows* block, int64_t i) {
-    return block->lines ? reinterpret_cast<const int64_t*>(block->lines) + 3 * i : nullptr;
-  }
-  // Row r of the tile of sources from j on, or of a line; where there is no such edge, another one that is.
-  NGK_DEVICE Edge edge(const Panel& panel, const int64_t* of, int64_t j, int r) const {
-    if (!of) {
-      const int64_t source = j + r < panel.j1 ? j + r : panel.j1 - 1;
-      return {source, source, source, j + r < panel.j1};
-    }
-    const int64_t* e = reinterpret_cast<const int64_t*>(block->edges) + 3 * (of[1] + (r < of[2] ? r : 0));
-    return {e[0], e[1], e[2], r < of[2]};
-  }
-  NGK_DEVICE Edge edge(const Panel& panel, int64_t j, int r) const { return edge(panel, line, j, r); }
 
   NGK_DEVICE explicit Evaluator(const Args& args) : Base(args) {
     stash = placed_of_warp<float>(g.stash, this->sides() * g.n_slots * KB * FRAGMENTS) + lane() * 8;
@@ -56,111 +31,32 @@ struct Evaluator : Inputs<P, D, FULL> {
 
   // What is evaluated from here on is of the edges (0) or of their partners (1).
   NGK_DEVICE void turn(int to) {
-    if (!FULL || to == this->turned) return;
-    const int64_t by = to - this->turned;
-    this->turned = to;
-    features += by * this->features_of_side();
-    this->feature_gradients += by * this->features_of_side();
-    hermite += by * this->features_of_side();
-    stash += by * g.n_slots * KB * FRAGMENTS;
+    if (FULL) stash += (to - this->turned) * g.n_slots * KB * FRAGMENTS;
+    Base::turn(to);
   }
   // Node terms of a node at this lane's columns, as destination (0) or as source (1); partners have them the other way about.
   NGK_DEVICE const float* node_terms(int of, int role) const {
     return g.nodes + ((role == side() ? 0 : g.n_nodes) + of) * g.columns + lane() % 4 * 2;
   }
 
-  // ---- tiles: raw features arrive some tiles ahead; the numbers of edges in lists one more ----
-  Tile coming;                   // the next tile to be fetched
-  int64_t listed[2] = {-1, -1};  // of its edges in lists, the numbers of this lane's raw features and of its partner's; -1: none
-  int fetched = 0;
-
-  // Begins the tiles of a panel (Tile); none if `some` is false.
-  NGK_DEVICE void begin(const Panel& panel, bool some, bool strips) {
-    block = g.blocks + panel.block;
-    coming = {panel.i0, panel.j0, some, strips};
-    look_up(panel);
-    NGK_ROLLED
-    for (int k = 0; k < AHEAD; ++k) fetch(panel);
-  }
-  NGK_DEVICE void look_up(const Panel& panel) {
-    if (!block->lines) return;
-    const Edge e = coming.there ? edge(panel, line_of(block, coming.i), coming.j, lane() % 16) : Edge{};
-    listed[0] = e.ok ? e.raw(block->raw_by) : -1;
-    listed[1] = e.ok ? e.raw(block->partner_raw_by) : -1;
-  }
-  NGK_DEVICE void fetch(const Panel& panel) {
-    NGK_ROLLED
-    for (int x = 0; x < this->sides(); ++x) {
-      const Values& raw = this->raw(x);
-      char* to = this->arrival(fetched, x);
-      if (!coming.there || !raw.data) continue;
-      const int64_t edges = block->lines ? 0 : panel.j1 - coming.j;
-      if (block->lines) {
-        const int64_t number = x ? listed[1] : listed[0];
-        if (lane() < 16 && number >= 0) fetch_edge(raw, panel.copy, line_of(block, coming.i)[0], number, lane(), g.channels, to);
-      } else if (in_a_row(raw, g.channels)) {
-        fetch_row(raw, panel.copy, coming.i, coming.j, static_cast<int>(edges < 16 ? edges : 16), g.channels, to);
-      } else if (lane() < 16 && lane() < edges) {
-        fetch_edge(raw, panel.copy, coming.i, coming.j + lane(), lane(), g.channels, to);
-      }
-    }
-    copies_end();
-    ++fetched;
-    coming.next(panel);
-    look_up(panel);
-  }
-
-  // The edges from sources j .. j + 15 (below j1) to destination i, or those of line i; with `there` false, from none. The tiles of a panel
-  // come in the order in which they were fetched; the next one is fetched now.
-  NGK_DEVICE void tile(const Panel& panel, int64_t i, int64_t j, bool there) {
-    line = line_of(block, i);
-    destination = static_cast<int>(line ? line[0] : i);
-    const int64_t first = panel.copy * block->node_stride;
-    node = static_cast<int>(block->dst + first + destination);
-    NGK_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      const Edge e = edge(panel, j, lane() / 4 + 8 * h);
-      ok[h] = there && e.ok;
-      source_node[h] = static_cast<int>(block->src + first + e.source);
-    }
-    if (FULL) {
-      const int64_t edges = line ? line[2] : panel.j1 - j;
-      count = there ? static_cast<int>(edges < 16 ? edges : 16) : 0;
-    }
-    wait_for_copies<AHEAD - 1>();
-    sync_warp();  // the copies of all lanes are there, and the last tile's features are read
-    if (lane() < 16) {
-      const Edge e = edge(panel, j, lane());
-      const bool has_raw = there && e.ok && !(FULL && block->diagonal && e.source != destination);
-      NGK_ROLLED
-      for (int x = 0; x < this->sides(); ++x) {
-        turn(x);
-        const Values& raw = this->raw(x);
-        const int skipped = !line && in_a_row(raw, g.channels) ? before(element_of(raw, panel.copy, destination, j, 0)) : 0;
-        this->take_features(this->arrival(fetched - AHEAD, x) + skipped, has_raw);
-      }
-      turn(0);
-    }
-    sync_warp();
-    fetch(panel);
-  }
-
   // What the product of a stage is added to: columns 16 c .. of half h.
   NGK_DEVICE void start(const Stage& stage, int h, int c, float* v) const {
     const int at = h * D + c * 16;
-    const float *own = node_terms(node, 0), *top = node_terms(source_node[0], 1), *bottom = node_terms(source_node[1], 1);
+    const float *own[2] = {node_terms(node[0], 0), node_terms(node[1], 0)};
+    const float *top = node_terms(source_node[0], 1), *bottom = node_terms(source_node[1], 1);
     NGK_UNROLL
     for (int n = 0; n < 2; ++n) {
-      Two a{{0, 0}}, x{{0, 0}}, y{{0, 0}};
+      Two a{{0, 0}}, b{{0, 0}}, x{{0, 0}}, y{{0, 0}};
       if (stage.node >= 0) {
-        a = load2(own + stage.node + at + 8 * n);
+        a = load2(own[0] + stage.node + at + 8 * n);
+        b = own[1] == own[0] ? a : load2(own[1] + stage.node + at + 8 * n);
         x = load2(top + stage.node + at + 8 * n);
         y = load2(bottom + stage.node + at + 8 * n);
       } else if (stage.bias >= 0) {
-        a = load2(constants + stage.bias + at + 8 * n + lane() % 4 * 2);
+        a = b = load2(constants + stage.bias + at + 8 * n + lane() % 4 * 2);
       }
       NGK_UNROLL
-      for (int p = 0; p < 2; ++p) v[4 * n + p] = a.v[p] + x.v[p], v[4 * n + 2 + p] = a.v[p] + y.v[p];
+      for (int p = 0; p < 2; ++p) v[4 * n + p] = a.v[p] + x.v[p], v[4 * n + 2 + p] = b.v[p] + y.v[p];
     }
   }
 

@@ -36,6 +36,7 @@ NGK_DEVICE char* shared_memory() {
 }
 NGK_DEVICE void sync_block() { __syncthreads(); }
 NGK_DEVICE void sync_warp() { __syncwarp(); }
+NGK_DEVICE int lowest_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }
 NGK_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 // d += a b: a 16 x 16 (bf16) or 16 x 8 (tf32), b with 8 columns, as mma.sync lays them out over the lanes.

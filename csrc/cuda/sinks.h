@@ -12,6 +12,7 @@ template <class P, int D, bool FULL>
 struct Sinks {
   using Left = typename P::Left;
   using Element = typename P::Element;
+  using Edge = typename Evaluator<P, D, FULL>::Edge;
   static constexpr int KB = D / 16, FRAGMENTS = 256, LD = D + 8;  // LD: of staged rows, without bank conflicts
 
   const Args& g;
@@ -20,7 +21,7 @@ struct Sinks {
   Element* staged;
   // of a tile
   const Panel* panel = nullptr;
-  int row = 0, strip = 0, number = 0;  // of its destination in the panel, of its sources; which tile it is
+  int strip = 0, number = 0;  // of its sources; which tile it is
   bool active = false;
 
   NGK_DEVICE Sinks(const Args& args, Evaluator<P, D, FULL>& e) : g(args), eval(e) {
@@ -36,7 +37,6 @@ struct Sinks {
     sync_block();
   }
 
-  NGK_DEVICE int64_t source() const { return eval.line ? 0 : panel->j0 + strip * 16; }  // the first
   NGK_DEVICE bool wants_nodes() const { return g.need_nodes || g.need_parameters; }
   NGK_DEVICE bool wants_sources() const { return wants_nodes() || (FULL && g.combine == ATTEND); }
   // The gradient, columns 16 c .., that waits for the stage whose result was added to another, or normalised.
@@ -108,20 +108,22 @@ struct Sinks {
     for (int k = 0; k < 8; ++k) own[k] += v[k];
     store8(sources + column / 16 * FRAGMENTS, own);
   }
-  // By destination: over the 16 rows, to its partial row.
+  // By destination: over the rows of each, to its partial row.
   NGK_DEVICE void to_destination(int64_t column, const float* v) const {
-    const bool upper = lane() & 16, odd = lane() & 8;
-    float x[2];
-    NGK_UNROLL
-    for (int p = 0; p < 2; ++p) {
-      const float low = v[p] + v[2 + p], high = v[4 + p] + v[6 + p];
-      x[p] = (upper ? high : low) + shuffle_xor(upper ? low : high, 16);
-    }
-    float total = (odd ? x[1] : x[0]) + shuffle_xor(odd ? x[0] : x[1], 8);
-    total += shuffle_xor(total, 4);
-    if (!active || (lane() & 4)) return;
-    float* to = g.partial + (panel->rows_i + row) * g.sum_columns + column + (upper ? 8 : 0) + lane() % 4 * 2 + (odd ? 1 : 0);
-    *to = strip && !eval.line ? *to + total : total;
+    eval.by_destination([&](const Run& run) {
+      const bool upper = lane() & 16, odd = lane() & 8, top = run.has(lane() / 4), bottom = run.has(lane() / 4 + 8);
+      float x[2];
+      NGK_UNROLL
+      for (int p = 0; p < 2; ++p) {
+        const float low = (top ? v[p] : 0.0f) + (bottom ? v[2 + p] : 0.0f), high = (top ? v[4 + p] : 0.0f) + (bottom ? v[6 + p] : 0.0f);
+        x[p] = (upper ? high : low) + shuffle_xor(upper ? low : high, 16);
+      }
+      float total = (odd ? x[1] : x[0]) + shuffle_xor(odd ? x[0] : x[1], 8);
+      total += shuffle_xor(total, 4);
+      if (lane() & 4) return;
+      float* to = g.partial + (panel->rows_i + run.row) * g.sum_columns + column + (upper ? 8 : 0) + lane() % 4 * 2 + (odd ? 1 : 0);
+      *to = run.begins ? total : *to + total;
+    });
   }
   // Adds v times the rows' factors, row by row, to this lane's own numbers.
   NGK_DEVICE void add_columns(int64_t at, const float* v, float top, float bottom) const {
@@ -182,20 +184,21 @@ struct Sinks {
     sync_warp();
     if (!g.need_raw || !active || lane() >= 16) return;
     const Rows& rows = *eval.block;
-    const typename Evaluator<P, D, FULL>::Edge e = eval.edge(*panel, source(), lane());
-    if (!e.ok || (FULL && rows.diagonal && e.source != eval.destination)) return;
+    const Edge e = eval.edge(*panel, lane());
+    if (!e.ok || (FULL && rows.diagonal && e.source != e.destination)) return;
     const float *own = eval.feature_gradients + lane() * g.channels, *partners = own + eval.features_of_side();
     const bool both = FULL && g.live;
-    write_feature(rows.gradient, rows.affine, e.raw(rows.raw_by), own, both && rows.same ? partners : nullptr, rows.add);
-    if (both && !rows.same) write_feature(rows.partner_gradient, rows.partner_affine, e.raw(rows.partner_raw_by), partners, nullptr, true);
+    write_feature(rows.gradient, rows.affine, e, rows.raw_by, own, both && rows.same ? partners : nullptr, rows.add);
+    if (both && !rows.same) write_feature(rows.partner_gradient, rows.partner_affine, e, rows.partner_raw_by, partners, nullptr, true);
   }
-  NGK_DEVICE void write_feature(const Values& to, int64_t affine, int64_t number, const float* own, const float* more, bool add) const {
+  NGK_DEVICE void write_feature(const Values& to, int64_t affine, const Edge& e, int64_t by, const float* own, const float* more,
+                                bool add) const {
     if (!to.data) return;
     const Dtype dtype = static_cast<Dtype>(to.dtype);
     const float scale = affine >= 0 ? eval.constants[affine] : 1.0f;
     NGK_ROLLED
     for (int c = 0; c < g.channels; ++c) {
-      char* p = element_of(to, panel->copy, eval.destination, number, c);
+      char* p = element_of(to, panel->copy, e.destination, e.raw(by), c);
       const float x = (FULL && more ? own[c] + more[c] : own[c]) * scale;
       write_value<float>(p, dtype, add ? x + read_value<float>(p, dtype) : x);
     }
@@ -211,8 +214,8 @@ struct Sinks {
     for (int k = 0; k < 8; ++k) {
       const int column = c * 16 + eval.column_of(k);
       if (!eval.ok[k / 2 % 2] || column >= g.carrier_width) continue;
-      const auto edge = eval.edge(*panel, source(), eval.row_of(k));
-      char* p = element_of(to, panel->copy, eval.destination, partner ? edge.partner : edge.place, column);
+      const Edge e = eval.edge(*panel, eval.row_of(k));
+      char* p = element_of(to, panel->copy, e.destination, partner ? e.partner : e.place, column);
       write_value<float>(p, dtype, partner ? v[k] + read_value<float>(p, dtype) : v[k]);
     }
   }
@@ -223,15 +226,17 @@ struct Sinks {
     NGK_ROLLED
     for (int64_t c = 0; c < g.sum_columns / 16; ++c) store8(sources + c * FRAGMENTS, none);
   }
+  // Of rows that several destinations have in turn, all; else of those that are sources.
   NGK_DEVICE void write_sources() const {
     if (!wants_sources()) return;
+    const bool all = eval.block->step() > 1;
     NGK_ROLLED
     for (int64_t c = 0; c < g.sum_columns / 16; ++c) {
       float v[8];
       load8(sources + c * FRAGMENTS, v);
       NGK_UNROLL
       for (int k = 0; k < 8; ++k)
-        if (eval.ok[k / 2 % 2])
+        if (all || eval.ok[k / 2 % 2])
           g.partial[(panel->rows_j + strip * 16 + eval.row_of(k)) * g.sum_columns + c * 16 + eval.column_of(k)] = v[k];
     }
   }

@@ -1,4 +1,5 @@
-// Running statistics of the messages to one destination: of each lane its own rows, merged over the lanes in the end.
+// Running statistics of the messages to one destination: of each lane its own rows, merged over the lanes in the end. A column fragment
+// of a tile is added, and written, at a time; `seen` is from before that.
 #pragma once
 
 #include "evaluator.h"
@@ -27,7 +28,7 @@ struct Statistics {
 
   NGK_DEVICE float* plane(int k, int c) const { return base + (k * fragments + c) * LANES * 4 + lane() * 4; }
 
-  NGK_DEVICE void add(int c, const float* m, const bool* ok) const {
+  NGK_DEVICE void add(int c, const float* m, const bool* ok) {
     Four sum = seen ? load4(plane(0, c)) : Four{{0, 0, 0, 0}};
     if (g.spread) {
       Four shift = seen ? load4(plane(1, c)) : Four{{0, 0, 0, 0}}, squares = seen ? load4(plane(2, c)) : Four{{0, 0, 0, 0}};
@@ -49,59 +50,57 @@ struct Statistics {
     store4(plane(0, c), sum);
     if (g.low) extreme<false>(3, c, m, ok);
     if (g.high) extreme<true>(5, c, m, ok);
+    seen += static_cast<float>(ok[0]) + static_cast<float>(ok[1]);
   }
 
-  // The statistics of all lanes, written to a partial row [STATISTIC_PLANES, 16 fragments].
-  NGK_DEVICE void write(float* row) const {
-    NGK_ROLLED
-    for (int c = 0; c < fragments; ++c) {
-      const Four none{{0, 0, 0, 0}};
-      Four sum = seen ? load4(plane(0, c)) : none, squares = none, ends[4];
-      if (g.spread) {
-        const Four shift = seen ? load4(plane(1, c)) : none, second = seen ? load4(plane(2, c)) : none;
-        NGK_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          const float d = seen ? sum.v[e] / seen : 0.0f;
-          squares.v[e] = second.v[e] - sum.v[e] * d < 0 ? 0.0f : second.v[e] - sum.v[e] * d;
-          sum.v[e] = shift.v[e] + d;
-        }
-      }
-      NGK_UNROLL
-      for (int k = 0; k < 4; ++k)
-        if (k < 2 ? g.low : g.high) ends[k] = seen ? load4(plane(3 + k, c)) : k % 2 ? none : endless(k / 2);
+  // The statistics of all lanes, of columns 16 c .., written to a partial row [STATISTIC_PLANES, 16 fragments].
+  NGK_DEVICE void write(int c, float* row) const {
+    const Four none{{0, 0, 0, 0}};
+    Four sum = seen ? load4(plane(0, c)) : none, squares = none, ends[4];
+    if (g.spread) {
+      const Four shift = seen ? load4(plane(1, c)) : none, second = seen ? load4(plane(2, c)) : none;
       NGK_UNROLL
       for (int e = 0; e < 4; ++e) {
-        float n = seen;
-        NGK_UNROLL
-        for (int mask = 4; mask < LANES; mask *= 2) {
-          const float more = shuffle_xor(n, mask);
-          if (g.spread) {
-            const float mean = shuffle_xor(sum.v[e], mask), second = shuffle_xor(squares.v[e], mask);
-            merge_spread(&sum.v[e], &squares.v[e], n, mean, second, more);
-          } else {
-            sum.v[e] += shuffle_xor(sum.v[e], mask);
-          }
-          if (g.low) {
-            const float x = shuffle_xor(ends[0].v[e], mask), count = shuffle_xor(ends[1].v[e], mask);
-            merge_extreme<false>(&ends[0].v[e], &ends[1].v[e], x, count);
-          }
-          if (g.high) {
-            const float x = shuffle_xor(ends[2].v[e], mask), count = shuffle_xor(ends[3].v[e], mask);
-            merge_extreme<true>(&ends[2].v[e], &ends[3].v[e], x, count);
-          }
-          n += more;
-        }
+        const float d = seen ? sum.v[e] / seen : 0.0f;
+        squares.v[e] = second.v[e] - sum.v[e] * d < 0 ? 0.0f : second.v[e] - sum.v[e] * d;
+        sum.v[e] = shift.v[e] + d;
       }
-      if (lane() >= 4) continue;
+    }
+    NGK_UNROLL
+    for (int k = 0; k < 4; ++k)
+      if (k < 2 ? g.low : g.high) ends[k] = seen ? load4(plane(3 + k, c)) : k % 2 ? none : endless(k / 2);
+    NGK_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      float n = seen;
       NGK_UNROLL
-      for (int e = 0; e < 4; ++e) {
-        float* to = row + c * 16 + e / 2 * 8 + lane() * 2 + e % 2;
-        const int stride = 16 * fragments;
-        to[0] = sum.v[e];
-        if (g.spread) to[stride] = squares.v[e];
-        if (g.low) to[2 * stride] = ends[0].v[e], to[3 * stride] = ends[1].v[e];
-        if (g.high) to[4 * stride] = ends[2].v[e], to[5 * stride] = ends[3].v[e];
+      for (int mask = 4; mask < LANES; mask *= 2) {
+        const float more = shuffle_xor(n, mask);
+        if (g.spread) {
+          const float mean = shuffle_xor(sum.v[e], mask), second = shuffle_xor(squares.v[e], mask);
+          merge_spread(&sum.v[e], &squares.v[e], n, mean, second, more);
+        } else {
+          sum.v[e] += shuffle_xor(sum.v[e], mask);
+        }
+        if (g.low) {
+          const float x = shuffle_xor(ends[0].v[e], mask), count = shuffle_xor(ends[1].v[e], mask);
+          merge_extreme<false>(&ends[0].v[e], &ends[1].v[e], x, count);
+        }
+        if (g.high) {
+          const float x = shuffle_xor(ends[2].v[e], mask), count = shuffle_xor(ends[3].v[e], mask);
+          merge_extreme<true>(&ends[2].v[e], &ends[3].v[e], x, count);
+        }
+        n += more;
       }
+    }
+    if (lane() >= 4) return;
+    NGK_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      float* to = row + c * 16 + e / 2 * 8 + lane() * 2 + e % 2;
+      const int stride = 16 * fragments;
+      to[0] = sum.v[e];
+      if (g.spread) to[stride] = squares.v[e];
+      if (g.low) to[2 * stride] = ends[0].v[e], to[3 * stride] = ends[1].v[e];
+      if (g.high) to[4 * stride] = ends[2].v[e], to[5 * stride] = ends[3].v[e];
     }
   }
 

@@ -7,21 +7,26 @@ namespace ngk::cuda {
 
 struct Walk {
   const Panel* panel;
-  bool lines;  // each of them is a strip of its own
   int own, height, most = 0;
 
-  static NGK_DEVICE int tiles(const Panel& p) { return static_cast<int>((p.i1 - p.i0) * ((p.j1 - p.j0 + 15) / 16)); }
+  // Tiles of a strip: of listed edges, each is a strip of its own.
+  static NGK_DEVICE int height_of(const Rows& rows, const Panel& p) {
+    return rows.edges ? 1 : static_cast<int>((p.i1 - p.i0 + rows.step() - 1) / rows.step());
+  }
+  static NGK_DEVICE int tiles(const Args& g, const Panel& p) {
+    const Rows& rows = g.blocks[p.block];
+    return rows.edges ? static_cast<int>(p.i1 - p.i0) : height_of(rows, p) * static_cast<int>((p.j1 - p.j0 + 15) / 16);
+  }
 
   template <class Evaluator>
   NGK_DEVICE Walk(const Args& g, Evaluator& eval) {
     const int64_t first = g.first_panel + block() * WARPS, number = first + warp();
     NGK_ROLLED
     for (int w = 0; w < WARPS; ++w)
-      if (first + w < g.n_panels && tiles(g.panels[first + w]) > most) most = tiles(g.panels[first + w]);
+      if (first + w < g.n_panels && tiles(g, g.panels[first + w]) > most) most = tiles(g, g.panels[first + w]);
     panel = g.panels + (number < g.n_panels ? number : first);
-    lines = g.blocks[panel->block].lines;
-    own = number < g.n_panels ? tiles(*panel) : 0;
-    height = lines ? 1 : static_cast<int>(panel->i1 - panel->i0);
+    own = number < g.n_panels ? tiles(g, *panel) : 0;
+    height = height_of(g.blocks[panel->block], *panel);
     eval.begin(*panel, own > 0, true);
   }
 
@@ -31,9 +36,10 @@ struct Walk {
     back.active = at < own;
     back.number = at;
     back.strip = back.active ? at / height : 0;
-    back.row = !back.active ? 0 : lines ? at : at % height;
     if (at % height == 0) back.clear_sources();
-    eval.tile(*panel, panel->i0 + back.row, lines ? 0 : panel->j0 + back.strip * 16, back.active);
+    const bool listed = eval.block->edges;
+    const int64_t along = !back.active ? 0 : listed ? at : at % height * eval.block->step();
+    eval.tile(*panel, panel->i0 + along, panel->j0 + (listed ? 0 : back.strip * 16), back.active);
     back.clear_features();
   }
   template <class Back>

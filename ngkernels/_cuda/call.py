@@ -12,7 +12,7 @@ from ..topology import DENSE, KINDS, SAME, SPARSE, SPARSE_RAW, TOKEN
 from . import launch
 from .launch import simple
 from .lower import FROM_NORM, Attention, Lowered, Unsupported, lower
-from .plan import WARPS, Launch, Row, plan_of, turned
+from .plan import TILE, WARPS, Launch, Row, log_rows, plan_of, turned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FIELDS = (
@@ -92,16 +92,19 @@ class Call:
         r, partner = self.plan.rows[k], turned(self.plan.rows[k])
         affine, partner_affine = (-1 if self.low.affine < 0 or end.weight < 0 else self.low.affine + 2 * end.weight for end in (r, partner))
         direction, partner_direction = (end.variant if self.low.directions > 1 else 0 for end in (r, partner))
-        listed = k in self.plan.lines
+        listed = self.plan.listed.get(k)
         sparse = KINDS[r.kind] == SPARSE
         head = [r.n_src, r.n_dst, r.src, r.dst, r.node_stride, r.out, r.out_stride, direction, affine, int(self.work.added[k])]
-        head += [t.data_ptr() for t in self.plan.lines[k]] if listed else [0, 0]
+        if listed:
+            head += [listed.edges.data_ptr(), len(listed.edges), listed.runs.data_ptr(), TILE.bit_length() - 1]
+        else:
+            head += [0, 0, sum(1 << first for first in range(0, TILE, 1 << log_rows(r))), log_rows(r)]
         head += [int(sparse and r.src_axis == 2), partner_direction, partner_affine, int(sparse and r.partner_axis == 2)]
         head += [int(bool(r.flags & flag)) for flag in (TOKEN, SPARSE_RAW, SAME)]
         raw = (self._raw(tensors, r) for tensors in (self.weights, self.grad_weights))
         own = (values_of(r, self.owned(tensors, r), False, r.emit_offset, r.emit_stride) for tensors in (self.values, self.grad_carriers))
-        theirs = [across(self._raw(tensors, partner), listed or r.flags & SPARSE_RAW) for tensors in (self.weights, self.other_weights)]
-        theirs.append(across(values_of(partner, self.owned(self.other_carriers, partner), False, partner.emit_offset, partner.emit_stride), listed))
+        theirs = [across(self._raw(tensors, partner), bool(listed) or r.flags & SPARSE_RAW) for tensors in (self.weights, self.other_weights)]
+        theirs.append(across(values_of(partner, self.owned(self.other_carriers, partner), False, partner.emit_offset, partner.emit_stride), bool(listed)))
         return [*head, *(v for view in (*raw, *own, *theirs) for v in view)]
 
     @staticmethod

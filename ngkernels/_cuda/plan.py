@@ -20,31 +20,43 @@ TILE = 16  # sources that a warp takes at a time
 WARPS = 4  # panels of a block of threads
 
 
-class Lines(NamedTuple):
-    """Edges one by one, as lines: up to TILE edges of one destination. lines [n, 3]: destination, first edge, edges; edges [e, 3]: source,
-    number, partner's number; int64."""
+class Listed(NamedTuple):
+    """Edges one by one, in the order of their destinations, TILE to a tile and TILE tiles to a panel. What a panel has of a destination is a
+    run. int64."""
 
-    lines: torch.Tensor
-    edges: torch.Tensor
+    edges: torch.Tensor  # [e, 4]: destination, source, number, partner's number
+    runs: torch.Tensor  # [tiles]: where runs begin and end, csrc/cuda/args.h
+    found: torch.Tensor  # [n, 2]: of each run, its destination and edges
+    starts: torch.Tensor  # [panels + 1]: first run of each panel
 
     @classmethod
-    def of(cls, row: Row, topology: torch.Tensor) -> Lines:
+    def of(cls, row: Row, topology: torch.Tensor) -> Listed:
         """On the device of the topology table."""
         if KINDS[row.kind] == DIAGONAL:
             n = torch.arange(row.n_src, device=topology.device)
-            return cls(torch.stack([n, n, torch.ones_like(n)], 1), torch.stack([n, n, n], 1))
+            return cls.cut(torch.stack([n, n, n, n], 1))
         dst, src, number, partner = read_lists(topology[row.lists :], row.count)
         if row.turned:
             dst, src, number, partner = src, dst, partner, number
             order = (dst * row.n_src + src).argsort(stable=True)
             order = order[(dst != src)[order]] if row.src == row.dst else order  # a neuron's pair with itself is its own partner
             dst, src, number, partner = dst[order], src[order], number[order], partner[order]
-        found, degree = dst.unique_consecutive(return_counts=True)
-        parts = ceil_div(degree, TILE)
-        within = _within(parts) * TILE
-        first = (degree.cumsum(0) - degree).repeat_interleave(parts) + within
-        count = (degree.repeat_interleave(parts) - within).clamp(max=TILE)
-        return cls(torch.stack([found.repeat_interleave(parts), first, count], 1), torch.stack([src, number, partner], 1))
+        return cls.cut(torch.stack([dst, src, number, partner], 1))
+
+    @classmethod
+    def cut(cls, edges: torch.Tensor) -> Listed:
+        n, place = len(edges), torch.arange(len(edges), device=edges.device)
+        begins = place % TILE**2 == 0
+        begins[1:] |= edges[1:, 0] != edges[:-1, 0]
+        first = begins.nonzero().flatten()
+        end = first.new_full((1,), n)
+        run, tiles = begins.cumsum(0) - 1, ceil_div(n, TILE)
+        bits = place.new_zeros(tiles).index_add_(0, place // TILE, begins.long() << place % TILE)
+        ends = torch.cat([begins, begins.new_ones(1)])[place[::TILE].add(TILE).clamp(max=n)]
+        starts = run[:: TILE**2]
+        within = run[::TILE] - starts.repeat_interleave(TILE)[:tiles]
+        count = torch.cat([first, end]).diff()
+        return cls(edges, bits | ends.long() << 16 | within << 32, torch.stack([edges[first, 0], count], 1), torch.cat([starts, end - n + len(first)]))
 
 
 class Sums(NamedTuple):
@@ -88,11 +100,21 @@ def ceil_div(a, b: int):
     return -(-a // b)
 
 
+def log_rows(row: Row) -> int:
+    """log2 of the rows that a destination of a dense block has in a tile: where there are few sources, a tile has several destinations."""
+    return min((row.n_src - 1).bit_length(), TILE.bit_length() - 1)
+
+
+def step(row: Row) -> int:
+    """Destinations of a tile."""
+    return TILE >> log_rows(row)
+
+
 def forward_panel(row: Row) -> tuple[int, int]:
     """Destinations and sources of a panel: a few tiles of several destinations, or long rows in parts where there are few destinations."""
     tiles = ceil_div(row.n_src, TILE)
     splits = min(ceil_div(row.n_src, 256), max(4, 2048 // row.n_dst))
-    return max(1, TILE // tiles), ceil_div(tiles, splits) * TILE
+    return max(1, TILE // tiles) * step(row), ceil_div(tiles, splits) * TILE
 
 
 def backward_panel(row: Row) -> tuple[int, int]:
@@ -101,7 +123,7 @@ def backward_panel(row: Row) -> tuple[int, int]:
     tall, strips = (32, 1) if edges <= 1 << 17 else (64, 2) if edges <= 1 << 22 else (128, 4)
     if row.n_dst < tall:
         strips = min(64, strips * ceil_div(tall, row.n_dst))
-    return tall, strips * TILE
+    return tall * step(row), strips * TILE
 
 
 class Plan:
@@ -114,8 +136,8 @@ class Plan:
         self.active = [k for k, r in enumerate(self.rows) if r.copies and (r.count if KINDS[r.kind] == SPARSE else r.n_src and r.n_dst)]
         listed = [k for k in self.active if KINDS[self.rows[k].kind] in (DIAGONAL, SPARSE)]
         topology = topology.to(device) if listed else topology
-        self.lines = {k: Lines.of(self.rows[k], topology) for k in listed}
-        self.active = [k for k in self.active if k not in self.lines or len(self.lines[k].lines)]
+        self.listed = {k: Listed.of(self.rows[k], topology) for k in listed}
+        self.active = [k for k in self.active if k not in self.listed or len(self.listed[k].edges)]
         self._works: dict = {}
         self._degrees: dict = {}
 
@@ -126,8 +148,8 @@ class Plan:
             for k in self.active:
                 r = self.rows[k]
                 first = r.out + torch.arange(r.copies, device=self.device)[:, None] * r.out_stride
-                if k in self.lines:
-                    dst, _, messages = self.lines[k].lines.T
+                if k in self.listed:
+                    dst, messages = self.listed[k].found.T
                     count.index_add_(0, (first + dst).flatten(), messages.repeat(r.copies))
                 else:
                     count[(first + torch.arange(r.n_dst, device=self.device)).flatten()] += r.n_src
@@ -146,7 +168,7 @@ class Work:
     """The panels of some blocks of a graph."""
 
     def __init__(self, plan: Plan, active: list[int]):
-        self.rows, self.lines, self.device, self.active = plan.rows, plan.lines, plan.device, active
+        self.rows, self.listed, self.device, self.active = plan.rows, plan.listed, plan.device, active
         self.turns, self.added = self._turns()
         self._launches: dict = {}
 
@@ -166,14 +188,16 @@ class Work:
 
     def _panels(self, k: int, size: tuple[int, int]) -> torch.Tensor:
         """[n, len(PANEL)] of one block; partial rows and slots are still their numbers: destinations, sources, edges in whole tiles."""
-        row, (tall, wide) = self.rows[k], size
-        if k in self.lines:
-            row, (tall, wide) = row._replace(n_dst=len(self.lines[k].lines), n_src=TILE), (TILE, TILE)
+        row, (tall, wide), listed = self.rows[k], size, self.listed.get(k)
+        if listed:
+            row, (tall, wide) = row._replace(n_dst=len(listed.runs), n_src=TILE), (TILE, TILE)
         axes = (torch.arange(0, n, step, device=self.device) for n, step in ((row.copies, 1), (row.n_src, wide), (row.n_dst, tall)))
         copy, j0, i0 = (a.flatten() for a in torch.meshgrid(*axes, indexing="ij"))
         i1, j1 = (i0 + tall).clamp(max=row.n_dst), (j0 + wide).clamp(max=row.n_src)
-        sources = (i1 - i0) * TILE if k in self.lines else j1 - j0
-        return torch.stack([torch.full_like(i0, self.active.index(k)), copy, i0, i1, j0, j1, i1 - i0, sources, (i1 - i0) * ceil_div(j1 - j0, TILE) * TILE], 1)
+        edges = ceil_div(i1 - i0, step(row)) * ceil_div(j1 - j0, TILE) * TILE
+        destinations = listed.starts.diff()[i0 // TILE] if listed else i1 - i0
+        sources = edges if listed else j1 - j0 if step(row) == 1 else torch.full_like(i0, TILE)
+        return torch.stack([torch.full_like(i0, self.active.index(k)), copy, i0, i1, j0, j1, destinations, sources, edges], 1)
 
     def _all(self, panels: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([torch.zeros(0, len(PANEL), dtype=torch.int64, device=self.device), *panels])
@@ -219,19 +243,25 @@ class Work:
     def _keys(self, panels: torch.Tensor, count: torch.Tensor, first: str, stride: str, sources: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Of `count` partial rows of each panel, of its destinations or `sources`: the nodes or output rows that they belong to (-1: none),
         and the messages of each."""
-        starts = [[getattr(self.rows[k], first), getattr(self.rows[k], stride)] for k in self.active]
-        start = torch.tensor(starts, dtype=torch.int64, device=self.device).reshape(-1, 2)[panels[:, 0]]
+        starts = [[getattr(self.rows[k], first), getattr(self.rows[k], stride), 1 << log_rows(self.rows[k])] for k in self.active]
+        start = torch.tensor(starts, dtype=torch.int64, device=self.device).reshape(-1, 3)[panels[:, 0]]
         owner, within = torch.arange(len(panels), device=self.device).repeat_interleave(count), _within(count)
-        place = panels[owner, 4 if sources else 2] + within
+        place = panels[owner, 2] + within
+        if sources:  # of small rows, each tile has them all over again
+            rows = start[owner, 2]
+            place = panels[owner, 4] + torch.where(rows < TILE, within % rows, within)
+            place[place >= panels[owner, 5]] = -1
         messages = (panels[:, 5] - panels[:, 4])[owner]
         for number, k in enumerate(self.active):
-            if k not in self.lines:
+            if k not in self.listed:
                 continue
-            mine = (panels[owner, 0] == number).nonzero().flatten()
-            lines, edges = self.lines[k]
-            dst, begin, messages[mine] = lines[panels[owner[mine], 2] + (within[mine] // TILE if sources else within[mine])].T
-            r = within[mine] % TILE
-            place[mine] = torch.where(r < messages[mine], edges[begin + torch.minimum(r, messages[mine] - 1), 0], -1) if sources else dst
+            listed, mine = self.listed[k], (panels[owner, 0] == number).nonzero().flatten()
+            panel = panels[owner[mine], 2] // TILE
+            if sources:
+                edge = panel * TILE**2 + within[mine]
+                place[mine] = torch.where(edge < len(listed.edges), listed.edges[edge.clamp(max=len(listed.edges) - 1), 1], -1)
+            else:
+                place[mine], messages[mine] = listed.found[listed.starts[panel] + within[mine]].T
         return torch.where(place >= 0, start[owner, 0] + panels[owner, 1] * start[owner, 1] + place, -1), messages
 
     def _launch(self, panels: torch.Tensor, keys: torch.Tensor, messages: torch.Tensor, slots: int) -> Launch:
