@@ -216,24 +216,35 @@ def test_plans_are_made_on_their_device():
 
 # ---- seeded bugs ----
 PATCHES = (
-    ("tail-of-sources-counts", "evaluator.h", "return {source, source, source, j + r < panel.j1};", "return {source, source, source, true};"),
-    ("idle-warps-have-edges", "evaluator.h", "ok[h] = there && e.ok;", "ok[h] = e.ok;"),
+    ("tail-of-sources-counts", "edges.h", "sources = first(panel.j1 - j) & ", "sources = "),
+    ("rows-beyond-a-small-layer", "edges.h", "& first(int64_t(1) << block->log_rows)", "& 0xffffu"),
+    ("tail-of-destinations-counts", "edges.h", "left = (panel.i1 - i) << block->log_rows", "left = 16"),
+    ("tail-of-listed-edges-counts", "edges.h", "present = first(rows) &", "present = 0xffffu &"),
+    ("idle-warps-have-edges", "edges.h", "rows = there ? static_cast<int>(left < 16 ? left : 16) : 0;", "rows = static_cast<int>(left < 16 ? left : 16);"),
+    ("runs-begin-in-every-tile", "edges.h", "block->edges || j == panel.j0 ? begins", "true ? begins | 1"),
+    ("runs-end-in-every-tile", "edges.h", "end < rows || closed});", "true});"),
+    ("last-run-goes-on", "edges.h", "closed = run >> 16 & 1", "closed = false"),
+    ("every-tile-from-the-first-run", "edges.h", "row = static_cast<int>(run >> 32)", "row = 0"),
+    ("one-destination-for-a-tile", "edges.h", "node[h] = node_of(panel, e);", "node[h] = node_of(panel, edge(panel, 0));"),
+    ("one-destinations-coefficients", "aggregate_back.h", "coefficients(1, stride)", "coefficients(0, stride)"),
+    ("statistics-of-the-run-before", "aggregate.h", "run.begins ? 0 : seen", "seen"),
     ("rows-of-a-fragment-exchanged", "precision.h", "{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])", "{pack_bf16(v[2], v[3]), pack_bf16(v[0], v[1])"),
     ("tf32-columns-in-their-own-order", "precision.h", "{v[0], v[2], v[1], v[3],", "{v[0], v[2], v[3], v[1],"),
     ("transposed-rows-exchanged", "precision.h", "(lane() / 16 * 8 + lane() % 8) * ld + lane() / 8 % 2 * 8", "(lane() / 8 % 2 * 8 + lane() % 8) * ld + lane() / 16 * 8"),
     ("no-barrier-after-the-product", "backprop.h", "matrix_gradients(upper, up);\n        sync_block();", "matrix_gradients(upper, up);"),
     ("no-barrier-before-the-product", "backprop.h", "sync_block();\n        matrix_gradients(upper, up);", "matrix_gradients(upper, up);"),
-    ("features-read-before-they-are-there", "evaluator.h", "turn(0);\n    }\n    sync_warp();", "turn(0);\n    }"),
-    ("features-read-before-they-arrive", "evaluator.h", "wait_for_copies<AHEAD - 1>();", ""),
+    ("features-read-before-they-are-there", "edges.h", "turn(0);\n    }\n    sync_warp();", "turn(0);\n    }"),
+    ("features-read-before-they-arrive", "edges.h", "wait_for_copies<AHEAD - 1>();", ""),
     ("all-tiles-arrive-at-one-place", "inputs.h", "number % AHEAD * sides()", "number % 1 * sides()"),
-    ("alignment-forgotten", "evaluator.h", "x) + skipped,", "x) + 0 * skipped,"),
+    ("alignment-forgotten", "edges.h", "x) + skipped,", "x) + 0 * skipped,"),
     ("message-overwrites-the-state", "evaluator.h", "odd ? 2 : 1 - g.edge_stages % 2", "odd ? 2 : g.edge_stages % 2"),
     ("residual-gradient-lost", "backprop.h", "if (stage.add >= 0 || (FULL && stage.source == FROM_NORM)) store8(", "if (FULL && stage.source == FROM_NORM) store8("),
     ("second-half-forgotten", "backprop.h", "h < upper.halves; ++h) add_product", "h < 1; ++h) add_product"),
-    ("strip-overwrites-the-last-one", "sinks.h", "*to = strip && !eval.line ? *to + total : total;", "*to = total;"),
+    ("strip-overwrites-the-last-one", "sinks.h", "*to = run.begins ? total : *to + total;", "*to = total;"),
     ("variance-between-lanes-lost", "statistics.h", "*squares + (other_squares + delta * delta * (na * nb / n))", "*squares + other_squares"),
     ("reversed-blocks-overwrite", "sinks.h", "add ? x + read_value<float>(p, dtype) : x", "x"),
-    ("line-of-one-edge", "evaluator.h", "3 * (of[1] + (r < of[2] ? r : 0))", "3 * of[1]"),
+    ("tiles-of-one-edge", "edges.h", "4 * (at < block->n_edges ? at : 16 * i)", "4 * 16 * i"),
+    ("sources-of-one-destination", "sinks.h", "if (all || eval.ok[k / 2 % 2])", "if (eval.ok[k / 2 % 2])"),
     ("table-and-features-both", "sinks.h", "stage.source == FROM_TABLE && !eval.row_beyond(k) ? 0.0f : v[k]", "v[k]"),
     ("beyond-the-table-forgotten", "backprop.h", "if (lowest.source == FROM_FOURIER || beyond_table())", "if (lowest.source == FROM_FOURIER)"),
 )  # fmt: skip
@@ -247,6 +258,7 @@ def passes(library: Path) -> bool:
                 sample = SAMPLE_OF[name].but(name, reduce=("sum", "mean", "min", "max", "std", "var"), head=0)
                 wanted, plain = float32_oracle(sample)
                 assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, checks.FLOAT32_FLOOR)
+            test_tiles_of_several_destinations((TINY, *SMALL), "table-reciprocal")
             test_how_weights_lie_in_memory_does_not_matter(torch.float32, 1)
             t = cast(leaves(LOW[0]), torch.float32)
             wanted, plain = run_oracle(LOW[0], cast(t, torch.float64)), run_oracle(LOW[0], t, low=True)

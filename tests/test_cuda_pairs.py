@@ -143,16 +143,22 @@ PATCHES = (
     ("partners-read-the-edges-nodes", "evaluator.h", "role == side() ? 0 : g.n_nodes", "role == 0 ? 0 : g.n_nodes"),
     ("variance-of-the-padding", "evaluator.h", "if (c * 16 + column_of(k) >= stage.width) continue;", ""),
     ("tokens-start-from-the-encoder", "evaluator.h", "if (FULL && stage.masked && block->token) NGK_UNROLL", "if (false) NGK_UNROLL"),
-    ("diagonal-features-everywhere", "evaluator.h", "!(FULL && block->diagonal && e.source != destination)", "true"),
+    ("diagonal-features-everywhere", "edges.h", "!(FULL && block->diagonal && e.source != e.destination)", "true"),
     ("gradient-of-the-reverse-matrix-lost", "backprop.h", "if (reverse) matrix_gradient(upper.reverse_gradient, up.own", "if (false) matrix_gradient(upper.reverse_gradient, up.own"),
     ("partners-add-what-only-edges-have", "backprop.h", "stage.held && !(FULL && side && stage.held > g.live)", "stage.held"),
     ("norm-without-the-variances-gradient", "backprop.h", "(d[k] - s.total[h] - y[k] * s.along[h])", "(d[k] - s.total[h])"),
-    ("sums-not-scaled-with-the-largest-logit", "attend.h", "total[h] *= shrink[h];", ""),
-    ("values-not-scaled-with-the-largest-logit", "attend.h", "own.v[e] * by(column)", "own.v[e]"),
-    ("edges-that-are-none-have-a-share", "attend.h", "row < this->eval.count ? expf(p[at] - base) : 0.0f", "expf(p[at] - base)"),
+    ("sums-not-scaled-with-the-largest-logit", "attend.h", "total[h] * shrink[h];", "total[h];"),
+    ("values-not-scaled-with-the-largest-logit", "attend.h", "if (!run.begins) own.v[e] *=", "if (false) own.v[e] *="),
+    ("values-of-the-run-before", "attend.h", "if (!run.begins) own = load4", "own = load4"),
+    ("largest-logit-of-the-run-before", "attend.h", "before = run.begins ? -INFINITY : top[h]", "before = top[h]"),
+    ("values-of-all-runs", "attend.h", "this->eval.ok[h] && run.has(lane() / 4 + 8 * h)", "this->eval.ok[h]"),
+    ("one-destinations-query", "attention.h", "add_nodes(g.q, d, eval.node[0], eval.node[1],", "add_nodes(g.q, d, eval.node[0], eval.node[0],"),
+    ("one-destinations-gradient", "attend_back.h", "g.grad_out + own_row(1) * of.d_v}", "g.grad_out + own_row(0) * of.d_v}"),
+    ("one-destinations-largest-logit", "attend.h", "to[h] = highest[run.first * heads + h];", "to[h] = highest[h];"),
+    ("edges-that-are-none-have-a-share", "attend.h", "this->eval.has(row) ? expf(p[at] - base) : 0.0f", "expf(p[at] - base)"),
     ("panels-merged-without-their-tops", "softmax.h", "scale = expf(p[h] - base);\n      total", "scale = 1;\n      total"),
-    ("mask-in-the-normalisation", "attend_back.h", "of.weight[at] * of.slope[at] - of.p[at] * delta[h]", "of.weight[at] * (of.slope[at] - delta[h])"),
-    ("gradient-of-the-states-sums-lost", "attend_back.h", "if (g.summed) state_gradients(grad_sums);", ""),
+    ("mask-in-the-normalisation", "attend_back.h", "of.weight[at] * of.slope[at] - of.p[at] * delta", "of.weight[at] * (of.slope[at] - delta)"),
+    ("gradient-of-the-states-sums-lost", "attend_back.h", "if (g.summed) state_gradients();", ""),
     ("no-barrier-before-the-logits", "attention.h", "put(c, a);\n    }\n    sync_warp();", "put(c, a);\n    }"),
 )  # fmt: skip
 
@@ -161,7 +167,7 @@ def passes(library: Path) -> bool:
     """Whether a library of kernels gives right values for a few samples."""
     with backends.emulate_cuda(library):
         try:
-            for name in ("three-updates", "pair-update-first", "affine-diagonals", "no-self-edges-token", "D33-H16-dk5-dv32-heads2", "messages-sparse", "tails"):
+            for name in ("three-updates", "pair-update-first", "affine-diagonals", "no-self-edges-token", "D33-H16-dk5-dv32-heads2", "messages-sparse", "tails", "tiny-rows"):
                 check(SAMPLES[name])
             check(WIDE)
             test_dropout_drops_what_every_backend_drops(0.3)

@@ -27,8 +27,9 @@ struct MessageBack : Backprop<P, D, FULL> {
         const int column = c * 16 + eval.column_of(k);
         const bool there = eval.ok[k / 2 % 2] && column < g.width && from.data;
         const auto edge = eval.edge(*panel, eval.row_of(k));
-        e[k] = there ? read_value<float>(element_of(from, panel->copy, edge.destination, edge.place, column), static_cast<Dtype>(from.dtype))
-                     : 0.0f;
+        e[k] = there
+                   ? read_value<float>(element_of(from, panel->copy, edge.destination, edge.place, column), static_cast<Dtype>(from.dtype))
+                   : 0.0f;
       }
       if (last.mark) {
         carry(c, e);

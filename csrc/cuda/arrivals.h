@@ -5,7 +5,8 @@
 
 namespace ngk::cuda {
 
-// Where a warp is in its panel: sources from j on of destinations from i on, or tile i of listed edges. They go on by destination or, in strips, by source.
+// Where a warp is in its panel: sources from j on of destinations from i on, or tile i of listed edges. They go on by destination or, in
+// strips, by source.
 struct Tile {
   int64_t i = 0, j = 0;
   bool there = false, strips = false;

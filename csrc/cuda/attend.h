@@ -13,7 +13,7 @@ struct Gathering : Attention<P, D> {
   using typename Base::Register;
 
   float *top, *total, *shrink;  // [heads]: of the destination that goes on; what its sums are scaled down with
-  float *highest, *sums;        // [16][heads]; [fragments of values, then of each head's states][lanes, 4 columns], of each lane its own rows
+  float *highest, *sums;  // [16][heads]; [fragments of values, then of each head's states][lanes, 4 columns], of each lane its own rows
 
   NGK_DEVICE Gathering(const Args& args, const typename Base::Eval& e) : Base(args, e) {
     highest = this->slope;
@@ -95,8 +95,8 @@ struct Gathering : Attention<P, D> {
       }
     }
   }
-  // Piece k of the sums of each destination: scaled down, and w v of this lane's two rows added. Where it ends, columns 16 c .. of `width` go
-  // to place `to` of its partial row.
+  // Piece k of the sums of each destination: scaled down, and w v of this lane's two rows added. Where it ends, columns 16 c .. of `width`
+  // go to place `to` of its partial row.
   template <class F>
   NGK_DEVICE void gather(const Panel& panel, int k, const float* w, const float* v, F&& by, int c, int to, int width) const {
     this->eval.by_destination([&](const Run& run) {

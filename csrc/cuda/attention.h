@@ -26,7 +26,8 @@ struct Attention {
   const Eval& eval;
   const int heads, d, d_v;
   const float scale, keep;
-  float *products, *p, *weight, *slope;  // [16][WIDE], [16][heads]: exponentials, with dropout, their gradients (forward: the largest logits)
+  // [16][WIDE], [16][heads]: exponentials, with dropout, their gradients (forward: the largest logits)
+  float *products, *p, *weight, *slope;
 
   // Numbers of the working memory of a warp; then come top, total and shrink [heads] (attend.h).
   static NGK_DEVICE int64_t memory(const Args& g) { return 16 * WIDE + 3 * (16 + 1) * g.heads; }

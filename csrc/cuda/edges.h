@@ -20,14 +20,14 @@ struct Edges : Inputs<P, D, FULL> {
   using Base::g, Base::block;
 
   // of a tile
-  int i = 0, j = 0;                       // its first destination, or number; its first source
-  int destination[2] = {0, 0};            // of this lane's two rows, in its layer
+  int i = 0, j = 0;             // its first destination, or number; its first source
+  int destination[2] = {0, 0};  // of this lane's two rows, in its layer
   int node[2] = {0, 0}, source_node[2] = {0, 0};
-  bool ok[2] = {false, false};            // whether they are edges
-  uint32_t present = 0;                   // the rows that are
-  int rows = 0, row = 0;                  // those up to the end of the last run; partial row of the first run
-  uint32_t starts = 0;                    // the rows that runs begin at
-  bool closed = false;                    // whether the last one ends here
+  bool ok[2] = {false, false};  // whether they are edges
+  uint32_t present = 0;         // the rows that are
+  int rows = 0, row = 0;        // those up to the end of the last run; partial row of the first run
+  uint32_t starts = 0;          // the rows that runs begin at
+  bool closed = false;          // whether the last one ends here
 
   struct Edge {
     int64_t destination = 0, source = 0, place = 0, partner = 0;
@@ -81,8 +81,8 @@ struct Edges : Inputs<P, D, FULL> {
     for (int k = 0; k < AHEAD; ++k) fetch(panel);
   }
 
-  // The 16 edges from (i, j) on; with `there` false, none. The tiles of a panel come in the order in which they were fetched; the next one is
-  // fetched now.
+  // The 16 edges from (i, j) on; with `there` false, none. The tiles of a panel come in the order in which they were fetched; the next one
+  // is fetched now.
   NGK_DEVICE void tile(const Panel& panel, int64_t first_destination, int64_t first_source, bool there) {
     i = static_cast<int>(first_destination);
     j = static_cast<int>(first_source);

@@ -42,7 +42,7 @@ struct Evaluator : Edges<P, D, FULL> {
   // What the product of a stage is added to: columns 16 c .. of half h.
   NGK_DEVICE void start(const Stage& stage, int h, int c, float* v) const {
     const int at = h * D + c * 16;
-    const float *own[2] = {node_terms(node[0], 0), node_terms(node[1], 0)};
+    const float* own[2] = {node_terms(node[0], 0), node_terms(node[1], 0)};
     const float *top = node_terms(source_node[0], 1), *bottom = node_terms(source_node[1], 1);
     NGK_UNROLL
     for (int n = 0; n < 2; ++n) {
