@@ -40,7 +40,6 @@ struct Gathering : Attention<P, D> {
     for (int h = lane(); h < heads; h += LANES) add_total(panel, h);
     add_values(panel, e);
     if (this->g.summed) add_states(panel);
-    sync_warp();  // all have read what the next tile overwrites
   }
 
  private:

@@ -137,7 +137,7 @@ struct Edges : Inputs<P, D, FULL> {
     } else {
       left = (panel.i1 - i) << block->log_rows;
       begins = static_cast<uint32_t>(block->runs);
-      sources = first(panel.j1 - j) & first(int64_t(1) << block->log_rows);
+      sources = first(panel.j1 - j);
       closed = j + 16 >= panel.j1;
       row = static_cast<int>(i - panel.i0);
     }
