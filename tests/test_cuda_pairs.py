@@ -149,6 +149,7 @@ PATCHES = (
     ("norm-without-the-variances-gradient", "backprop.h", "(d[k] - s.total[h] - y[k] * s.along[h])", "(d[k] - s.total[h])"),
     ("sums-not-scaled-with-the-largest-logit", "attend.h", "total[h] * shrink[h];", "total[h];"),
     ("values-not-scaled-with-the-largest-logit", "attend.h", "if (!run.begins) own.v[e] *=", "if (false) own.v[e] *="),
+    ("runs-end-in-every-tile", "edges.h", "end < rows || closed});", "true});"),
     ("values-of-the-run-before", "attend.h", "if (!run.begins) own = load4", "own = load4"),
     ("largest-logit-of-the-run-before", "attend.h", "before = run.begins ? -INFINITY : top[h]", "before = top[h]"),
     ("values-of-all-runs", "attend.h", "this->eval.ok[h] && run.has(lane() / 4 + 8 * h)", "this->eval.ok[h]"),
