@@ -38,10 +38,10 @@ struct Values {
   int64_t data, dtype, copy, src, dst, channel;  // address; strides in elements
 };
 // A block of the graph, as tiles of 16 edges. Where every pair is an edge, a tile has 2^log_rows rows of each of its destinations: 16, or
-// fewer where there are fewer sources; runs: the rows at which destinations begin. Else edges: address of (destination, source, number,
-// partner's number), by destination, 16 to a tile; runs: address of what a tile's runs are: bits of the rows that they begin at, bit 16:
-// whether the last one ends there, from bit 32 on the first one's partial row in its panel. Edge values then go by number instead of
-// source, raw ones by numbers[raw_by]. The partner of an edge is its reversal: its values go by the edge's own destination and source.
+// fewer where there are fewer sources; runs: the rows at which destinations begin. Else edges: address of (destination 2^32 + source,
+// number, partner's number), by destination, 16 to a tile; runs: address of what a tile's runs are: bits of the rows that they begin at,
+// bit 16: whether the last one ends there, from bit 32 on the first one's partial row in its panel. Edge values then go by number instead
+// of source, raw ones by numbers[raw_by]. The partner of an edge is its reversal: its values go by the edge's own destination and source.
 struct Rows {
   int64_t n_src, n_dst, src, dst, node_stride, out, out_stride;
   int64_t direction, affine, add;  // affine: place of its (scale, shift), -1: none

@@ -45,8 +45,8 @@ struct Edges : Inputs<P, D, FULL> {
       return {destination < panel.i1 ? destination : panel.i1 - 1, s, s, s, ok};
     }
     const int64_t at = 16 * i + r;
-    const int64_t* e = reinterpret_cast<const int64_t*>(block->edges) + 4 * (at < block->n_edges ? at : 16 * i);
-    return {e[0], e[1], e[2], e[3], at < block->n_edges};
+    const int64_t* e = reinterpret_cast<const int64_t*>(block->edges) + 3 * (at < block->n_edges ? at : 16 * i);
+    return {e[0] >> 32, e[0] & 0xffffffff, e[1], e[2], at < block->n_edges};
   }
   NGK_DEVICE Edge edge(const Panel& panel, int r) const { return edge(panel, i, j, r); }
   NGK_DEVICE int node_of(const Panel& panel, const Edge& e) const {

@@ -24,7 +24,7 @@ class Listed(NamedTuple):
     """Edges one by one, in the order of their destinations, TILE to a tile and TILE tiles to a panel. What a panel has of a destination is a
     run. int64."""
 
-    edges: torch.Tensor  # [e, 4]: destination, source, number, partner's number
+    edges: torch.Tensor  # [e, 3]: destination x 2^32 + source, number, partner's number
     runs: torch.Tensor  # [tiles]: where runs begin and end, csrc/cuda/args.h
     found: torch.Tensor  # [n, 2]: of each run, its destination and edges
     starts: torch.Tensor  # [panels + 1]: first run of each panel
@@ -34,20 +34,20 @@ class Listed(NamedTuple):
         """On the device of the topology table."""
         if KINDS[row.kind] == DIAGONAL:
             n = torch.arange(row.n_src, device=topology.device)
-            return cls.cut(torch.stack([n, n, n, n], 1))
+            return cls.cut(n, n, n, n)
         dst, src, number, partner = read_lists(topology[row.lists :], row.count)
         if row.turned:
             dst, src, number, partner = src, dst, partner, number
             order = (dst * row.n_src + src).argsort(stable=True)
             order = order[(dst != src)[order]] if row.src == row.dst else order  # a neuron's pair with itself is its own partner
             dst, src, number, partner = dst[order], src[order], number[order], partner[order]
-        return cls.cut(torch.stack([dst, src, number, partner], 1))
+        return cls.cut(dst, src, number, partner)
 
     @classmethod
-    def cut(cls, edges: torch.Tensor) -> Listed:
-        n, place = len(edges), torch.arange(len(edges), device=edges.device)
+    def cut(cls, dst: torch.Tensor, src: torch.Tensor, number: torch.Tensor, partner: torch.Tensor) -> Listed:
+        n, place = len(dst), torch.arange(len(dst), device=dst.device)
         begins = place % TILE**2 == 0
-        begins[1:] |= edges[1:, 0] != edges[:-1, 0]
+        begins[1:] |= dst[1:] != dst[:-1]
         first = begins.nonzero().flatten()
         end = first.new_full((1,), n)
         run, tiles = begins.cumsum(0) - 1, ceil_div(n, TILE)
@@ -56,7 +56,8 @@ class Listed(NamedTuple):
         starts = run[:: TILE**2]
         within = run[::TILE] - starts.repeat_interleave(TILE)[:tiles]
         count = torch.cat([first, end]).diff()
-        return cls(edges, bits | ends.long() << 16 | within << 32, torch.stack([edges[first, 0], count], 1), torch.cat([starts, end - n + len(first)]))
+        runs, found = bits | ends.long() << 16 | within << 32, torch.stack([dst[first], count], 1)
+        return cls(torch.stack([dst << 32 | src, number, partner], 1), runs, found, torch.cat([starts, end - n + len(first)]))
 
 
 class Sums(NamedTuple):
@@ -259,7 +260,7 @@ class Work:
             panel = panels[owner[mine], 2] // TILE
             if sources:
                 edge = panel * TILE**2 + within[mine]
-                place[mine] = torch.where(edge < len(listed.edges), listed.edges[edge.clamp(max=len(listed.edges) - 1), 1], -1)
+                place[mine] = torch.where(edge < len(listed.edges), listed.edges[edge.clamp(max=len(listed.edges) - 1), 0] & 0xFFFFFFFF, -1)
             else:
                 place[mine], messages[mine] = listed.found[listed.starts[panel] + within[mine]].T
         return torch.where(place >= 0, start[owner, 0] + panels[owner, 1] * start[owner, 1] + place, -1), messages
