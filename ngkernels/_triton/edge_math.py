@@ -17,7 +17,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     elif PRECISION == "tf32":
         return tl.dot(a, b, acc, input_precision="tf32")
     elif PRECISION == "float64":
-        return tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float64)
+        # Triton 3.6 lays float64 operands out by the narrowest number that they were computed from, a mask's bit, and then fails: it looks no
+        # further than a reduction
+        return tl.dot(tl.sum(a[None], 0), tl.sum(b[None], 0), acc, input_precision="ieee", out_dtype=tl.float64)
     else:
         return tl.dot(a, b, acc, input_precision="ieee")
 
