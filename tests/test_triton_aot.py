@@ -23,7 +23,8 @@ needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not install
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may use
 TENSOR_MEMORY = 512  # columns of sm_100; beyond, compilers have been seen to emit empty kernels
-SMALLEST = {"aggregate_kernel": 200, "evaluate_kernel": 200, "gradient_kernel": 400, "merge_kernel": 60, "project_kernel": 100, "node_gradient_kernel": 100, "fold_kernel": 40, "cells_kernel": 100, "attend_kernel": 400, "softmax_kernel": 60, "delta_kernel": 60,
+# Instructions. The gradient of values that are read as they are has few: Triton 3.6 makes 336 of them.
+SMALLEST = {"aggregate_kernel": 200, "evaluate_kernel": 200, "gradient_kernel": 300, "merge_kernel": 60, "project_kernel": 100, "node_gradient_kernel": 100, "fold_kernel": 40, "cells_kernel": 100, "attend_kernel": 400, "softmax_kernel": 60, "delta_kernel": 60,
             "linear_kernel": 300, "moments_kernel": 150, "spread_kernel": 120, "norm_kernel": 100, "row_sums_kernel": 150, "slopes_kernel": 80, "down_kernel": 80, "inputs_kernel": 150, "maps_kernel": 150}  # fmt: skip
 # Bytes that a thread may spill. Most variants spill little, attention up to what its registers hold (ngkernels/limits.py); the others are listed
 # with what they need, so that a change for the worse shows.
