@@ -52,8 +52,8 @@ def kind_of(low: Lowered, precision: str) -> Kind:
 # Warps of a program by class of registers: with bfloat16 or tf32 products, with exact ones; tiles are of 16 edges. Chosen by what compiles
 # to few spilled registers and few instructions an edge on sm_80, sm_90 and sm_100 (tests/aot.py), not by measurements.
 WARPS = {32: (2, 2), 64: (4, 8), 128: (8, 8), 1 << 30: (8, 8)}
-# What differs on an architecture. sm_80, attention with 64 columns of queries: 128 threads spill 2888 bytes
-# each, with 8 warps 256 of them 2216.
+# What differs on an architecture. sm_80, attention with 64 columns of queries: 128 threads spill 2888 bytes each, with 8 warps 256 of
+# them 2216.
 DIFFERENT = {((8, 0), Kind(1 << 30, False, True)): Size(16, 4), ((8, 6), Kind(1 << 30, False, True)): Size(16, 4)}
 
 
