@@ -24,7 +24,7 @@ from test_determinism import alone
 
 import ngkernels as ngk
 from ngkernels import backends
-from ngkernels._cuda import plan
+from ngkernels._cuda import launch, plan
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "emulated"),
@@ -65,6 +65,12 @@ def test_what_is_not_there_is_named(sample: Sample):
 def test_float64_is_named():
     with pytest.raises(NotImplementedError, match="does not run torch.float64 parameters"):
         run_engine(SAMPLE_OF["plain"], leaves(PLAIN), "cuda")
+
+
+def test_capture_is_named(monkeypatch):
+    monkeypatch.setattr(launch, "capturing", lambda: True)
+    with pytest.raises(NotImplementedError, match="aggregate: backend 'cuda' does not run calls that are captured as a CUDA graph"):
+        run_engine(SAMPLE_OF["plain"], cast(leaves(PLAIN), torch.float32), "cuda")
 
 
 LOW = [s for s in LOW_PRECISION if missing(s) is None]
@@ -151,8 +157,8 @@ def test_tiles_are_full():
     sizes = {(TINY,): ceil(sum(DEGREES) / 16) * 2, (mlp(2, 40),): 5, (mlp(1, 33),): 3, (mlp(8, 10),): 5, (mlp(3, 16),): 4, (mlp(17, 2),): 4}
     for networks, tiles in sizes.items():
         found = plan.Plan(samples.graph_of(PLAIN.but("several", networks=networks)).edges_as().table, torch.device("cpu")).work()
-        (launch,) = found.gradients(1000, 64, 0, 0, 1 << 30)
-        assert launch.slots == 16 * tiles
+        (work,) = found.gradients(1000, 64, 0, 0, 1 << 30)
+        assert work.slots == 16 * tiles
 
 
 def test_nan_stays_with_its_neuron():

@@ -162,7 +162,8 @@ def test_triton_is_the_default_on_a_gpu():
 
 
 @pytest.mark.big
-def test_more_than_2_to_the_31_weights():
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_more_than_2_to_the_31_weights(backend: str):
     """64-bit addresses: the last neurons of a large block, against the same neurons alone."""
     n = 46_400
     graph, few = ngk.NeuralGraph.mlp([n, n]), ngk.NeuralGraph.mlp([n, 8])
@@ -171,7 +172,7 @@ def test_more_than_2_to_the_31_weights():
     x = torch.randn(2 * n, 4, device="cuda")
     last = torch.cat([x[:n], x[-8:]])
     eye, encoder = torch.eye(4, device="cuda"), ngk.encoders.Linear(torch.randn(4, 1, device="cuda"), torch.zeros(4, device="cuda"))
-    with ngk.use_backend("triton"):
+    with ngk.use_backend(backend):
         whole = ngk.aggregate(ngk.EdgeState(graph, [w], encoder), ngk.Message.product(x, eye, None, eye, eye), ("sum", "max"))
         part = ngk.aggregate(ngk.EdgeState(few, [w[:, :, -8:]], encoder), ngk.Message.product(last, eye, None, eye, eye), ("sum", "max"))
     torch.testing.assert_close(whole[-8:], part[-8:], rtol=1e-4, atol=1e-2)

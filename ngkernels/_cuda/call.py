@@ -44,6 +44,8 @@ class Call:
         self, e: prog.Expression, low: bool, tf32: bool, grads: Sequence[torch.Tensor] | None = None, values: Sequence[torch.Tensor] = (),
         attention: Attention | None = None, nodes: int = 0,
     ):  # fmt: skip
+        if launch.capturing():  # tables go to the device in each call
+            raise Unsupported("calls that are captured as a CUDA graph")
         self.params, self.table = e.params.contiguous(), e.table.contiguous()
         if self.params.dtype != torch.float32:
             raise Unsupported(f"{self.params.dtype} parameters")

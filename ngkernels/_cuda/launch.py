@@ -35,6 +35,11 @@ def shared_limit(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+def capturing() -> bool:
+    """Whether what is launched is recorded as a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def run(kernel: int, args: Sequence[int], blocks: int, shared: int, device: torch.device) -> None:
     """Launches `blocks` blocks of a kernel.
 
