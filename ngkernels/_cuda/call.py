@@ -70,7 +70,7 @@ class Call:
         self.grad_carriers = grads[w + x + 2 :]
         self.other_weights, self.other_carriers = self.others(self.grad_weights, "partner", "partner_offset"), self.others(self.grad_carriers, "partner_block", "partner_emit_offset")
         self.tables = tables_of(self.low, self.device)
-        self.blocks = torch.tensor([v for k in self.work.active for v in self._block(k)], dtype=torch.int64).to(self.device)
+        self.blocks = launch.numbers([v for k in self.work.active for v in self._block(k)], self.device)
         purpose = "attend" if attention else "options" if self.low.full else "messages"
         self.kernel = launch.edge_kernel(purpose, self.low.d, self.precision, self.backward)
 
@@ -132,7 +132,7 @@ class Call:
     def project(self) -> torch.Tensor:
         """[2, N, columns]: the node terms of all nodes as destinations and as sources."""
         out = self.params.new_empty(2, self.n_nodes, self.low.columns)
-        addresses = torch.tensor([x.data_ptr() for x in self.xs], dtype=torch.int64).to(self.device)
+        addresses = launch.numbers([x.data_ptr() for x in self.xs], self.device)
         simple("project", out.numel(), out, addresses, self.tables[4], self.tables[3], self.params, self.n_nodes, self.low.columns)
         return out
 

@@ -35,6 +35,11 @@ def shared_limit(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+def numbers(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int64 on a device, without waiting for what runs there."""
+    return torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 def capturing() -> bool:
     """Whether what is launched is recorded as a CUDA graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
