@@ -14,7 +14,7 @@ import emulation
 import pytest
 import samples
 import torch
-from compare import assert_bitwise, assert_budget
+from compare import assert_bitwise, assert_budget, assert_close
 from emulation import AHEAD, BACKWARDS, emulated, order  # noqa: F401  a fixture
 from oracle import Network, mlp
 from sample_list import LOW_PRECISION, PLAIN, SAMPLES
@@ -193,6 +193,22 @@ def test_how_weights_lie_in_memory_does_not_matter(dtype: torch.dtype, channels:
         apart = [torch.stack([w, w], -1)[..., 0] for w in by_source]
         for found in (results(by_source), results(apart)):
             assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_what_is_kept_of_a_graph_is_not_where_its_weights_lie():
+    """One tensor twice, then two of the same layout, and back."""
+    g = torch.Generator().manual_seed(0)
+    graph, encoder = ngk.NeuralGraph.mlp([4, 4, 4]), ngk.encoders.Linear(torch.randn(8, 1, generator=g), torch.randn(8, generator=g))
+    a, b, x = torch.randn(1, 4, 4, 1, generator=g), torch.randn(1, 4, 4, 1, generator=g), torch.randn(12, 3, generator=g)
+    message = ngk.Message.product(x, torch.randn(5, 8, generator=g), torch.randn(5, generator=g), torch.randn(5, 3, generator=g), torch.randn(5, 3, generator=g))
+    for weights in ([a, a], [a, b], [b.clone(), a], [b, b], [a, a]):
+        results = []
+        for backend in ("reference", "cuda"):
+            own = [w.detach().requires_grad_() for w in weights]
+            with ngk.use_backend(backend):
+                out = ngk.aggregate(ngk.EdgeState(graph, own, encoder), message, ("sum", "max"))
+                results.append({str(k): v for k, v in enumerate([out.detach(), *torch.autograd.grad(out.square().sum(), own)])})
+        assert_close(results[1], results[0], 1e-5)
 
 
 def test_panels_cover_every_edge_once():

@@ -8,13 +8,13 @@ from functools import lru_cache
 import torch
 
 from .. import program as prog
-from ..topology import DENSE, KINDS, SAME, SPARSE, SPARSE_RAW, TOKEN
+from ..topology import SAME
 from . import launch
 from .launch import simple
 from .lower import FROM_NORM, Attention, Lowered, Unsupported, lower
-from .plan import TILE, WARPS, Launch, Row, log_rows, plan_of, turned
+from .plan import WARPS, Launch, plan_of
+from .rows import DTYPES, of_block, table_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FIELDS = (
     "stages", "blocks", "panels", "matrices", "constants", "nodes", "table", "coefficients", "partial", "parameters", "curves", "places", "cells", "n_panels",
     "first_panel", "n_nodes", "columns", "table_nodes", "edge_stages", "message_stages", "channels", "combine", "width", "carrier_width", "steps", "matrices_copied",
@@ -25,7 +25,6 @@ FIELDS = (
 PLACES = ("features", "arrivals", "stash", "carry", "statistics", "sources", "sums", "waiting", "scores", "copied", "constants_copied", "staged", "gradients")  # args.h
 SHARED_FIRST = ("constants_copied", "features", "arrivals", "staged", "scores", "carry", "statistics", "stash", "sources", "waiting", "sums", "copied", "gradients")
 STATISTIC_PLANES, MESSAGE_PLANES, HERMITE, LANES, AHEAD = 6, 7, 16, 32, 2
-NO_VALUES = (0,) * 6
 
 
 class Call:
@@ -58,7 +57,7 @@ class Call:
         self.low = lower(tuple(e.program), tuple(x.shape[1] for x in e.xs), len(e.weights), self.backward, attention)
         self.values, self.plan = values, plan_of(e.topology, self.device)
         emits = self.low.combine == prog.EMIT
-        self.work = self.plan.work(tuple(k for k in self.plan.active if self.owned(values, self.plan.rows[k]) is not None) if emits else None)
+        self.work = self.plan.work(tuple(k for k in self.plan.active if self._writes(k)) if emits else None)
         self.precision = launch.precision(low, tf32)
         self.n_nodes = self.xs[0].shape[0] if self.xs else nodes
         if self.n_nodes >= 1 << 30:
@@ -70,7 +69,8 @@ class Call:
         self.grad_carriers = grads[w + x + 2 :]
         self.other_weights, self.other_carriers = self.others(self.grad_weights, "partner", "partner_offset"), self.others(self.grad_carriers, "partner_block", "partner_emit_offset")
         self.tables = tables_of(self.low, self.device)
-        self.blocks = launch.numbers([v for k in self.work.active for v in self._block(k)], self.device)
+        lists = (self.weights, self.grad_weights, values, self.grad_carriers, self.other_weights, self.other_carriers)
+        self.blocks = table_of(self.plan, self.work, self.low.affine, self.low.directions > 1, lists)
         purpose = "attend" if attention else "options" if self.low.full else "messages"
         self.kernel = launch.edge_kernel(purpose, self.low.d, self.precision, self.backward)
 
@@ -89,37 +89,11 @@ class Call:
                 if other.numel():
                     grad += other
 
-    # ---- tables ----
-    def _block(self, k: int) -> list[int]:
-        r, partner = self.plan.rows[k], turned(self.plan.rows[k])
-        affine, partner_affine = (-1 if self.low.affine < 0 or end.weight < 0 else self.low.affine + 2 * end.weight for end in (r, partner))
-        direction, partner_direction = (end.variant if self.low.directions > 1 else 0 for end in (r, partner))
-        listed = self.plan.listed.get(k)
-        sparse = KINDS[r.kind] == SPARSE
-        head = [r.n_src, r.n_dst, r.src, r.dst, r.node_stride, r.out, r.out_stride, direction, affine, int(self.work.added[k])]
-        if listed:
-            head += [listed.edges.data_ptr(), len(listed.edges), listed.runs.data_ptr(), TILE.bit_length() - 1]
-        else:
-            head += [0, 0, sum(1 << first for first in range(0, TILE, 1 << log_rows(r))), log_rows(r)]
-        head += [int(sparse and r.src_axis == 2), partner_direction, partner_affine, int(sparse and r.partner_axis == 2)]
-        head += [int(bool(r.flags & flag)) for flag in (TOKEN, SPARSE_RAW, SAME)]
-        raw = (self._raw(tensors, r) for tensors in (self.weights, self.grad_weights))
-        own = (values_of(r, self.owned(tensors, r), False, r.emit_offset, r.emit_stride) for tensors in (self.values, self.grad_carriers))
-        theirs = [across(self._raw(tensors, partner), bool(listed) or r.flags & SPARSE_RAW) for tensors in (self.weights, self.other_weights)]
-        theirs.append(across(values_of(partner, self.owned(self.other_carriers, partner), False, partner.emit_offset, partner.emit_stride), bool(listed)))
-        return [*head, *(v for view in (*raw, *own, *theirs) for v in view)]
+    def _writes(self, k: int) -> bool:
+        found = of_block(self.values, self.plan.rows[k])
+        return found is not None and found.numel() > 0
 
-    @staticmethod
-    def _raw(tensors: Sequence[torch.Tensor], r: Row) -> tuple[int, ...]:
-        found = tensors[r.weight] if len(tensors) and r.weight >= 0 else None
-        return values_of(r, found, r.src_axis == 2, r.offset, r.edge_stride, bool(r.flags & SPARSE_RAW))
-
-    @staticmethod
-    def owned(tensors: Sequence[torch.Tensor], r: Row) -> torch.Tensor | None:
-        """What a block has of tensors by block; a packed graph has one of all."""
-        found = tensors[0 if r.emit_offset >= 0 else r.block] if len(tensors) and (r.block >= 0 or r.emit_offset >= 0) else None
-        return found if found is not None and found.numel() else None
-
+    # ---- what kernels read ----
     def packed(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(matrices as fragments, constants)."""
         _, matrices, constants, *_ = self.tables
@@ -227,33 +201,6 @@ class Call:
             elif name != "copied":
                 outside[name] = size
         return inside, outside, copied
-
-
-def across(view: tuple[int, ...], listed: int) -> tuple[int, ...]:
-    """The view of partners by their own source and destination, as edges see it; `listed`: by number, the same for both."""
-    address, dtype, copy, source, destination, channel = view
-    return view if listed else (address, dtype, copy, destination, source, channel)
-
-
-def values_of(r: Row, t: torch.Tensor | None, flip: bool, offset: int, stride: int, diagonal: bool = False) -> tuple[int, ...]:
-    """A block's view of edge values (args.h Values), zeros where there are none.
-
-    Args:
-        flip: the tensor's first axis runs over destinations. offset, stride: of a packed graph, the block's first edge and edges from one
-            copy to the next; else offset is -1. diagonal: only pairs of equal index have values.
-    """
-    if t is None or not t.numel():
-        return NO_VALUES
-    listed = KINDS[r.kind] != DENSE or diagonal  # by number
-    if offset >= 0:  # rows of one tensor [E, C]
-        e = t.stride(0)
-        source, destination = (e, 0) if listed else (e, r.n_src * e) if flip else (r.n_dst * e, e)
-        start, copy, channel = offset * e, stride * e, t.stride(1)
-    elif listed:
-        start, copy, source, destination, channel = 0, t.stride(0), t.stride(1), 0, t.stride(2)
-    else:
-        start, copy, source, destination, channel = 0, t.stride(0), t.stride(2 if flip else 1), t.stride(1 if flip else 2), t.stride(3)
-    return t.data_ptr() + start * t.element_size(), DTYPES.index(t.dtype), copy, source, destination, channel
 
 
 _tables: dict = {}

@@ -172,6 +172,7 @@ class Work:
         self.rows, self.listed, self.device, self.active = plan.rows, plan.listed, plan.device, active
         self.turns, self.added = self._turns()
         self._launches: dict = {}
+        self.tables: dict = {}  # of calls (call.py)
 
     def _turns(self) -> tuple[dict[int, int], dict[int, bool]]:
         """Of each active block: the launch in which none before it writes gradients of the same weights, as edges or as partners; and whether
