@@ -7,6 +7,9 @@ import triton.language as tl
 
 SILU, RELU, GELU, TANH, SIGMOID, LEAKY_RELU = (tl.constexpr(k) for k in range(6))  # positions in checks.ACTIVATIONS
 LEAKY_SLOPE = tl.constexpr(0.01)
+# Triton 3.6 lays float64 operands of a product out by the narrowest number that they were computed from, a mask's bit, and then fails; it looks
+# no further than a reduction. 3.9 does not, and spills less without one.
+NARROWEST = tl.constexpr(tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 9))
 
 
 @triton.jit
@@ -17,9 +20,9 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     elif PRECISION == "tf32":
         return tl.dot(a, b, acc, input_precision="tf32")
     elif PRECISION == "float64":
-        # Triton 3.6 lays float64 operands out by the narrowest number that they were computed from, a mask's bit, and then fails: it looks no
-        # further than a reduction
-        return tl.dot(tl.sum(a[None], 0), tl.sum(b[None], 0), acc, input_precision="ieee", out_dtype=tl.float64)
+        if NARROWEST:
+            a, b = tl.sum(a[None], 0), tl.sum(b[None], 0)
+        return tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float64)
     else:
         return tl.dot(a, b, acc, input_precision="ieee")
 
