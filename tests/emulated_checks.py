@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from types import ModuleType
 
@@ -10,8 +11,11 @@ from compare import assert_bitwise, assert_close
 from emulation import AHEAD, BACKWARDS, order
 from pytest import MonkeyPatch
 from samples import Sample, cast
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ngkernels import kept
 from ngkernels._cuda import launch
+from ngkernels.ops import autograd
 
 FLOAT32_FLOOR, TF32_FLOOR, BFLOAT16_FLOOR = 8e-6, 2**-10, 2**-8  # of the largest entry
 
@@ -72,3 +76,36 @@ def gradients_that_are_asked_for(of: ModuleType, sample: Sample, wanted: set[str
     wanted = wanted & set(t)
     every = of.run_engine(sample, t, "cuda")
     assert_bitwise(of.run_engine(sample, t, "cuda", wanted), {n: v for n, v in every.items() if not n.startswith("grad.") or n[5:] in wanted})
+
+
+# What makes the host wait for a device, or takes numbers to it.
+WAITING = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "repeat_interleave", "equal", "is_nonzero", "lift_fresh", "from_numpy", "pin_memory")
+
+
+class Waiting(TorchDispatchMode):
+    """Collects what the host side of the CUDA kernels does that a CUDA graph cannot capture."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        here = [f for f in traceback.extract_stack() if "/ngkernels/_cuda/" in f.filename]
+        if here and any(name in str(op) for name in WAITING):
+            self.found.append(f"{op} at {here[-1].filename.rpartition('/')[2]}:{here[-1].lineno}")
+        return op(*args, **(kwargs or {}))
+
+
+def captured(of: ModuleType, sample: Sample, monkeypatch: MonkeyPatch) -> None:
+    """A step that has run makes no more tables, waits for nothing, and leaves the same bits."""
+    t = float32(of, sample)
+    wanted = of.run_engine(sample, t, "cuda")
+    monkeypatch.setattr(autograd, "_eager", lambda tensors: True)  # ops do what they do, although somebody looks
+    monkeypatch.setattr(kept, "capturing", lambda: True)
+    launches: list[int] = []
+    run = launch.run
+    monkeypatch.setattr(launch, "run", lambda *args: launches.append(args[0]) or run(*args))
+    with Waiting() as waiting:
+        assert_bitwise(of.run_engine(sample, t, "cuda"), wanted)
+    assert not waiting.found
+    assert launches.count(launch.KERNELS.index("store")) > 1

@@ -23,7 +23,7 @@ from samples import oracle as oracle_of
 from test_determinism import alone
 
 import ngkernels as ngk
-from ngkernels import backends
+from ngkernels import backends, kept
 from ngkernels._cuda import launch, plan
 
 pytestmark = [
@@ -67,10 +67,22 @@ def test_float64_is_named():
         run_engine(SAMPLE_OF["plain"], leaves(PLAIN), "cuda")
 
 
-def test_capture_is_named(monkeypatch):
-    monkeypatch.setattr(launch, "capturing", lambda: True)
-    with pytest.raises(NotImplementedError, match="aggregate: backend 'cuda' does not run calls that are captured as a CUDA graph"):
-        run_engine(SAMPLE_OF["plain"], cast(leaves(PLAIN), torch.float32), "cuda")
+@pytest.mark.parametrize("name", ["plain", "table-packed", "sparse-unequal", "unequal-reversed", "memory-virtual-same-packed"])
+def test_what_a_cuda_graph_can_capture(name: str, monkeypatch):
+    checks.captured(samples, SAMPLE_OF[name], monkeypatch)
+
+
+def test_a_capture_without_a_first_run_is_named(monkeypatch):
+    sample = PLAIN.but("new", networks=(mlp(3, 5, 8, 2),))
+    monkeypatch.setattr(kept, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="expected a step that has run before it is captured as a CUDA graph"):
+        run_engine(sample, cast(leaves(sample), torch.float32), "cuda")
+
+
+@pytest.mark.parametrize("count", [0, 1, launch.STORED, launch.STORED + 1, 1000])
+def test_numbers_as_arguments_of_kernels(count: int):
+    values = [(-1) ** k * (k << 52) + k for k in range(count)]
+    assert launch.numbers(values, torch.device("cpu")).tolist() == values
 
 
 LOW = [s for s in LOW_PRECISION if missing(s) is None]

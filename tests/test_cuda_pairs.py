@@ -123,6 +123,11 @@ def test_working_memory_outside_of_shared_memory(sample: PairSample, monkeypatch
     checks.outside_of_shared_memory(pair_samples, sample, 60_000, monkeypatch)
 
 
+@pytest.mark.parametrize("name", ["tails", "sparse-edges", "table-both"])
+def test_what_a_cuda_graph_can_capture(name: str, monkeypatch):
+    checks.captured(pair_samples, SAMPLES[name], monkeypatch)
+
+
 def test_partial_results_in_many_launches(monkeypatch):
     checks.in_many_launches(pair_samples, SAMPLES["tails"], monkeypatch)
 

@@ -102,14 +102,6 @@ def test_without_the_cuda_kernels_triton_runs(ran: list[str], file: Path, monkey
     assert ran == ["triton", "triton"]
 
 
-def test_what_is_captured_runs_on_triton(ran: list[str], file: Path, monkeypatch):
-    faster.write(file, (9, 0), {Shape("messages", 16, True): "cuda"})
-    monkeypatch.setattr(launch, "capturing", lambda: True)
-    with pytest.raises(NotImplementedError, match="captured as a CUDA graph"):  # the emulated kernels, which stand in for Triton's
-        run(False)
-    assert ran == ["triton"]
-
-
 @pytest.mark.parametrize("text", ["{", '[{"capability": [9, 0]}]', '[{"capability": [9, 0], "purpose": "messages", "columns": 17, "exact": true, "backend": "cuda"}]', '[{"capability": [9, 0], "purpose": "messages", "columns": 16, "exact": true, "backend": "cpp"}]'])
 def test_a_malformed_file_is_an_error(text: str, file: Path):
     file.write_text(text)

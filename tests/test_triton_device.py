@@ -119,7 +119,8 @@ def test_a_network_alone_and_in_a_batch(monkeypatch):
 
 
 @pytest.mark.parametrize("sample", **named((PLAIN.but("graph", networks=(mlp(3, 40, 20, 2),), head=0), PAIR.but("attention", networks=(mlp(3, 20, 2),)))))
-def test_no_synchronisation_and_captured_as_a_graph(sample: Sample):
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_no_synchronisation_and_captured_as_a_graph(sample: Sample, backend: str):
     """Forward and backward wait for nothing on the host, and replay on new numbers in the same memory."""
     module = pair_samples if isinstance(sample, PairSample) else samples
     t = {name: v.cuda().requires_grad_() for name, v in cast(module.leaves(sample), torch.float32).items()}
@@ -128,7 +129,7 @@ def test_no_synchronisation_and_captured_as_a_graph(sample: Sample):
         (out,) = module.engine(sample, t)
         return [out.detach(), *torch.autograd.grad(out.sum(), list(t.values()))]
 
-    with ngk.use_backend("triton"):
+    with ngk.use_backend(backend):
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for _ in range(3):

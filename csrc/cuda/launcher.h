@@ -34,6 +34,8 @@ inline int launch_by_number(int kernel, const Launch& l) {
       return launch_simple<Softmax>(l);
     case 9:
       return launch_simple<Delta>(l);
+    case 10:
+      return launch_simple<Store>(l);
     default:
       break;
   }

@@ -8,6 +8,20 @@ namespace ngk::cuda {
 constexpr int THREADS = 256;  // of a block, where threads work on their own
 NGK_DEVICE int64_t own_index() { return block() * THREADS + thread(); }
 
+// to[k] = values[k]: what changes from call to call and kernels read, such as addresses. Arguments, unlike memory that is copied, are part of a
+// captured CUDA graph.
+struct Store {
+  static constexpr bool TOGETHER = false;
+  struct Args {
+    int64_t* to;
+    int64_t n, values[254];
+  };
+  static NGK_DEVICE void run(const Args& s) {
+    const int64_t k = own_index();
+    if (k < s.n) s.to[k] = s.values[k];
+  }
+};
+
 // out[k] = params[map[k]], 0 where map[k] is -1; with `bf16` rounded to it.
 struct Gather {
   static constexpr bool TOGETHER = false;

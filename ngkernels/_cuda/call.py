@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 
 from .. import program as prog
+from ..kept import Recent
 from ..topology import SAME
 from . import launch
 from .launch import simple
@@ -43,8 +44,6 @@ class Call:
         self, e: prog.Expression, low: bool, tf32: bool, grads: Sequence[torch.Tensor] | None = None, values: Sequence[torch.Tensor] = (),
         attention: Attention | None = None, nodes: int = 0,
     ):  # fmt: skip
-        if launch.capturing():  # tables go to the device in each call
-            raise Unsupported("calls that are captured as a CUDA graph")
         self.params, self.table = e.params.contiguous(), e.table.contiguous()
         if self.params.dtype != torch.float32:
             raise Unsupported(f"{self.params.dtype} parameters")
@@ -203,24 +202,23 @@ class Call:
         return inside, outside, copied
 
 
-_tables: dict = {}
+_tables = Recent(1024)
 
 
 def tables_of(low: Lowered, device: torch.device) -> tuple[torch.Tensor, ...]:
     """(stages, maps of matrices and constants, node terms, term of each of their columns, places of the parameters' gradients) on a device."""
-    key = (id(low), device)
-    if key not in _tables:
-        owners = [-1] * low.columns
-        for k, t in enumerate(low.terms):
-            owners[t.column : t.column + t.n_out] = [k] * t.n_out
-        stages = torch.tensor(low.stages, dtype=torch.int32)
-        terms = torch.tensor(low.terms, dtype=torch.int64)
-        maps = (torch.from_numpy(m) for m in (low.matrices, low.constants))
-        tables = (stages, *maps, terms, torch.tensor(owners, dtype=torch.int64), torch.from_numpy(low.gradients))
-        _tables[key] = (low, tuple(t.to(device) for t in tables))  # low: as long as it is kept, its id is its own
-        while len(_tables) > 1024:
-            _tables.pop(next(iter(_tables)))
-    return _tables[key][1]
+    # low is kept beside them: so long its id is its own
+    return _tables.get((id(low), device), lambda: (low, tuple(t.to(device) for t in _tables_on_host(low))))[1]
+
+
+def _tables_on_host(low: Lowered) -> tuple[torch.Tensor, ...]:
+    owners = [-1] * low.columns
+    for k, t in enumerate(low.terms):
+        owners[t.column : t.column + t.n_out] = [k] * t.n_out
+    stages = torch.tensor(low.stages, dtype=torch.int32)
+    terms = torch.tensor(low.terms, dtype=torch.int64)
+    maps = (torch.from_numpy(m) for m in (low.matrices, low.constants))
+    return stages, *maps, terms, torch.tensor(owners, dtype=torch.int64), torch.from_numpy(low.gradients)
 
 
 @lru_cache(maxsize=256)

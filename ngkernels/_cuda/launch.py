@@ -10,9 +10,10 @@ import torch
 from .. import backends
 from .lower import WIDTHS
 
-KERNELS = ("gather", "project", "node_gradient", "fold", "sum_blocks", "merge", "coefficients", "sum_cells", "softmax", "delta")  # csrc/cuda/launcher.h
+KERNELS = ("gather", "project", "node_gradient", "fold", "sum_blocks", "merge", "coefficients", "sum_cells", "softmax", "delta", "store")  # csrc/cuda/launcher.h
 PURPOSES = ("messages", "options", "attend")
 PRECISIONS = ("bf16", "tf32", "exact")
+STORED = 254  # numbers that a launch of store takes: csrc/cuda/second_stage.h
 THREADS = 256  # of a block, where threads work on their own
 BUDGET = 256 << 20  # bytes of partial results in memory at a time
 EMULATED_SHARED = 232448  # bytes of shared memory of an emulated block
@@ -36,13 +37,12 @@ def shared_limit(device: torch.device) -> int:
 
 
 def numbers(values: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int64 on a device, without waiting for what runs there."""
-    return torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-
-
-def capturing() -> bool:
-    """Whether what is launched is recorded as a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    """int64 on a device: as arguments of kernels, which wait for nothing and are part of a captured CUDA graph."""
+    out = torch.empty(len(values), dtype=torch.int64, device=device)
+    for first in range(0, len(values), STORED):
+        some = values[first : first + STORED]
+        simple("store", len(some), out[first:], len(some), *some, *[0] * (STORED - len(some)))
+    return out
 
 
 def run(kernel: int, args: Sequence[int], blocks: int, shared: int, device: torch.device) -> None:

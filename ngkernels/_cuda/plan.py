@@ -6,12 +6,13 @@ run and for a network alone or in a batch. All of it is made once for a graph, o
 
 from __future__ import annotations
 
-from collections import OrderedDict, namedtuple
+from collections import namedtuple
 from typing import NamedTuple
 
 import torch
 
 from ..edge_index import read_lists
+from ..kept import OfTopology, Recent
 from ..topology import COLUMNS, DENSE, DIAGONAL, FORWARD, KINDS, PARTNER, SPARSE, TRIANGLE
 
 Row = namedtuple("Row", (*COLUMNS, "turned"))  # turned: whether its edges are the partners of the topology's row
@@ -139,30 +140,28 @@ class Plan:
         topology = topology.to(device) if listed else topology
         self.listed = {k: Listed.of(self.rows[k], topology) for k in listed}
         self.active = [k for k in self.active if k not in self.listed or len(self.listed[k].edges)]
-        self._works: dict = {}
-        self._degrees: dict = {}
+        self._works, self._degrees = Recent(64), Recent(64)
 
     def degrees(self, rows: int) -> torch.Tensor:
         """Number of messages of every output row, at least 1, float32 [rows]."""
-        if rows not in self._degrees:
-            count = torch.zeros(rows, dtype=torch.int64, device=self.device)
-            for k in self.active:
-                r = self.rows[k]
-                first = r.out + torch.arange(r.copies, device=self.device)[:, None] * r.out_stride
-                if k in self.listed:
-                    dst, messages = self.listed[k].found.T
-                    count.index_add_(0, (first + dst).flatten(), messages.repeat(r.copies))
-                else:
-                    count[(first + torch.arange(r.n_dst, device=self.device)).flatten()] += r.n_src
-            self._degrees[rows] = count.clamp(min=1).float()
-        return self._degrees[rows]
+        return self._degrees.get(rows, lambda: self._counted(rows))
+
+    def _counted(self, rows: int) -> torch.Tensor:
+        count = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        for k in self.active:
+            r = self.rows[k]
+            first = r.out + torch.arange(r.copies, device=self.device)[:, None] * r.out_stride
+            if k in self.listed:
+                dst, messages = self.listed[k].found.T
+                count.index_add_(0, (first + dst).flatten(), messages.repeat(r.copies))
+            else:
+                count[(first + torch.arange(r.n_dst, device=self.device)).flatten()] += r.n_src
+        return count.clamp(min=1).float()
 
     def work(self, active: tuple[int, ...] | None = None) -> Work:
         """The panels of the blocks `active`; None: of all that have edges."""
         key = tuple(self.active) if active is None else active
-        if key not in self._works:
-            self._works[key] = Work(self, list(key))
-        return self._works[key]
+        return self._works.get(key, lambda: Work(self, list(key)))
 
 
 class Work:
@@ -171,8 +170,8 @@ class Work:
     def __init__(self, plan: Plan, active: list[int]):
         self.rows, self.listed, self.device, self.active = plan.rows, plan.listed, plan.device, active
         self.turns, self.added = self._turns()
-        self._launches: dict = {}
-        self.tables: dict = {}  # of calls (call.py)
+        self._launches = Recent(64)
+        self.tables = Recent(64)  # of calls (rows.py)
 
     def _turns(self) -> tuple[dict[int, int], dict[int, bool]]:
         """Of each active block: the launch in which none before it writes gradients of the same weights, as edges or as partners; and whether
@@ -206,22 +205,22 @@ class Work:
 
     def reduce(self) -> Launch:
         """All panels of a forward pass; a partial row for each destination of a panel."""
-        if "reduce" not in self._launches:
-            panels = self._all([self._panels(k, forward_panel(self.rows[k])) for k in self.active])
-            count = panels[:, 6].clone()
-            panels[:, 6] = count.cumsum(0) - count
-            panels[:, 7:] = 0
-            keys, messages = self._keys(panels, count, "out", "out_stride", False)
-            self._launches["reduce"] = self._launch(panels, keys, messages, 0)
-        return self._launches["reduce"]
+        return self._launches.get("reduce", self._reduce)
+
+    def _reduce(self) -> Launch:
+        panels = self._all([self._panels(k, forward_panel(self.rows[k])) for k in self.active])
+        count = panels[:, 6].clone()
+        panels[:, 6] = count.cumsum(0) - count
+        panels[:, 7:] = 0
+        keys, messages = self._keys(panels, count, "out", "out_stride", False)
+        return self._launch(panels, keys, messages, 0)
 
     def gradients(self, nodes: int, row_bytes: int, slot_bytes: int, block_bytes: int, budget: int) -> list[Launch]:
         """The panels of a backward pass, partial results of a launch up to about `budget` bytes; a partial row for each destination and
         each source of a panel."""
         key = (nodes, row_bytes, slot_bytes, block_bytes, budget)
-        if key not in self._launches:
-            self._launches[key] = [launch for turn in range(max([0, *self.turns.values()]) + 1) for launch in self._of_turn(turn, *key)]
-        return self._launches[key]
+        turns = range(max([0, *self.turns.values()]) + 1)
+        return self._launches.get(key, lambda: [launch for turn in turns for launch in self._of_turn(turn, *key)])
 
     def _of_turn(self, turn: int, nodes: int, row_bytes: int, slot_bytes: int, block_bytes: int, budget: int) -> list[Launch]:
         panels = self._all([self._panels(k, backward_panel(self.rows[k])) for k in self.active if self.turns[k] == turn])
@@ -284,14 +283,4 @@ def _runs(first: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     return first.repeat_interleave(count) + _within(count)
 
 
-_by_content: OrderedDict = OrderedDict()
-
-
-def plan_of(topology: torch.Tensor, device: torch.device) -> Plan:
-    """The plan of a graph's topology table, by its content."""
-    key = (device, topology.cpu().numpy().tobytes())
-    plan = _by_content.pop(key, None) or Plan(topology, device)
-    _by_content[key] = plan
-    while len(_by_content) > 64:
-        _by_content.popitem(last=False)
-    return plan
+plan_of = OfTopology(Plan)

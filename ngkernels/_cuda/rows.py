@@ -27,18 +27,18 @@ def table_of(plan: Plan, work: Work, affine: int, directed: bool, lists: Sequenc
     tensors = [t for found in lists for t in found]
     layout = tuple((t.dtype, t.stride(), t.numel() > 0) for t in tensors)
     key = (affine, directed, tuple(map(len, lists)), layout)
-    if key not in work.tables:
-        number = iter(range(1, 1 + len(tensors)))
-        numbered = [[(next(number), t) for t in found] for found in lists]
-        rows = [_row(plan, work, k, affine, directed, *numbered) for k in work.active]
-        work.tables[key] = torch.tensor(rows, dtype=torch.int64).reshape(-1, ROWS_INTS).to(plan.device)
-        while len(work.tables) > 64:
-            work.tables.pop(next(iter(work.tables)))
-    table = work.tables[key].clone()
+    table = work.tables.get(key, lambda: _numbered(plan, work, affine, directed, lists)).clone()
     address = table[:, -VIEWS * len(NO_VALUES) :: len(NO_VALUES)]
     bases = launch.numbers([0, *(t.data_ptr() for t in tensors)], plan.device)
     address.copy_((address & (1 << NUMBERED) - 1) + bases[address >> NUMBERED])
     return table
+
+
+def _numbered(plan: Plan, work: Work, affine: int, directed: bool, lists: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    number = iter(range(1, 1 + sum(map(len, lists))))
+    numbered = [[(next(number), t) for t in found] for found in lists]
+    rows = [_row(plan, work, k, affine, directed, *numbered) for k in work.active]
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, ROWS_INTS).to(plan.device)
 
 
 def _row(plan: Plan, work: Work, k: int, affine: int, directed: bool, weights, grad_weights, values, grad_carriers, other_weights, other_carriers) -> list[int]:

@@ -7,12 +7,12 @@ there is to do comes as a table, so that one compiled kernel serves all expressi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
+from ..kept import Recent
 from .edge_math import dot
 from .launch import OPTIONS, interpreted
 from .lower import Lowered, Term
@@ -67,7 +67,6 @@ def node_gradient_kernel(grad_x, grad, params, jobs, n_nodes, columns, width, pa
     tl.store(grad_x + (rows * width)[:, None] + n[None, :], acc, mask=live[:, None] & (n < width)[None, :])
 
 
-@lru_cache(maxsize=1024)
 def _projections(terms: tuple[Term, ...], device: torch.device) -> torch.Tensor:
     """Jobs of project_kernel: node state, its width, matrix, bias (-1: none), side, column, number of columns."""
     jobs = []
@@ -79,11 +78,13 @@ def _projections(terms: tuple[Term, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(jobs, dtype=torch.int64).to(device)
 
 
-@lru_cache(maxsize=1024)
 def _parts(terms: tuple[Term, ...], device: torch.device) -> torch.Tensor:
     """Jobs of node_gradient_kernel: matrix, side, first column and number of columns of each term and side."""
     jobs = [[w, side, t.column, t.n_out] for t in terms for side, w in enumerate((t.wd, t.ws))]
     return torch.tensor(jobs, dtype=torch.int64).to(device)
+
+
+_jobs = Recent(1024)
 
 
 def _size() -> int:
@@ -97,7 +98,7 @@ def project(low: Lowered, xs: Sequence[torch.Tensor], params: torch.Tensor, prec
     n = xs[0].shape[0]
     out = params.new_empty(2, n, low.columns)
     if n:
-        jobs = _projections(low.terms, params.device)
+        jobs = _jobs.get((_projections, low.terms, params.device), lambda: _projections(low.terms, params.device))
         pointers = (*xs, *[xs[-1]] * ((1 << (len(xs) - 1).bit_length()) - len(xs)))
         project_kernel[(triton.cdiv(n, _size()), jobs.shape[0])](out, pointers, params, jobs, n, low.columns, len(pointers), precision, _size(), num_warps=4, **OPTIONS)
     return out
@@ -110,7 +111,7 @@ def node_gradients(grad: torch.Tensor, low: Lowered, params: torch.Tensor, grad_
         if not grad_x.numel() or not terms:
             continue
         n, width = grad_x.shape
-        parts = _parts(terms, params.device)
+        parts = _jobs.get((_parts, terms, params.device), lambda terms=terms: _parts(terms, params.device))
         grid = (triton.cdiv(n, _size()), triton.cdiv(width, BLOCK.value))
         node_gradient_kernel[grid](grad_x, grad, params, parts, n, grad.shape[2], width, parts.shape[0], precision, _size(), num_warps=4, **OPTIONS)
 

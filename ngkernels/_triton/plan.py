@@ -6,14 +6,13 @@ run and for a network alone or in a batch. All of it is made once for a graph an
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
+from ..kept import OfTopology, Recent
 from ..topology import COLUMNS
 from .blocks import Group, Lines, Row, coverage, grouped
 
@@ -74,8 +73,7 @@ class Cut:
         self.ends = np.cumsum([0, *(sum(p.shape[1] for p in group) for group in pieces)]).tolist()
         columns = np.concatenate([np.zeros((7, 0), np.int64), *(p for group in pieces for p in group)], 1)
         self.local, self.copy, self.i0, self.j0, self.rows_i, self.rows_j, self.slots = columns
-        self.row_tables: OrderedDict = OrderedDict()
-        self._chunks: dict = {}
+        self.row_tables, self._chunks = Recent(64), Recent(64)
 
     @property
     def tiles(self) -> int:
@@ -159,9 +157,7 @@ class Cut:
             partial_bytes, tile_bytes, slot_bytes: what a row of partial results, a tile and an edge take.
         """
         key = (partial_bytes, tile_bytes, slot_bytes, budget)
-        if key not in self._chunks:
-            self._chunks[key] = self._chunked(*key)
-        return self._chunks[key]
+        return self._chunks.get(key, lambda: self._chunked(*key))
 
     def _chunked(self, partial_bytes: int, tile_bytes: int, slot_bytes: int, budget: int):
         partial_rows = sum(self._sizes())
@@ -212,44 +208,27 @@ class Plan:
         starts = np.cumsum([0, *(len(p) for p in packed)]).tolist()
         self.line_starts = dict(zip(self.lines, starts, strict=False))
         self.lists = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *packed])).to(device)
-        self._cuts: dict = {}
-        self._degrees: dict = {}
+        self._cuts, self._degrees = Recent(64), Recent(64)
 
     def cut(self, active: tuple[int, ...] | None, dtypes: tuple[int, ...], size: int, nodes: int, work: str, paired: bool) -> Cut:
         """Of the blocks `active`, None: of all that have edges."""
         key = (active, dtypes, size, nodes, work, paired)
-        if key not in self._cuts:
-            self._cuts[key] = Cut(self, self.active if active is None else active, dtypes, size, nodes, work, paired)
-        return self._cuts[key]
+        return self._cuts.get(key, lambda: Cut(self, self.active if active is None else active, *key[1:]))
 
     def degrees(self, rows: int, dtype: torch.dtype) -> torch.Tensor:
         """Number of messages of every output row, at least 1, [rows]."""
-        if (rows, dtype) not in self._degrees:
-            count = np.zeros(rows, np.int64)
-            for k in self.active:
-                r = self.rows[k]
-                index = r.out + np.arange(r.copies)[:, None] * r.out_stride
-                if r.sparse:
-                    np.add.at(count, (index + self.lines[k].dst).reshape(-1), np.tile(self.lines[k].count, r.copies))
-                else:
-                    count[(index + np.arange(r.n_dst)).reshape(-1)] += 1 if r.diagonal else r.n_src
-            self._degrees[rows, dtype] = torch.from_numpy(np.maximum(count, 1)).to(self.device, dtype)
-        return self._degrees[rows, dtype]
+        return self._degrees.get((rows, dtype), lambda: self._counted(rows).to(self.device, dtype))
+
+    def _counted(self, rows: int) -> torch.Tensor:
+        count = np.zeros(rows, np.int64)
+        for k in self.active:
+            r = self.rows[k]
+            index = r.out + np.arange(r.copies)[:, None] * r.out_stride
+            if r.sparse:
+                np.add.at(count, (index + self.lines[k].dst).reshape(-1), np.tile(self.lines[k].count, r.copies))
+            else:
+                count[(index + np.arange(r.n_dst)).reshape(-1)] += 1 if r.diagonal else r.n_src
+        return torch.from_numpy(np.maximum(count, 1))
 
 
-_by_identity: dict[torch.device, WeakIdKeyDictionary] = {}
-_by_content: OrderedDict = OrderedDict()
-
-
-def plan_of(topology: torch.Tensor, device: torch.device) -> Plan:
-    """The plan of a graph's topology table: found by the tensor itself, else by its content."""
-    known = _by_identity.setdefault(device, WeakIdKeyDictionary())
-    plan = known.get(topology)
-    if plan is None:
-        key = (device, topology.cpu().numpy().tobytes())
-        plan = _by_content.pop(key, None) or Plan(topology, device)
-        _by_content[key] = plan
-        while len(_by_content) > 64:
-            _by_content.popitem(last=False)
-        known[topology] = plan
-    return plan
+plan_of = OfTopology(Plan)

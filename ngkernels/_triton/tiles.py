@@ -103,12 +103,11 @@ class Tensors:
         group, sides = cut.groups[number], [(name, partner) for name in self.lists for partner in (False, True)]
         used = [self._packed(group, *side) for side in sides] if self.packed else [self.of(side[0], k, side[1]) for k in group.rows for side in sides]
         key = (number, self.directions, tuple(None if t is None else t.stride() for t in used))
-        if key not in cut.row_tables:
-            records = [self._record(cut, k, panel) for k, panel in zip(group.rows, group.panels, strict=True)]
-            cut.row_tables[key] = torch.tensor(records, dtype=torch.int64).to(cut.plan.device)
-            while len(cut.row_tables) > 64:
-                cut.row_tables.popitem(last=False)
-        return cut.row_tables[key]
+        return cut.row_tables.get(key, lambda: self._records(cut, group))
+
+    def _records(self, cut: Cut, group: Group) -> torch.Tensor:
+        records = [self._record(cut, k, panel) for k, panel in zip(group.rows, group.panels, strict=True)]
+        return torch.tensor(records, dtype=torch.int64).to(cut.plan.device)
 
     def _record(self, cut: Cut, k: int, panel: tuple[int, int]) -> list[int]:
         r, lines, start = self.rows[k], cut.plan.lines.get(k), cut.plan.line_starts.get(k, 0)

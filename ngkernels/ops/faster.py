@@ -72,11 +72,9 @@ def shape_of(e: ex.E, exact: bool, attention: tuple[int, ...] | None = None) -> 
 
 
 def backend(e: ex.E, exact: bool, device: torch.device, attention: tuple[int, ...] | None = None) -> str:
-    """"cuda" where it measured faster on this device and runs, else "triton"; which can be captured as a CUDA graph."""
+    """"cuda" where it measured faster on this device and runs, else "triton"."""
     known = table(path()).get(measured.capability_of(device))
-    from .._cuda import launch
-
-    if not known or backends.why_not("cuda", device) or launch.capturing():
+    if not known or backends.why_not("cuda", device):
         return "triton"
     return known.get(shape_of(e, exact, attention), "triton")
 
