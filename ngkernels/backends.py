@@ -7,7 +7,7 @@ import ctypes
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,6 +19,8 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 _forced: list[str] = []
 _emulated: list[ctypes.CDLL] = []
+_planned: list[Callable[..., None]] = []
+implementations: dict[torch._ops.OpOverload, Callable] = {}  # by op: what it does where no C++ kernel does it
 _load_error: str | None = None
 _loaded = False
 _warned = False
@@ -42,6 +44,8 @@ def _triton(device: torch.device | None) -> str | None:
         import triton  # noqa: F401  a statement, and the variable below instead of triton.knobs: torch.compile comes through here
     except ImportError as error:
         return f"Triton is not there ({error}); install with: pip install triton"
+    if _planned:
+        return None if device is None or device.type == "cuda" else f"plans are made for cuda tensors, got {device}"
     if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y"):
         return None if device is None or device.type == "cpu" else f"TRITON_INTERPRET=1 is set: its interpreter runs on cpu tensors, got {device}"
     if device is not None and device.type != "cuda":
@@ -67,17 +71,34 @@ def emulate_cuda(path: Path) -> Iterator[None]:
         _emulated.pop()
 
 
+@contextlib.contextmanager
+def planning(note: Callable[..., None]) -> Iterator[None]:
+    """Tensors of device "meta" stand for those of a GPU inside the context; kernels are not launched, and `note` is given their arguments."""
+    _planned.append(note)
+    try:
+        yield
+    finally:
+        _planned.pop()
+
+
+def planned() -> Callable[..., None] | None:
+    """What takes note of the arguments of kernels, inside `planning`."""
+    return _planned[-1] if _planned else None
+
+
 def _cuda(device: torch.device | None) -> str | None:
     """None when the CUDA kernels (node_map: plain PyTorch) run on `device`, else the reason why not."""
-    if _emulated:
+    if _emulated and not _planned:
         return None if device is None or device.type == "cpu" else f"its emulation runs on cpu tensors, got {device}"
-    if reason := _library():
-        return reason
-    if not torch.ops.ngkernels_C.cuda_built():
-        return "the library was built without nvcc; install with a CUDA toolkit and NGKERNELS_CUDA=1"
+    there = torch.cuda.is_available()
+    if there or not _planned:  # a plan for another machine is one for a library that was built there
+        if reason := _library():
+            return reason
+        if not torch.ops.ngkernels_C.cuda_built():
+            return "the library was built without nvcc; install with a CUDA toolkit and NGKERNELS_CUDA=1"
     if device is not None and device.type != "cuda":
         return f"it runs on cuda tensors, got {device}"
-    return None if torch.cuda.is_available() else "no CUDA device is there"
+    return None if there or _planned else "no CUDA device is there"
 
 
 def why_not(backend: str, device: torch.device | None = None) -> str | None:
@@ -136,8 +157,10 @@ def forced() -> str | None:
 
 
 def kind_of(device: torch.device) -> str:
-    """The type of a device; "cpu" for "meta", whose tensors stand for those of a CPU while a plan is made."""
-    return "cpu" if device.type == "meta" else device.type
+    """The type of a device; of "meta", whose tensors stand for others while a plan is made, that of theirs."""
+    if device.type != "meta":
+        return device.type
+    return "cuda" if _planned else "cpu"
 
 
 def choose(op: str, device: torch.device) -> int:

@@ -16,11 +16,17 @@ WIDTHS = (32, 64, 128, 1 << 30)  # classes of states: columns of the widest
 #   pairs       attention over edges: one update 992 (32 columns, sm_90), two 1176, three 1464 (16 columns); on sm_80 one update 2176
 LOW = {32: 7, 64: 7, 128: 3}
 EXACT = {32: 5, 64: 3}
+PAIRS = 4  # of a chain with a pair update, of which there is one at most: a layer of NG-T
+COLUMNS, CHANNELS = 128, 8  # most of registers and of raw features in the CUDA kernels, whatever the device
 
 
 def _steps(edges: EdgeState) -> list[Update | Activate]:
     """What is evaluated after the weights or the stored state that the expression starts from."""
     return [s for s in edges.steps if not isinstance(s, Mark)]
+
+
+def widths(step: Update | Activate) -> tuple[int, ...]:
+    return (step.weight_edge.shape[0], step.weight_out.shape[0]) if isinstance(step, Update) else (step.weight.shape[0],)
 
 
 def products(step: Update | Activate) -> int:
@@ -31,17 +37,19 @@ def most(edges: EdgeState, exact: bool) -> int:
     """Most products of a chain like this one; 0: of one update alone."""
     steps = _steps(edges)
     if edges.paired:
-        return 0
-    widest = max(max(s.weight_edge.shape[0], s.weight_out.shape[0]) if isinstance(s, Update) else s.weight.shape[0] for s in steps)
+        return PAIRS
+    widest = max(width for s in steps for width in widths(s))
     return (EXACT if exact else LOW).get(next(w for w in WIDTHS if widest <= w), 0)
 
 
 def too_long(edges: EdgeState, exact: bool, more: int = 0) -> bool:
     """Whether the chain, with `more` updates like its last one, would spill heavily."""
     steps = _steps(edges)
-    if sum(isinstance(s, Update) for s in steps) + more <= 1:
+    steps += steps[-1:] * more
+    if sum(isinstance(s, Update) for s in steps) <= 1:
         return False
-    return sum(map(products, steps)) + more * products(steps[-1]) > most(edges, exact)
+    pairs = sum(isinstance(s, Update) and s.weight_reverse is not None for s in steps)
+    return pairs > 1 or sum(map(products, steps)) > most(edges, exact)
 
 
 def exact_products(edges: EdgeState) -> bool:
@@ -52,7 +60,7 @@ def exact_products(edges: EdgeState) -> bool:
 
 def applies(edges: EdgeState, backend: str) -> bool:
     """The rule is for Triton's kernels on a GPU, and for chains that can be stored: not those over all pairs of neurons."""
-    return backend == "triton" and edges.weights[0].device.type == "cuda" and edges.graph.closed != "all"
+    return backend == "triton" and backends.kind_of(edges.weights[0].device) == "cuda" and edges.graph.closed != "all"
 
 
 def why_not(edges: EdgeState, backend: str) -> str | None:
@@ -70,9 +78,29 @@ def why_not(edges: EdgeState, backend: str) -> str | None:
     )
 
 
-def full(edges: EdgeState) -> bool:
-    """Whether a state is to be stored here, because with one more update the chain would be too long for the kernels that run here."""
-    device = edges.weights[0].device
-    if device.type != "cuda" or not applies(edges, backends.BACKENDS[backends.choose("checkpoint", device)]):
+def heavy(edges: EdgeState, backend: str) -> bool:
+    """Whether `backend` would spill heavily, be it that the chain cannot be cut: within a layer of NG-T, over all pairs of neurons."""
+    if backend != "triton" or backends.kind_of(edges.weights[0].device) != "cuda":
         return False
-    return too_long(edges, exact_products(edges), more=1)
+    several = sum(isinstance(s, Update) for s in _steps(edges)) > 1
+    return edges.paired and several or too_long(edges, exact_products(edges))
+
+
+def taken_by_cuda(edges: EdgeState, columns: int = 0) -> bool:
+    """Whether the CUDA kernels, which hold chains of any length in registers, run what Triton's would spill, read in up to `columns` columns."""
+    device = torch.device(backends.kind_of(edges.weights[0].device))
+    widest = max([columns, *(width for s in _steps(edges) for width in widths(s))])
+    narrow = edges.weights[0].dtype is not torch.float64 and widest <= COLUMNS and 2 * edges.weights[0].shape[-1] <= CHANNELS
+    return narrow and backends.forced() is None and backends.why_not("cuda", device) is None
+
+
+def full(edges: EdgeState, columns: int = 0) -> bool:
+    """Whether a state is to be stored here, because with one more update the chain would be too long for the kernels that run here.
+
+    Args:
+        columns: the most in which it will be read: of messages, of queries, of values.
+    """
+    device = edges.weights[0].device
+    if backends.kind_of(device) != "cuda" or not applies(edges, backends.BACKENDS[backends.choose("checkpoint", device)]):
+        return False
+    return too_long(edges, exact_products(edges), more=1) and not taken_by_cuda(edges, columns)

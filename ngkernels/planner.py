@@ -60,7 +60,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Plan:
-    """The policy of least work that fits. `candidates`: every policy that was looked at; the other arguments are those of `plan`."""
+    """The policy of least work that fits. `candidates`: every policy that was looked at and runs; `refused`: the others, with the reasons; the
+    rest are arguments of `plan`."""
 
     policy: str
     peak_bytes: int
@@ -71,13 +72,15 @@ class Plan:
     training: bool
     weight_grads: bool
     threads: int
+    device: str
+    refused: tuple[tuple[str, str], ...]
 
     def describe(self) -> str:
         """The plan in sentences, a line for each policy."""
         what = "a training step" if self.training else "a forward pass"
         wanted = ", gradients of the weights too" if self.training and self.weight_grads else ""
-        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
-        lines = [f"{what} over {self.graph.num_edges:,} edges and {self.graph.num_nodes:,} neurons, {threads}{wanted}"]
+        where = f"{self.threads} thread{'s' * (self.threads > 1)}" if self.device == "cpu" else "on a GPU"
+        lines = [f"{what} over {self.graph.num_edges:,} edges and {self.graph.num_nodes:,} neurons, {where}{wanted}"]
         if self.budget is not None:
             lines.append(f"budget {size_text(self.budget)}")
         for c in self.candidates:
@@ -91,7 +94,7 @@ class Plan:
             lines.append(
                 f"{c.policy}: peak {size_text(c.peak_bytes)}, {c.work.flops / 1e9:,.4g} GFLOP, {c.work.bytes / 1e9:,.4g} GB moved{note}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"{policy}: not there: {reason}" for policy, reason in self.refused)])
 
 
 def plan(
@@ -104,6 +107,7 @@ def plan(
     weight_dtype: torch.dtype = torch.float32,
     weights_mapped: bool = False,
     threads: int | None = None,
+    device: str = "cpu",
     optimizer_states: int = 2,
     policies: Sequence[str] | None = None,
 ) -> Plan:
@@ -118,6 +122,8 @@ def plan(
         weights_mapped: the weights are views of files whose pages are given back (ngkernels.stream): they take no memory, nor do
             their gradients.
         threads: of the CPU; None: as torch.get_num_threads().
+        device: "cpu", or "cuda" for a GPU, which need not be there: with the kernels that use_backend forces, else with Triton's, or the CUDA
+            kernels for chains that are too long for those.
         optimizer_states: tensors that the optimiser keeps for each parameter (Adam: 2).
         policies: those to look at; None: all that the model has, if there is a budget, else the one that stores least.
 
@@ -126,18 +132,29 @@ def plan(
         one that stores least where nothing is gained. The peak is of one step, above a process that has run a tiny one.
 
     Raises:
-        BudgetError: no policy fits; says how many bytes the most frugal one needs. ValueError: a budget that is no size.
+        BudgetError: no policy fits; says how many bytes the most frugal one needs. ValueError: a budget that is no size, another device.
+        NotImplementedError: no policy runs there.
 
-    Note: the work is counted op by op (ngkernels/work.py). Peaks are those of the C++ kernels on a CPU; without them, the
-        reference backend needs more than a plan says. Weights are taken to lie within 2 in absolute value.
+    Note: the work is counted op by op (ngkernels/work.py). Peaks of a CPU are those of the C++ kernels; without them, the reference
+        backend needs more than a plan says. Those of a GPU are of PyTorch's tensors there: its context and libraries come on top. Weights
+        are taken to lie within 2 in absolute value.
     """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"plan: expected device 'cpu' or 'cuda', got {device!r}")
     budget = parse_size(budget) if isinstance(budget, str) else budget
     threads = torch.get_num_threads() if threads is None else threads
-    names = list(policies or (spec.policies() if budget is not None else spec.policies()[:1]))
-    found = []
-    for name in names:
+    found, refused = [], []
+    for name in policies or spec.policies():
         dry = spec.dry_run(graph, name, weight_dtype, training and weight_grads)
-        found.append(Candidate(name, *_cost(dry, training, weights_mapped, threads, optimizer_states)))
+        trace = Trace(threads, dry.weights if weights_mapped else (), device == "cuda")
+        try:
+            found.append(Candidate(name, *_cost(dry, training, trace, optimizer_states)))
+        except NotImplementedError as error:  # a chain that the kernels of a GPU do not take
+            refused.append((name, error))
+        if found and budget is None and not policies:
+            break
+    if not found:
+        raise refused[0][1]
     fits = [c for c in found if budget is None or c.peak_bytes <= budget]
     if not fits:
         least = min(found, key=lambda c: c.peak_bytes)
@@ -147,12 +164,12 @@ def plan(
             least.peak_bytes,
         )
     best = min(fits, key=lambda c: c.cost)
-    return Plan(best.policy, best.peak_bytes, best.work, budget, tuple(found), graph, training, training and weight_grads, threads)
+    wanted = training and weight_grads
+    return Plan(best.policy, best.peak_bytes, best.work, budget, tuple(found), graph, training, wanted, threads, device, tuple((name, str(error)) for name, error in refused))
 
 
-def _cost(dry: DryRun, training: bool, mapped: bool, threads: int, optimizer_states: int) -> tuple[int, Work]:
+def _cost(dry: DryRun, training: bool, trace: Trace, optimizer_states: int) -> tuple[int, Work]:
     """(peak bytes, work) of a step; the second of two, for training, which has the optimiser's state beside it."""
-    trace = Trace(threads, dry.weights if mapped else ())
     trace.hold(*dry.held)
     trained = [p for p in dry.parameters if p.requires_grad]
     if not training:

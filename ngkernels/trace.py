@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from .work import Work, program_flops
 _SPACES = ("ngkernels", "ngkernels_C")
 _OPS = {f"{space}.{name}{back}.default" for space in _SPACES for name in ("aggregate", "attend", "evaluate") for back in ("", "_backward")}
 _NODE_MAPS = {f"{space}.node_map{back}.default" for space in _SPACES for back in ("", "_backward")}
+_KERNELS = _OPS | _NODE_MAPS
 _TABLES = {"ngkernels.tabulate.default", "ngkernels.tabulate_backward.default"}
 _FREE = {"aten.detach.default", "aten.lift_fresh.default", "ngkernels.carry.default"}
 
@@ -38,29 +39,48 @@ class Trace(TorchDispatchMode):
     Args:
         threads: workers of the kernels, each with memory of its own.
         mapped: tensors that are views of files and take no memory.
+        gpu: they stand for tensors of a GPU: the host side of its kernels runs, so that what it allocates is followed too.
 
     Attributes: live, peak: bytes of tensors alive now and at most, what kernels need beside them included. work: Work so far.
     """
 
-    def __init__(self, threads: int = 1, mapped: Sequence[torch.Tensor] = ()):
+    def __init__(self, threads: int = 1, mapped: Sequence[torch.Tensor] = (), gpu: bool = False):
         super().__init__()
         self.threads, self.live, self.peak, self.work = threads, 0, 0, Work()
-        self.scratch = Scratch()
+        self.gpu, self.scratch = gpu, Scratch()
         self.mapped = bool(mapped)
         self._seen: set[int] = set()
+        self._planning: list = []
         self._grids: set[tuple] = set()
         for t in mapped:
             self._register(t, 0)
 
-    def hold(self, *tensors: torch.Tensor) -> None:
-        """Counts tensors that were made elsewhere as alive."""
-        for t in tensors:
-            self._register(t)
+    def __enter__(self):
+        if self.gpu:
+            self._planning.append(backends.planning(self.hold))
+            self._planning[-1].__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        if self.gpu:
+            self._planning.pop().__exit__(*error)
+        return super().__exit__(*error)
+
+    def hold(self, *values) -> None:
+        """Counts the tensors among the values, which were made elsewhere, as alive."""
+        for t in values:
+            if isinstance(t, torch.Tensor):
+                self._register(t)
+        self.peak = max(self.peak, self.live)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         # The engine adds gradients that meet in place, where nobody else holds the first; it would not here, because this class looks at it.
         meets = func is torch.ops.aten.add.Tensor and _called_by_engine()
-        out = args[0] if meets and args[0].shape == args[1].shape else func(*args, **(kwargs or {}))
+        implementation = backends.implementations.get(func) if self.gpu and str(func) in _KERNELS else None
+        if implementation is not None:
+            out = self._implemented(implementation, args)
+        else:
+            out = args[0] if meets and args[0].shape == args[1].shape else func(*args, **(kwargs or {}))
         found = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_meta]
         if not found:
             return out
@@ -73,6 +93,14 @@ class Trace(TorchDispatchMode):
         else:
             self._plain(func, name, args, kwargs or {}, out, found)
         self.peak = max(self.peak, self.live + self.scratch.shared + self.scratch.workers + call)
+        return out
+
+    def _implemented(self, implementation: Callable, args):
+        """What an op does on a GPU; its work is counted as a whole."""
+        work = self.work
+        with self:
+            out = implementation(*args)
+        self.work = work
         return out
 
     def _gradients_in_files(self, name: str, args, out) -> list[torch.Tensor]:
@@ -157,7 +185,7 @@ class _Call:
 
     def workspace(self, backward: bool) -> tuple[int, int, int, int]:
         """(shared, for each worker, of the call, most workers) in bytes; nothing where there are no compiled kernels."""
-        if backends.why_not("cpp") is not None:
+        if backends.why_not("cpp") is not None or backends.planned():
             return 0, 0, 0, 1
 
         def stand_in(t: torch.Tensor) -> torch.Tensor:  # memory that nobody touches

@@ -41,7 +41,12 @@ def ng_t(width: int, updates: int, **changes) -> PairSample:
     """Attention over the pair states of NG-T after `updates` layers."""
     given = {"networks": (mlp(2, 64, 64, 3),), "width": width, "hidden": 2 * width, "node_width": width, "heads": 8, "dk": 8, "dv": 8, **changes}
     many = dict.fromkeys(("residual", "reverse", "nodes", "norm"), (True,) * updates)
-    return PairSample(name=f"ng-t-{width}-{updates}", memory=(), **many, **given)
+    return PairSample(name=f"ng-t-{width}-{updates}", memory=(), **{**many, **given})
+
+
+def ng_t_layer(**changes) -> PairSample:
+    """What is between two stored states of NG-T, as its models are by default: a pair update, and an MLP of each edge."""
+    return ng_t(32, 2, reverse=(True, False), nodes=(True, False), node_width=64, dk=16, dv=16, **changes)
 
 
 def small(updates: int = 0, **changes) -> PairSample:
@@ -161,6 +166,9 @@ SLOW = {
     "attend-exact": Variant(ng_t(32, 1), "ieee"),
     "attend-odd": Variant(ng_t(17, 1, dk=5, dv=12, heads=3, multiply=False)),
     "attend-dropout": Variant(ng_t(32, 1, dropout=0.1, over="in")),
+    "attend-layer": Variant(ng_t_layer(over="edges")),
+    "attend-layer-exact": Variant(ng_t_layer(over="edges"), "ieee"),
+    "checkpoint-layer": Variant(ng_t_layer(over=None, head=1, head_nodes=False, closed=True)),
     "attend-sparse": Variant(ng_t(32, 1, over="edges", networks=WEB)),
     "nodes-wide": Variant(NodeSample(256, 1024, (None, 1, 1), "graph"), "ieee"),
     "messages-of-pairs": Variant(ng_t(32, 2, over=None, reduce=("mean", "max"), features=32)),

@@ -12,7 +12,6 @@ from emulation import emulated  # noqa: F401  a fixture
 
 import ngkernels as ngk
 from ngkernels import backends, measured, tune
-from ngkernels._cuda import launch
 from ngkernels.ops import faster
 from ngkernels.ops.faster import Shape
 

@@ -161,7 +161,7 @@ def chain(updates: int, width: int = 128, **more) -> ngk.EdgeState:
 def kernels_of_a_gpu(monkeypatch):
     """The rule as on a GPU, with tensors of a CPU."""
     monkeypatch.setattr(limits, "applies", lambda edges, backend: edges.graph.closed != "all")
-    monkeypatch.setattr(limits, "full", lambda edges: limits.too_long(edges, limits.exact_products(edges), more=1))
+    monkeypatch.setattr(limits, "full", lambda edges, columns=0: limits.too_long(edges, limits.exact_products(edges), more=1))
 
 
 @pytest.mark.parametrize(("width", "exact", "more", "most"), [
@@ -175,7 +175,11 @@ def test_the_longest_chain_of_each_class(width, exact, more, most):
 
 def test_one_pair_update_at_a_time():
     reverse = {"weight_reverse": torch.zeros(32, 32), "residual": True}
-    assert not limits.too_long(chain(1, 32, **reverse), False) and limits.too_long(chain(2, 32, **reverse), False)
+    one, square = chain(1, 32, **reverse), torch.zeros(32, 32)
+    layer = one.update(None, square, None, None, None, square, None, residual=True)
+    assert not limits.too_long(one, False) and limits.too_long(one, False, more=1) and limits.too_long(chain(2, 32, **reverse), False)
+    assert not limits.too_long(layer, False) and limits.too_long(layer, False, more=1)
+    assert limits.too_long(layer.update(None, square, None, None, None, square, None), False)
 
 
 @pytest.mark.parametrize("op", ["aggregate", "readout", "checkpoint", "attend"])
@@ -207,6 +211,24 @@ def test_models_restart_from_a_stored_state_by_rule(kernels_of_a_gpu, monkeypatc
             assert stored and max(stored) == 1, stored
         with pytest.raises(NotImplementedError, match="edge_memory='auto'"):
             NGGNN(layout=[2, 3, 1], d_hid=130, num_layers=4, out_features=5, edge_memory="recompute").double()(weights, biases)
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_ngt_restarts_after_every_layer_by_rule(exact: bool, kernels_of_a_gpu, monkeypatch):
+    from neural_graphs.models import NGT
+
+    stored, plain = [], ngk.EdgeState.checkpoint
+    monkeypatch.setattr(ngk.EdgeState, "checkpoint", lambda self, store=None: stored.append(len(self.steps)) or plain(self, store))
+    monkeypatch.setattr(limits, "exact_products", lambda edges: exact)
+    (*weights, b, c) = (torch.randn(2, *s, dtype=torch.float64) for s in ((2, 3, 1), (3, 1, 1), (3, 1), (1, 1)))
+    results = []
+    with ngk.use_backend("reference"):
+        for memory in ("auto", "store"):
+            torch.manual_seed(0)
+            results.append(NGT(layout=[2, 3, 1], num_layers=4, out_features=5, attention="edges", edge_memory=memory).double()(weights, [b, c]))
+            assert stored == [2, 2], stored  # a layer is two updates; the last one has one reader
+            stored.clear()
     torch.testing.assert_close(results[0], results[1])
 
 

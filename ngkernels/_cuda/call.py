@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 
+from .. import backends
 from .. import program as prog
 from ..kept import Recent
 from ..topology import SAME
@@ -137,6 +138,8 @@ class Call:
 
     def run(self, fields: dict, work: Launch) -> None:
         """Launches the panels of `work`, in as many launches as memory that does not fit into shared memory asks for."""
+        if (note := backends.planned()) is not None:
+            note(*fields.values(), work.panels, *(t for listed in self.plan.listed.values() for t in listed))
         blocks = -(-work.n // WARPS)
         inside, outside, copied = self.memory()
         each = sum(outside.values())

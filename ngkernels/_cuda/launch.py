@@ -16,7 +16,7 @@ PRECISIONS = ("bf16", "tf32", "exact")
 STORED = 254  # numbers that a launch of store takes: csrc/cuda/second_stage.h
 THREADS = 256  # of a block, where threads work on their own
 BUDGET = 256 << 20  # bytes of partial results in memory at a time
-EMULATED_SHARED = 232448  # bytes of shared memory of an emulated block
+EMULATED_SHARED = 232448  # bytes of shared memory of an emulated block, and of one that is planned
 
 
 def precision(low: bool, tf32: bool) -> str:
@@ -31,7 +31,7 @@ def edge_kernel(purpose: str, d: int, precision: str, backward: bool) -> int:
 
 def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that a block of threads can have."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return EMULATED_SHARED
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
@@ -51,7 +51,7 @@ def run(kernel: int, args: Sequence[int], blocks: int, shared: int, device: torc
     Raises:
         RuntimeError: CUDA refused the launch, with its error code.
     """
-    if blocks <= 0:
+    if blocks <= 0 or backends.planned():
         return
     if device.type != "cpu":
         torch.ops.ngkernels_C.cuda_launch(kernel, list(args), blocks, shared, device.index)
@@ -64,6 +64,8 @@ def run(kernel: int, args: Sequence[int], blocks: int, shared: int, device: torc
 
 def simple(name: str, threads: int, *args: int | torch.Tensor | None) -> None:
     """Launches a kernel with so many threads; tensors stand for their addresses, None for none. One of them at least is a tensor."""
+    if (note := backends.planned()) is not None:
+        return note(*args)
     device = next(a.device for a in args if isinstance(a, torch.Tensor))
     run(KERNELS.index(name), [address(a) for a in args], -(-threads // THREADS), 0, device)
 

@@ -283,4 +283,9 @@ def _runs(first: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     return first.repeat_interleave(count) + _within(count)
 
 
-plan_of = OfTopology(Plan)
+_of_topology = OfTopology(Plan)
+
+
+def plan_of(topology: torch.Tensor, device: torch.device) -> Plan:
+    """The plan of a graph's topology table. Without a device ("meta") its tables are made on the CPU: their sizes depend on their values."""
+    return _of_topology(topology, torch.device("cpu") if device.type == "meta" else device)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .call import Call
 from .evaluator import PADDED, columns, tile, used
-from .launch import OPTIONS, constants, interpreted
+from .launch import constants, interpreted, run
 from .lower import padded
 from .messages import (
     MAX,
@@ -165,10 +165,11 @@ def forward(call: Call, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor
     for number, first, last in chunk.launches:
         group = work.groups[number]
         weights, pair_weights = (call.tensors.pointers(group, "raw", call.params, partner) for partner in (False, True))
-        aggregate_kernel[(last - first,)](
+        run(
+            aggregate_kernel, (last - first,),
             partial, tiles, call.tensors.table(work, number), call.plan.lists, weights, pair_weights, nodes, call.params, call.table,
             first, call.n_nodes, call.table_nodes, call.steps, low.live(group.both), call.chunks, call.message_chunks, low.columns, low.edge, low.message, low.count, low.combine, low.width, slots, call.precision, len(weights),
             *group.shape, group.sparse, **call.options,
         )  # fmt: skip
     p = min(padded(low.width), 512 if interpreted() else 64)
-    merge_kernel[(segments.shape[0], triton.cdiv(low.width, p))](out, aux, ties, partial, segments, ranges, entries, low.width, slots, work.segment, p, num_warps=1, **OPTIONS)
+    run(merge_kernel, (segments.shape[0], triton.cdiv(low.width, p)), out, aux, ties, partial, segments, ranges, entries, low.width, slots, work.segment, p, num_warps=1)

@@ -13,7 +13,7 @@ from . import launch
 from .attention import join
 from .call import Call
 from .evaluator import tile
-from .launch import OPTIONS, interpreted
+from .launch import interpreted, run
 from .lower import padded
 from .plan import ATTEND, Chunk, Cut
 from .tiles import RAW, panel, sources, views
@@ -95,7 +95,7 @@ def merge(call: Call, chunk: Chunk, work: Cut, tables, partial: torch.Tensor, to
         if first == last or not n:
             continue
         p = min(padded(n), 512 if interpreted() else 64)
-        softmax_kernel[(last - first, triton.cdiv(n, p))](target, tops, partial, *tables, first, n, of_head, start, h.heads, h.width, work.segment, p, num_warps=1, **OPTIONS)
+        run(softmax_kernel, (last - first, triton.cdiv(n, p)), target, tops, partial, *tables, first, n, of_head, start, h.heads, h.width, work.segment, p, num_warps=1)
 
 
 def forward(call: Call, attending: Attending, out: torch.Tensor, sums: torch.Tensor, lse: torch.Tensor) -> None:
@@ -115,7 +115,8 @@ def forward(call: Call, attending: Attending, out: torch.Tensor, sums: torch.Ten
         for number, first, last in chunk.launches:
             group = work.groups[number]
             weights, pair_weights = (call.tensors.pointers(group, "raw", call.params, partner) for partner in (False, True))
-            attend_kernel[(last - first,)](
+            run(
+                attend_kernel, (last - first,),
                 partial, tiles, call.tensors.table(work, number), call.plan.lists, weights, pair_weights, nodes, call.params, call.table,
                 *attending.nodes, *attending.seed, first, call.n_nodes, call.table_nodes, call.steps, low.live(group.both), call.chunks, low.columns,
                 low.edge, low.message, call.heads, h.width, attending.scale, attending.dropout, call.precision, len(weights), *group.shape, group.sparse,
@@ -153,5 +154,5 @@ def deltas(call: Call, out: torch.Tensor, grad: torch.Tensor, sums: torch.Tensor
     delta = out.new_empty(len(out), h.heads)
     if len(out):
         size = 64
-        delta_kernel[(triton.cdiv(len(out), size), h.heads)](delta, out, grad, sums, grad_sums, len(out), h.heads, h.dv, h.summed * h.de, size, 32, num_warps=4, **OPTIONS)
+        run(delta_kernel, (triton.cdiv(len(out), size), h.heads), delta, out, grad, sums, grad_sums, len(out), h.heads, h.dv, h.summed * h.de, size, 32, num_warps=4)
     return delta

@@ -11,6 +11,7 @@ import triton.language as tl
 from .backprop import write_edges
 from .call import Call
 from .evaluator import tile
+from .launch import run
 from .plan import NODES
 from .tiles import HAS_VALUES, ITSELF, OK, RAW, VALUES, flag, only, panel, sources, views
 
@@ -57,7 +58,8 @@ def forward(call: Call, values: Sequence[torch.Tensor]) -> None:
     for number, first, last in chunk.launches:
         group = work.groups[number]
         weights, pair_weights, to, pair_to = (tensors.pointers(group, name, call.params, partner) for name in ("raw", "values") for partner in (False, True))
-        evaluate_kernel[(last - first,)](
+        run(
+            evaluate_kernel, (last - first,),
             to, pair_to, tiles, tensors.table(work, number), call.plan.lists, weights, pair_weights, nodes, call.params, call.table,
             first, call.n_nodes, call.table_nodes, call.steps, low.live(group.both), call.chunks, low.columns, low.edge, low.count, call.precision,
             len(weights), *group.shape, group.sparse, **call.options,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import OPTIONS, interpreted
+from .launch import interpreted, run
 from .lower import padded
 from .plan import Chunk
 
@@ -37,4 +37,4 @@ def fold(out: torch.Tensor, partial: torch.Tensor, tables: tuple[torch.Tensor, .
         return
     p = min(padded(columns), 1024 if interpreted() else 128)
     segments, ranges, entries = tables
-    fold_kernel[(last - first, triton.cdiv(columns, p))](out, partial, segments, ranges, entries, first, columns, segment, p, num_warps=4, **OPTIONS)
+    run(fold_kernel, (last - first, triton.cdiv(columns, p)), out, partial, segments, ranges, entries, first, columns, segment, p, num_warps=4)

@@ -120,7 +120,8 @@ def launch_group(
     if saved.tensors and attending is None:
         kept = (*kept, call.plan.degrees(kept[0].shape[0], call.params.dtype))
     scale, dropout, seed = (0.0, 0.0, (0, 0)) if attending is None else attending[1:]
-    gradient_kernel[(last - first,)](
+    launch.run(
+        gradient_kernel, (last - first,),
         tiles, tensors.table(work, number), call.plan.lists, first, chunk_first, *pointers, kept, (call.params,) * 3 if attending is None else attending.nodes,
         *seed, nodes, call.n_nodes, call.params, call.table, call.table_nodes, sums, partial, *slots,
         call.steps, low.live(group.both), low.paired, call.chunks, call.message_chunks, low.columns, columns, low.edge, low.message, low.count, low.combine,

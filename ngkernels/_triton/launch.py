@@ -10,7 +10,9 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from torch.utils._pytree import tree_leaves
 
+from .. import backends
 from .lower import Lowered
 from .sizes import compiler_options, size_for
 
@@ -33,12 +35,20 @@ def constants(value: tuple) -> tuple:
     return tuple(constants(v) if isinstance(v, tuple) else tl.constexpr(v) for v in value)
 
 
+def run(kernel: triton.runtime.KernelInterface, grid: tuple[int, ...], *args, **options) -> None:
+    """Launches a kernel. Where a step is planned, of tensors without values, the plan takes note of the tensors instead."""
+    if (note := backends.planned()) is not None:
+        note(*tree_leaves(args))
+    else:
+        kernel[grid](*args, **OPTIONS, **options)
+
+
 def tile(low: Lowered, precision: str, device: torch.device) -> tuple[int, dict[str, object]]:
     """(edges of a tile, options of launches of the kernels over edges)."""
     if interpreted():
-        return INTERPRETED, {"num_warps": 4, **OPTIONS}
+        return INTERPRETED, {"num_warps": 4}
     size = size_for(low, precision, device)
-    return size.edges, {"num_warps": size.warps, **OPTIONS, **compiler_options(low, precision, size.warps, device)}
+    return size.edges, {"num_warps": size.warps, **compiler_options(low, precision, size.warps, device)}
 
 
 def precision(dtype: torch.dtype, low: bool, tf32: bool) -> str:

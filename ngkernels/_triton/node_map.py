@@ -15,7 +15,7 @@ import triton.language as tl
 from ..checks import ACTIVATIONS
 from ..program import full_precision
 from .edge_math import activate
-from .launch import OPTIONS, interpreted
+from .launch import interpreted, run
 from .nodes import BLOCK, times
 
 LAYER, GRAPH = (tl.constexpr(k) for k in (1, 2))  # positions in reference.node_map.NORMS
@@ -192,9 +192,10 @@ def folded(maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def linear(k: Nodes, out: torch.Tensor, act: int) -> torch.Tensor:
     """Writes act of the linear part to out [R, O]."""
-    linear_kernel[k.grid](
+    run(
+        linear_kernel, k.grid,
         out, k.x, k.reduced, k.factors or (k.x,), k.matrix, k.bias, *k.x.shape, k.reduced.shape[1], k.width, len(k.factors), k.unit, act, k.precision, size(),
-        num_warps=4, **OPTIONS,
+        num_warps=4,
     )  # fmt: skip
     return out
 
@@ -202,7 +203,7 @@ def linear(k: Nodes, out: torch.Tensor, act: int) -> torch.Tensor:
 def moments(k: Nodes, y: torch.Tensor) -> torch.Tensor:
     """[R, 2]: means of the rows of what is normalised, and sums of squares about them."""
     found = y.new_empty(len(y), 2)
-    moments_kernel[k.grid[:1]](found, y, *y.shape, k.act if k.first else IDENTITY, size(), num_warps=4, **OPTIONS)
+    run(moments_kernel, k.grid[:1], found, y, *y.shape, k.act if k.first else IDENTITY, size(), num_warps=4)
     return found
 
 
@@ -217,6 +218,6 @@ def forward(k: Nodes, out: torch.Tensor, stats: torch.Tensor) -> None:
     y = linear(k, torch.empty_like(out), IDENTITY)
     kept = moments(k, y)
     if k.norm == GRAPH.value:
-        spread_kernel[(len(stats),)](stats, kept, k.bounds, k.width, 1024, num_warps=4, **OPTIONS)
+        run(spread_kernel, (len(stats),), stats, kept, k.bounds, k.width, 1024, num_warps=4)
         kept = stats
-    norm_kernel[k.grid](out, y, kept, k.segment, *k.affine, *y.shape, k.norm, k.act, k.first, k.eps, size(), num_warps=4, **OPTIONS)
+    run(norm_kernel, k.grid, out, y, kept, k.segment, *k.affine, *y.shape, k.norm, k.act, k.first, k.eps, size(), num_warps=4)

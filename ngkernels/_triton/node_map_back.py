@@ -14,7 +14,7 @@ import triton.language as tl
 from ..program import full_precision
 from . import launch
 from .edge_math import activate, dot, slope
-from .launch import OPTIONS
+from .launch import run
 from .node_map import GRAPH, IDENTITY, Nodes, block, linear, moments, scaling, size, summed
 from .nodes import BLOCK, times
 
@@ -158,13 +158,13 @@ def through_norm(k: Nodes, grad: torch.Tensor, stats: torch.Tensor) -> tuple[tor
     if k.norm:
         kept = stats if k.norm == GRAPH.value else moments(k, y)
         lost = y.new_empty(len(y), 2)
-        row_sums_kernel[k.grid[:1]](lost, y, grad, kept, k.segment, *k.affine, *y.shape, *form, num_warps=4, **OPTIONS)
+        run(row_sums_kernel, k.grid[:1], lost, y, grad, kept, k.segment, *k.affine, *y.shape, *form, num_warps=4)
     if k.norm == GRAPH.value:
         sums, lost = lost, torch.empty_like(stats)
-        slopes_kernel[(len(stats),)](lost, sums, stats, k.bounds, k.width, k.eps, 1024, num_warps=4, **OPTIONS)
+        run(slopes_kernel, (len(stats),), lost, sums, stats, k.bounds, k.width, k.eps, 1024, num_warps=4)
     parts, share = shares(len(y), 3 * k.width, y.element_size())
     g, partial = torch.empty_like(y), y.new_empty(parts, 3, k.width)
-    down_kernel[(parts, k.grid[1])](g, partial, y, grad, kept, lost, k.segment, *k.affine, *y.shape, share, *form, num_warps=4, **OPTIONS)
+    run(down_kernel, (parts, k.grid[1]), g, partial, y, grad, kept, lost, k.segment, *k.affine, *y.shape, share, *form, num_warps=4)
     return g, partial.sum(0)
 
 
@@ -178,8 +178,9 @@ def to_matrix(k: Nodes, g: torch.Tensor) -> torch.Tensor:
     for x, factor, has_factor in [(k.x, k.x, False), *scaled]:
         columns = x.shape[1]
         if columns:
-            maps_kernel[(parts, grid, triton.cdiv(columns, BLOCK.value))](
-                partial.view(-1)[first:], g, x, factor, len(g), k.width, columns, inputs, share, has_factor, k.precision, size(), num_warps=4, **OPTIONS,
+            run(
+                maps_kernel, (parts, grid, triton.cdiv(columns, BLOCK.value)),
+                partial.view(-1)[first:], g, x, factor, len(g), k.width, columns, inputs, share, has_factor, k.precision, size(), num_warps=4,
             )  # fmt: skip
         first += columns
     return partial.sum(0)
@@ -189,7 +190,7 @@ def to_inputs(k: Nodes, g: torch.Tensor, x: torch.Tensor, matrix: torch.Tensor, 
     """Writes the gradient of x or of reduced."""
     rows, columns = x.shape
     grid = (k.grid[0], triton.cdiv(columns, BLOCK.value))
-    inputs_kernel[grid](x, g, matrix, factors, rows, k.width, columns, k.matrix.shape[1], len(factors), unit, k.precision, size(), num_warps=4, **OPTIONS)
+    run(inputs_kernel, grid, x, g, matrix, factors, rows, k.width, columns, k.matrix.shape[1], len(factors), unit, k.precision, size(), num_warps=4)
 
 
 def to_maps(maps: Sequence[torch.Tensor], matrix: torch.Tensor | None, bias: torch.Tensor, grads: Sequence[torch.Tensor]) -> None:

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..kept import Recent
 from .edge_math import dot
-from .launch import OPTIONS, interpreted
+from .launch import interpreted, run
 from .lower import Lowered, Term
 from .tiles import pick
 
@@ -100,7 +100,7 @@ def project(low: Lowered, xs: Sequence[torch.Tensor], params: torch.Tensor, prec
     if n:
         jobs = _jobs.get((_projections, low.terms, params.device), lambda: _projections(low.terms, params.device))
         pointers = (*xs, *[xs[-1]] * ((1 << (len(xs) - 1).bit_length()) - len(xs)))
-        project_kernel[(triton.cdiv(n, _size()), jobs.shape[0])](out, pointers, params, jobs, n, low.columns, len(pointers), precision, _size(), num_warps=4, **OPTIONS)
+        run(project_kernel, (triton.cdiv(n, _size()), jobs.shape[0]), out, pointers, params, jobs, n, low.columns, len(pointers), precision, _size(), num_warps=4)
     return out
 
 
@@ -113,7 +113,7 @@ def node_gradients(grad: torch.Tensor, low: Lowered, params: torch.Tensor, grad_
         n, width = grad_x.shape
         parts = _jobs.get((_parts, terms, params.device), lambda terms=terms: _parts(terms, params.device))
         grid = (triton.cdiv(n, _size()), triton.cdiv(width, BLOCK.value))
-        node_gradient_kernel[grid](grad_x, grad, params, parts, n, grad.shape[2], width, parts.shape[0], precision, _size(), num_warps=4, **OPTIONS)
+        run(node_gradient_kernel, grid, grad_x, grad, params, parts, n, grad.shape[2], width, parts.shape[0], precision, _size(), num_warps=4)
 
 
 def parameter_gradients(grad: torch.Tensor, terms: Sequence[Term], xs: Sequence[torch.Tensor], grad_params: torch.Tensor) -> None:

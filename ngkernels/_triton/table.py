@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .edge_math import curve_weight
-from .launch import OPTIONS, interpreted
+from .launch import interpreted, run
 from .lower import padded
 
 EDGES = 64  # that a program takes at a time
@@ -78,7 +78,7 @@ def add_table_gradient(grad_table: torch.Tensor, slots: Slots) -> None:
     parts = 1 if interpreted() else min(16, max(1, 4096 // cells))
     sums = grad_table.new_empty(parts, cells, 6, width)
     p = min(padded(width), 64)
-    cells_kernel[(cells, parts, triton.cdiv(width, p))](sums, order, starts, slots.place, slots.curve, parts, width, p, EDGES, num_warps=2, **OPTIONS)
+    run(cells_kernel, (cells, parts, triton.cdiv(width, p)), sums, order, starts, slots.place, slots.curve, parts, width, p, EDGES, num_warps=2)
     total = sums.sum(0).view(directions, nodes, 6, width)
     grad_table += total[:, :, :3]
     grad_table[:, 1:] += total[:, :-1, 3:]

@@ -128,7 +128,7 @@ def aggregate(edges: EdgeState, message: Message, reduce: Sequence[str] = ("sum"
     message.check("aggregate", edges)
     if panels.needed(edges):
         return in_panels.evaluate("aggregate", edges, (), message, (len(reduce), message.width), lambda e, _, m: aggregate(e, m, reduce, over))
-    compute = ex.mode_for("aggregate", edges)
+    compute = ex.mode_for("aggregate", edges, message.width)
     e = build_message(edges, message, reduce, ex.backend_of(compute) != "reference", over == "pairs")
     out = _run(*e, edges.graph.num_rows, compute)[0]
     natural = tuple(r for r in REDUCE if r in reduce)

@@ -168,7 +168,7 @@ def attend(
     if over == "all" and edges.graph.has_sparse:
         edges = edges.dense()
     closed = edges.closure("all" if over == "all" else "edges")
-    compute = ex.mode_for("attend", edges, over)
+    compute = ex.mode_for("attend", edges, max(q.shape[1], v.shape[1]), over)
     maps = [weight_q, weight_k] if weight_mul is None else [weight_q, weight_k, weight_mul]
     e = build_attention(closed, maps, over, include_self, ex.backend_of(compute) != "reference")
     shape = [heads, int(weight_mul is not None), int(weight_add is not None)]

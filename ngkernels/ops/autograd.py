@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import journal
+from .. import backends, journal
 from .expression import backend_of, compiled, library
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -55,6 +55,7 @@ def register(name: str, implementation: Callable, backward: Callable, setup: Cal
         """The C++ kernel, if that is what the arguments ask for."""
         return kernel if kernel is not None and backend_of(arguments[compute]) == "cpp" else None
 
+    backends.implementations[op] = implementation
     library.impl(name, lambda *arguments: (kernel_for(arguments) or implementation)(*arguments), "CompositeExplicitAutograd")
     returns = str(op._schema).rpartition("->")[2].strip()
     many, single = returns == "Tensor[]", returns == "Tensor"

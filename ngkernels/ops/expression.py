@@ -53,8 +53,9 @@ def compute_mode(backend: int) -> int:
     return LOW * low + 2 * backend + TF32 * (gpu and torch.backends.cuda.matmul.allow_tf32) + FREE * free  # what torch.compile can read
 
 
-def mode_for(op: str, edges: EdgeState, over: str | None = None) -> int:
-    """`compute_mode` of the backend that runs `op` on these edge states; over: what attention looks at.
+def mode_for(op: str, edges: EdgeState, columns: int = 0, over: str | None = None) -> int:
+    """`compute_mode` of the backend that runs `op` on these edge states, read in up to `columns` columns; over: what attention looks at. Where none
+    is forced, chains that Triton's kernels would spill go to the CUDA kernels.
 
     Raises:
         NotImplementedError: a forced backend that cannot run; a chain of updates that the Triton kernels do not take (ngkernels.limits);
@@ -62,11 +63,13 @@ def mode_for(op: str, edges: EdgeState, over: str | None = None) -> int:
     """
     if panels.needed(edges):
         raise NotImplementedError(f"{op}: weights on the CPU under states on a GPU are built for aggregate and attend; move the weights with .to({str(edges.device)!r})")
-    compute = compute_mode(backends.choose(op, edges.weights[0].device))
-    reason = None if over == "all" else limits.why_not(edges, backend_of(compute))
+    backend = backends.choose(op, edges.weights[0].device)
+    if limits.heavy(edges, backends.BACKENDS[backend]) and limits.taken_by_cuda(edges, columns):
+        return compute_mode(backends.BACKENDS.index("cuda"))
+    reason = None if over == "all" else limits.why_not(edges, backends.BACKENDS[backend])
     if reason is not None:
         raise NotImplementedError(f"{op}: {reason}")
-    return compute
+    return compute_mode(backend)
 
 
 def backend_of(compute: int) -> str:

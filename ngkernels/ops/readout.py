@@ -65,7 +65,7 @@ def run(
     edges: EdgeState, mlp: Sequence[Affine], node: NodeTerm | None, activation: str, dtype: torch.dtype | None, op: str, over: str | None = None
 ) -> list[torch.Tensor]:
     """The op behind `readout` and a stored checkpoint (an empty mlp; `over`: both directions of a closed graph together)."""
-    compute = ex.mode_for(op, edges)
+    compute = ex.mode_for(op, edges, max([0, *(w.shape[0] for w, _ in mlp)]))
     e = build_state(edges, ex.backend_of(compute) != "reference", mlp, node, activation, over)
     dtype = e.table.dtype if dtype is None else dtype
     if dtype not in ev.DTYPES:

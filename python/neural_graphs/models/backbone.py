@@ -70,5 +70,5 @@ class Backbone(nn.Module):
             if self.edge_update:
                 edges = self.edge_update[k](edges, x)
                 if k + 1 < last or (read_nodes and read_edges):  # else one consumer only
-                    edges = self.memory.after(k + 1, edges)
+                    edges = self.memory.after(k + 1, edges, x.shape[1])
         raise ValueError("Backbone: expected at least one layer, got none")

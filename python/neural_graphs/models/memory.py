@@ -47,13 +47,13 @@ class EdgeMemory:
             f"edge_memory: expected auto, auto:SIZE, recompute, store, hybrid, every:k or an integer k of at least 1, got {policy!r}"
         )
 
-    def after(self, updates: int, edges: EdgeState) -> EdgeState:
-        """`edges`, the state after so many updates, which more than one consumer will read."""
+    def after(self, updates: int, edges: EdgeState, columns: int) -> EdgeState:
+        """`edges`, the state after so many updates, which more than one consumer will read, in up to `columns` columns."""
         if self.virtual:
             return edges.checkpoint()
         if self.every and updates % self.every == 0:
             return edges.checkpoint(_store_dtype(edges))
-        if self.restart and limits.full(edges):
+        if self.restart and limits.full(edges, columns):
             return edges.checkpoint(_exact_dtype(edges))  # as the registers hold it: results are the same as without
         return edges
 

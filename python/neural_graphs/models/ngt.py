@@ -166,7 +166,7 @@ class NGT(NeuralGraphModel):
                 edges = layer.edge_updates(edges, x)
                 more = k + 1 < last or (k < last and read_edges)  # else one consumer only
                 if more or (read_edges and self.memory.virtual):  # a readout does not look through a virtual state and an update
-                    edges = self.memory.after(k + 1, edges)
+                    edges = self.memory.after(k + 1, edges, layer.self_attn.hidden)
         return x if rows is None or alone else rows_of(edges.graph.restrict(rows), x), edges
 
     def pool_edges(self, graph: NeuralGraph, edges: EdgeState, x: torch.Tensor) -> torch.Tensor:

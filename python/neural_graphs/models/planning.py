@@ -8,6 +8,7 @@ import weakref
 import torch
 
 from ngkernels import NeuralGraph, plan
+from ngkernels.backends import kind_of
 from ngkernels.planner import DryRun
 
 from .memory import EdgeMemory
@@ -61,6 +62,6 @@ class Planned:
         wanted = training and any(w.requires_grad for w in weights)
         chosen = self._policies.setdefault(graph, {})
         if (training, wanted) not in chosen:
-            dtype = weights[0].dtype
-            chosen[training, wanted] = plan(self, graph, self.budget, training=training, weight_grads=wanted, weight_dtype=dtype).policy
+            options = {"weight_grads": wanted, "weight_dtype": weights[0].dtype, "device": kind_of(weights[0].device)}
+            chosen[training, wanted] = plan(self, graph, self.budget, training=training, **options).policy
         self.memory = EdgeMemory.parse(chosen[training, wanted])
