@@ -8,6 +8,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -86,6 +87,12 @@ def planned() -> Callable[..., None] | None:
     return _planned[-1] if _planned else None
 
 
+@lru_cache
+def _no_code(device: int) -> int:
+    """0: the library has code for this GPU, else an error of CUDA."""
+    return torch.ops.ngkernels_C.cuda_runs(device)
+
+
 def _cuda(device: torch.device | None) -> str | None:
     """None when the CUDA kernels (node_map: plain PyTorch) run on `device`, else the reason why not."""
     if _emulated and not _planned:
@@ -98,7 +105,12 @@ def _cuda(device: torch.device | None) -> str | None:
             return "the library was built without nvcc; install with a CUDA toolkit and NGKERNELS_CUDA=1"
     if device is not None and device.type != "cuda":
         return f"it runs on cuda tensors, got {device}"
-    return None if there or _planned else "no CUDA device is there"
+    if not there:
+        return None if _planned else "no CUDA device is there"
+    if error := _no_code(torch.cuda.current_device() if device is None or device.index is None else device.index):
+        name = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"the library has no code for compute capability {name} (CUDA error {error}); install again with TORCH_CUDA_ARCH_LIST={name}, of 8.0 or newer"
+    return None
 
 
 def why_not(backend: str, device: torch.device | None = None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ _captured: dict[int, Any] = {}
 class Recent:
     """What GPU kernels read beside tensors: up to `most` values, those asked for last; each is made where it is not there.
 
-    A CUDA graph reads again in every replay what it was captured with, so that is kept for good; and what is made waits for the device, which
+    They may be made on one stream and read on another, so that the device is waited for when one is made or dropped. A CUDA graph reads again in every replay what it was captured with, so that is kept for good; and what is made waits for the device, which
     cannot be captured.
 
     Raises:
@@ -41,19 +42,27 @@ class Recent:
     def __init__(self, most: int):
         self.most = most
         self._values: dict = {}
+        self._lock = threading.RLock()
 
     def get(self, key, make: Callable[[], Any]):
-        if (value := self._values.pop(key, None)) is None:
-            if capturing():
-                raise RuntimeError(
-                    "ngkernels: expected a step that has run before it is captured as a CUDA graph, with tensors of the same sizes, strides and dtypes "
-                    "(its tables go to the device in the first run), got one that has not; run it once, then capture it"
-                )
-            value = make()
-        self._values[key] = value
-        while len(self._values) > self.most:
-            self._values.pop(next(iter(self._values)))
+        with self._lock:
+            if (value := self._values.pop(key, None)) is None:
+                value = self._made(make)
+            self._values[key] = value
         return hold(value)
+
+    def _made(self, make: Callable[[], Any]):
+        if capturing():
+            raise RuntimeError(
+                "ngkernels: expected a step that has run before it is captured as a CUDA graph, with tensors of the same sizes, strides and dtypes "
+                "(its tables go to the device in the first run), got one that has not; run it once, then capture it"
+            )
+        value = make()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        while len(self._values) >= self.most:
+            self._values.pop(next(iter(self._values)))
+        return value
 
 
 def hold(value):

@@ -17,7 +17,8 @@ WIDTHS = (32, 64, 128, 1 << 30)  # classes of states: columns of the widest
 LOW = {32: 7, 64: 7, 128: 3}
 EXACT = {32: 5, 64: 3}
 PAIRS = 4  # of a chain with a pair update, of which there is one at most: a layer of NG-T
-COLUMNS, CHANNELS = 128, 8  # most of registers and of raw features in the CUDA kernels, whatever the device
+# Most columns of the CUDA kernels' registers, by bytes of shared memory that a block can have (sm_90 and later, sm_80, others), and raw features.
+COLUMNS, CHANNELS = {200_000: 128, 160_000: 64, 0: 32}, 8
 
 
 def _steps(edges: EdgeState) -> list[Update | Activate]:
@@ -89,9 +90,11 @@ def heavy(edges: EdgeState, backend: str) -> bool:
 def taken_by_cuda(edges: EdgeState, columns: int = 0) -> bool:
     """Whether the CUDA kernels, which hold chains of any length in registers, run what Triton's would spill, read in up to `columns` columns."""
     device = torch.device(backends.kind_of(edges.weights[0].device))
+    if edges.weights[0].dtype is torch.float64 or backends.forced() is not None or backends.why_not("cuda", device) is not None:
+        return False
+    shared = torch.cuda.get_device_properties(edges.weights[0].device).shared_memory_per_block_optin if edges.weights[0].is_cuda else max(COLUMNS)
     widest = max([columns, *(width for s in _steps(edges) for width in widths(s))])
-    narrow = edges.weights[0].dtype is not torch.float64 and widest <= COLUMNS and 2 * edges.weights[0].shape[-1] <= CHANNELS
-    return narrow and backends.forced() is None and backends.why_not("cuda", device) is None
+    return widest <= next(n for least, n in COLUMNS.items() if shared >= least) and 2 * edges.weights[0].shape[-1] <= CHANNELS
 
 
 def full(edges: EdgeState, columns: int = 0) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from allocations import planned_and_allocated
 from compare import assert_bitwise, assert_budget, assert_close
 from interpreted import seeded, slow, tiered
 from oracle import mlp
@@ -24,6 +25,7 @@ from test_node_map import test_float32_within_twice_the_error_of_plain_pytorch a
 from test_random_expressions import check
 
 import ngkernels as ngk
+from neural_graphs.models import NGGNN, NGT
 from ngkernels import edges, graph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -178,3 +180,16 @@ def test_whole_models_agree_with_the_reference(name: str):
             logits = model(weights, biases)
             results.append({str(k): v for k, v in enumerate([logits.detach(), *torch.autograd.grad(logits.square().sum(), weights)])})
     assert_close(results[1], results[0], 1e-4)
+
+
+# ---- plans of a GPU ----
+@pytest.mark.parametrize("method", ["ng-gnn", pytest.param("ng-t-edges", marks=slow)])
+def test_peaks_of_a_gpu_with_triton_kernels(method: str):
+    """Partial results, tables and node terms are counted, as the host side of the kernels allocates them."""
+    layout = [2, 60, 60, 3] if method == "ng-gnn" else [2, 17, 9, 3]
+    if method == "ng-gnn":
+        model = NGGNN(layout, d_hid=16, num_layers=2, fourier_features=8)
+    else:
+        model = NGT(layout, attention="edges", d_node=16, d_edge=16, d_attn_hid=16, d_node_hid=16, d_edge_hid=16, num_layers=2, fourier_features=8)
+    planned, allocated = planned_and_allocated(model, ngk.NeuralGraph.mlp(layout, batch_size=2), "triton", "recompute", True)
+    assert planned == pytest.approx(allocated, rel=0.05)

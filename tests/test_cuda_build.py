@@ -59,9 +59,10 @@ def test_a_library_with_cuda_kernels(tmp_path: Path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     check(of([ROOT / "build" / f"objects-{sys.implementation.cache_tag}" / "cuda" / f"{p.stem}.o" for p in build.sources()]))
-    text = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.ops.ngkernels_C.cuda_built()); torch.ops.ngkernels_C.cuda_launch(0, [], 1, 0, 0)"
-    done = subprocess.run([sys.executable, "-c", text, str(tmp_path / "ngkernels" / "_C.abi3.so")], capture_output=True, text=True)
-    assert done.stdout.strip() == "True" and "ngkernels: " in done.stderr
+    text = "import sys, torch; torch.ops.load_library(sys.argv[1]); print(torch.ops.ngkernels_C.cuda_built()); torch.ops.ngkernels_C."
+    for call in ("cuda_launch(0, [], 1, 0, 0)", "cuda_runs(0)"):
+        done = subprocess.run([sys.executable, "-c", text + call, str(tmp_path / "ngkernels" / "_C.abi3.so")], capture_output=True, text=True)
+        assert done.stdout.strip() == "True" and "ngkernels: " in done.stderr
 
 
 @needs_nvcc

@@ -79,6 +79,19 @@ def test_a_capture_without_a_first_run_is_named(monkeypatch):
         run_engine(sample, cast(leaves(sample), torch.float32), "cuda")
 
 
+def test_many_partial_rows_of_a_hub_are_added_up_in_two_steps(monkeypatch):
+    """A source has a row for each of its listed edges."""
+    hub = Network((3, 700), (("sparse", 0, 1, tuple((k == 9, k) for k in range(700))), ("sparse", 1, 0, ((0, 0), (5, 1)))))
+    for longest, samples_of in ((plan.LONGEST, [PLAIN.but("hub", networks=(hub,), head=0)]), (3, [SAMPLE_OF[n] for n in ("plain", "sparse-unequal", "restricted-middle")])):
+        made: list[plan.Plan] = []
+        monkeypatch.setattr(plan, "LONGEST", longest)
+        monkeypatch.setattr(plan, "_of_topology", kept.OfTopology(lambda *given, made=made: made.append(plan.Plan(*given)) or made[-1]))
+        for sample in samples_of:
+            checks.exact(samples, sample, assert_budget)
+        launches = [found for p in made for work in p._works._values.values() for found in work._parts._values.values()]
+        assert {len(found.sums) for found in launches} == {2}
+
+
 @pytest.mark.parametrize("count", [0, 1, launch.STORED, launch.STORED + 1, 1000])
 def test_numbers_as_arguments_of_kernels(count: int):
     values = [(-1) ** k * (k << 52) + k for k in range(count)]
@@ -245,7 +258,7 @@ def test_plans_are_made_on_their_device():
             found = plan.Plan(topology, torch.device("cpu"))
             assert found.degrees(graph.num_nodes).device.type == "cpu"
             for work in (found.work().reduce(), *found.work().gradients(graph.num_nodes, 64, 8, 64, 1 << 12)):
-                assert work.n and all(t.device.type == "cpu" for t in (work.panels, *work.sums))
+                assert work.n and all(t.device.type == "cpu" for t in (work.panels, work.messages, *(t for sums in work.sums for t in sums)))
 
 
 # ---- seeded bugs ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import pickle
 import subprocess
@@ -10,9 +11,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import emulation
 import pytest
 import torch
+from allocations import planned_and_allocated
 from conftest import DECLARED
+from emulation import emulated  # noqa: F401  a fixture
 
 import ngkernels as ngk
 from neural_graphs import cli
@@ -21,8 +25,10 @@ from neural_graphs.models.memory import EdgeMemory
 from neural_graphs.scaling import measure as measuring
 from neural_graphs.scaling.methods import METHODS
 from neural_graphs.scaling.study import edges_of, layout_of
+from ngkernels import limits
 from ngkernels.planner import parse_size, size_text
 
+APPLIES = limits.applies  # before conftest.py lifts the limits
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parent.parent
 cpp = pytest.mark.skipif(
@@ -99,6 +105,75 @@ def test_more_threads_take_more():
     one, two, many = (predicted("ng-gnn", 256, False, threads) for threads in (1, 2, 1 << 20))
     if "cpp" in DECLARED:
         assert one < two < many < one + (1 << 30)  # no more workers than pieces of work
+
+
+# ---- a GPU ----
+def small_ngt(**options) -> NGT:
+    return NGT([2, 40, 40, 3], d_node=16, d_edge=16, d_attn_hid=16, d_node_hid=16, d_edge_hid=16, num_layers=3, fourier_features=16, **options)
+
+
+GPU = {
+    "ng-gnn": lambda: (NGGNN([2, 40, 40, 3], d_hid=16, fourier_features=16), ngk.NeuralGraph.mlp([2, 40, 40, 3], batch_size=3)),
+    "ng-t-edges": lambda: (small_ngt(attention="edges"), ngk.NeuralGraph.mlp([2, 40, 40, 3], batch_size=3)),
+    "ng-t": lambda: (small_ngt(), ngk.NeuralGraph.mlp([2, 40, 40, 3])),
+}
+
+
+@pytest.mark.usefixtures("one_thread", "emulated")
+@pytest.mark.skipif(not emulation.compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize(("method", "policy", "weight_grads"), [
+    ("ng-gnn", "recompute", True), ("ng-t-edges", "recompute", False), *(pytest.param(*p, marks=pytest.mark.slow) for p in (
+        ("ng-gnn", "hybrid", False), ("ng-gnn", "store", True), ("ng-t-edges", "store", True), ("ng-t", "recompute", True)
+    )),
+])  # fmt: skip
+def test_peaks_of_a_gpu_with_cuda_kernels(method: str, policy: str, weight_grads: bool):
+    """Of the host side of the kernels, which is the same on a GPU: what is allocated beside tensors is counted too."""
+    model, graph = GPU[method]()
+    model.memory = EdgeMemory.parse(policy)
+    planned, allocated = planned_and_allocated(model, graph, "cuda", policy, weight_grads)
+    assert planned == pytest.approx(allocated, rel=0.05)
+
+
+@pytest.fixture
+def limits_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(limits, "applies", APPLIES)
+
+
+def test_plans_of_a_gpu_need_none(limits_of_a_gpu):
+    """Triton's kernels where they take the chains, else the CUDA kernels: a state of every edge is stored by no policy that does not say so."""
+    small, large = ngk.NeuralGraph.mlp([2, 512, 512, 3]), ngk.NeuralGraph.mlp([2, 4096, 4096, 3])
+    for model in (model_of(), NGT([2, 64, 64, 3], attention="edges"), NGT([2, 64, 64, 3])):
+        sizes = [ngk.plan(model, g, device="cuda", policies=["recompute"]).peak_bytes for g in (small, large)]
+        assert sizes[1] - sizes[0] < 30 * (large.num_edges - small.num_edges), sizes
+    found = ngk.plan(NGT([2, 64, 64, 3], attention="edges"), small, "100GiB", device="cuda")
+    assert found.policy == "recompute" and not found.refused and "on a GPU" in found.describe()
+    with pytest.raises(ValueError, match="plan: expected device 'cpu' or 'cuda', got 'mps'"):
+        ngk.plan(model_of(), small, device="mps")
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_partial_results_of_a_gpu_are_counted_up_to_their_limit(backend: str, monkeypatch):
+    launch = importlib.import_module(f"ngkernels._{backend}.launch")
+    monkeypatch.setattr(launch, "MOST_TILES", 1, raising=False)
+    model, graph, peaks = model_of(), ngk.NeuralGraph.mlp([2, 4096, 4096, 3]), {}
+    for limit in (4, 64):
+        monkeypatch.setattr(launch, "BUDGET", limit * MIB)
+        with ngk.use_backend(backend):
+            peaks[limit] = ngk.plan(model, graph, device="cuda").peak_bytes / MIB
+    assert 30 < peaks[64] - peaks[4] < 120, peaks  # those of the table are sorted beside themselves
+
+
+def test_what_the_kernels_of_a_gpu_refuse_is_said(limits_of_a_gpu):
+    model, graph = NGT([2, 64, 64, 3], attention="edges"), ngk.NeuralGraph.mlp([2, 64, 64, 3])
+    with ngk.use_backend("triton"):
+        found = ngk.plan(model, graph, "1GiB", device="cuda")
+        assert found.policy == "store" and [name for name, _ in found.refused] == ["recompute", "hybrid", "every:2"]
+        assert "recompute: not there: attend: a chain of 4 pair updates from the last stored state would spill its registers" in found.describe()
+        assert ngk.plan(model, graph, device="cuda").policy == "store"  # the first that runs
+        with pytest.raises(NotImplementedError, match="would spill its registers"):
+            ngk.plan(model, graph, device="cuda", policies=["hybrid"])
+    with ngk.use_backend("cpp"), pytest.raises(NotImplementedError, match="backend 'cpp' was forced but it runs on cpu tensors, got cuda"):
+        ngk.plan(model, graph, device="cuda")
 
 
 # ---- the choice ----
@@ -243,11 +318,14 @@ def test_command(capsys, tmp_path):
     save_file({"0.weight": torch.zeros(64, 2), "2.weight": torch.zeros(3, 64, dtype=torch.bfloat16), "0.bias": torch.zeros(64)}, file)
     status, out, _ = ngk_plan(capsys, file, "--model", "ng-t-edges", "--forward", "--json", "--stream")
     assert status == 0 and json.loads(out)["edges"] == 320 and json.loads(out)["training"] is False
+    status, out, _ = ngk_plan(capsys, "2,64,128,3", "--model", "ng-t-edges", "--device", "cuda", "--json")
+    assert status == 0 and json.loads(out)["device"] == "cuda" and json.loads(out)["refused"] == {}
     status, _, err = ngk_plan(capsys, "2,64,128,3", "--budget", "1MiB")
     assert status == 1 and "expected a budget of at least" in err
     for arguments, words in (
         (["2,64,128,3", "--model", "x"], "--model: expected ng-gnn, ng-t, ng-t-edges, got 'x'"),
         ([tmp_path / "none.safetensors"], "expected a file"),
+        (["2,64,128,3", "--device", "tpu"], "plan: expected device 'cpu' or 'cuda', got 'tpu'"),
     ):
         status, _, err = ngk_plan(capsys, *arguments)
         assert status == 1 and words in err

@@ -50,6 +50,16 @@ inline int launch_by_number(int kernel, const Launch& l) {
 
 }  // namespace ngk::cuda
 
+#if defined(__CUDACC__)
+// Whether the library has code for the current device: 0, or the number of an error.
+extern "C" __attribute__((visibility("default"))) int ngk_cuda_runs() {
+  cudaFuncAttributes found;
+  const cudaError_t error = cudaFuncGetAttributes(&found, ngk::cuda::entry<ngk::cuda::Gather, ngk::cuda::Gather::Args, ngk::cuda::THREADS>);
+  cudaGetLastError();  // else the next launch would return it
+  return static_cast<int>(error);
+}
+#endif
+
 // Launches a kernel; 0, or the number of an error. `args`: n numbers, which the kernel's plain struct of arguments consists of.
 extern "C" __attribute__((visibility("default"))) int ngk_cuda_launch(int kernel, const int64_t* args, int64_t n, int64_t blocks,
                                                                       int64_t shared, void* stream) {

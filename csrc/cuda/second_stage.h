@@ -8,8 +8,8 @@ namespace ngk::cuda {
 constexpr int THREADS = 256;  // of a block, where threads work on their own
 NGK_DEVICE int64_t own_index() { return block() * THREADS + thread(); }
 
-// to[k] = values[k]: what changes from call to call and kernels read, such as addresses. Arguments, unlike memory that is copied, are part of a
-// captured CUDA graph.
+// to[k] = values[k]: what changes from call to call and kernels read, such as addresses. Arguments, unlike memory that is copied, are part
+// of a captured CUDA graph.
 struct Store {
   static constexpr bool TOGETHER = false;
   struct Args {
@@ -107,7 +107,8 @@ struct Fold {
   struct Args {
     float* sums;
     const float* partial;
-    const int64_t *keys, *starts, *order;
+    const int64_t *keys, *starts;
+    const int32_t* order;
     int64_t n, columns;
   };
   static NGK_DEVICE void run(const Args& g) {
@@ -155,7 +156,9 @@ struct Merge {
     float *out, *aux;
     void* ties;
     const float* partial;
-    const int64_t *keys, *starts, *order, *messages;  // messages: of each partial row
+    const int64_t *keys, *starts;
+    const int32_t* order;
+    const int64_t* messages;  // messages: of each partial row
     int64_t n, width, padded, tie_bytes;
     Slots slots;
   };
@@ -165,7 +168,7 @@ struct Merge {
     const int64_t s = k / g.width, c = k % g.width;
     float n = 0, first = 0, squares = 0, low = INFINITY, low_ties = 0, high = -INFINITY, high_ties = 0;
     for (int64_t e = g.starts[s]; e < g.starts[s + 1]; ++e) {
-      const float *p = g.partial + g.order[e] * STATISTIC_PLANES * g.padded + c, more = static_cast<float>(g.messages[g.order[e]]);
+      const float *p = g.partial + int64_t{g.order[e]} * STATISTIC_PLANES * g.padded + c, more = static_cast<float>(g.messages[g.order[e]]);
       if (g.slots.spread()) {
         merge_spread(&first, &squares, n, p[0], p[g.padded], more);
       } else {

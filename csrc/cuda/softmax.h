@@ -13,7 +13,8 @@ struct Softmax {
   struct Args {
     float *out, *sums, *lse;
     const float* partial;
-    const int64_t *keys, *starts, *order;
+    const int64_t *keys, *starts;
+    const int32_t* order;
     int64_t n, heads, dv, de;
   };
   static NGK_DEVICE void run(const Args& g) {

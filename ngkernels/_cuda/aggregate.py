@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from .backward import Backward
-from .call import MESSAGE_PLANES, STATISTIC_PLANES, Call, slots_of
+from .call import Call, slots_of
 from .launch import simple
+from .memory import MESSAGE_PLANES, STATISTIC_PLANES
 
 
 def padded(width: int) -> int:
@@ -23,7 +24,7 @@ def forward(call: Call, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor
     width = padded(call.low.width)
     partial = call.params.new_empty(work.partials, STATISTIC_PLANES, width)
     call.run(call.fields(call.project()) | {"partial": partial}, work)
-    keys, starts, order, messages = work.sums
+    (keys, starts, order), messages = work.sums[0], work.messages
     sizes = (keys.numel(), call.low.width, width, ties.element_size())
     simple("merge", keys.numel() * call.low.width, out, aux, ties, partial, keys, starts, order, messages, *sizes, *slots_of(call.low.mask))
 

@@ -11,6 +11,7 @@ import torch
 from .backward import Backward
 from .call import Call
 from .launch import simple
+from .memory import sides
 
 
 class Attending(NamedTuple):
@@ -26,7 +27,7 @@ class Attending(NamedTuple):
         found = dict(zip("qkv", (t.contiguous() for t in self.nodes), strict=True))
         found |= {"heads": a.heads, "dk": a.d // a.heads, "dv": a.d_v // a.heads, "de": low.de, "multiply": a.multiply, "summed": a.summed}
         found |= {"scale": bits(self.scale), "keep": bits(1 / (1 - self.dropout)), "dropped_below": int(self.dropout * 2**32), "seed": self.seed}
-        return found | {"attention_columns": low.columns * call.sides}
+        return found | {"attention_columns": low.columns * sides(call.low)}
 
 
 def bits(x: float) -> int:
@@ -50,7 +51,7 @@ def forward(call: Call, attending: Attending, out: torch.Tensor, sums: torch.Ten
     width = 2 * a.heads + a.d_v + a.heads * states(call)
     partial = call.params.new_empty(work.partials, width)
     call.run(call.fields(call.project()) | attending.fields(call) | {"partial": partial, "width": width}, work)
-    keys, starts, order, _ = work.sums
+    keys, starts, order = work.sums[0]
     n = keys.numel()
     simple("softmax", n * (width - a.heads), out, sums, lse, partial, keys, starts, order, n, a.heads, a.d_v // a.heads, states(call))
 
@@ -75,7 +76,7 @@ def backward(call: Call, attending: Attending, saved: Sequence[torch.Tensor], gr
     found = back.run(**fields)
     if found is None:
         return
-    first = call.low.columns * call.sides
+    first = call.low.columns * sides(call.low)
     for t, side, start in zip(grads, (0, 1, 1), (first, first, first + call.low.d), strict=True):
         if t.numel():
             t.copy_(found[side, :, start : start + t.shape[1]])

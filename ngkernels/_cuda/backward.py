@@ -9,6 +9,7 @@ from ..topology import DENSE, DIAGONAL, KINDS, SPARSE_RAW
 from . import launch
 from .call import Call
 from .launch import simple
+from .memory import sides
 from .plan import WARPS, Launch
 
 
@@ -50,7 +51,7 @@ class Backward:
     def run(self, **fields: int | torch.Tensor | None) -> torch.Tensor | None:
         """`fields`: arguments of the kernel. The sums of all partial rows, [2, N, columns], destinations and sources; None: of none."""
         call = self.call
-        sizes = (4 * self.columns, (4 * self.curve + 8) * call.sides if self.table else 0, 4 * self.block_size)
+        sizes = (4 * self.columns, (4 * self.curve + 8) * sides(call.low) if self.table else 0, 4 * self.block_size)
         launches = call.work.gradients(call.n_nodes, *sizes, launch.BUDGET)
         if not launches:
             return None
@@ -78,13 +79,15 @@ class Backward:
         parameters = call.params.new_empty(blocks, self.block_size)
         found = {"partial": partial, "parameters": parameters}
         if self.table:
-            slots = work.slots * call.sides
+            slots = work.slots * sides(call.low)
             found |= {"cells": call.params.new_empty(slots, dtype=torch.int32), "places": call.params.new_empty(slots)}
             found |= {"curves": call.params.new_empty(slots, self.curve)}
         call.run(fields | found, work)
         if self.columns:
-            keys, starts, order, _ = work.sums
-            simple("fold", keys.numel() * self.columns, sums, partial, keys, starts, order, keys.numel(), self.columns)
+            for keys, starts, order in work.sums:
+                to = sums if keys is work.sums[-1].keys else sums.new_zeros(len(keys), self.columns)
+                simple("fold", keys.numel() * self.columns, to, partial, keys, starts, order, keys.numel(), self.columns)
+                partial = to
         if self.params:
             n = call.grad_params.numel()
             simple("sum_blocks", n, call.grad_params, parameters, call.tables[5], n, blocks, self.block_size)

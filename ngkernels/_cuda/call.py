@@ -13,7 +13,8 @@ from ..kept import Recent
 from ..topology import SAME
 from . import launch
 from .launch import simple
-from .lower import FROM_NORM, Attention, Lowered, Unsupported, lower
+from .lower import Attention, Lowered, Unsupported, lower
+from .memory import PLACES, placed, sum_columns
 from .plan import WARPS, Launch, plan_of
 from .rows import DTYPES, of_block, table_of
 
@@ -24,9 +25,7 @@ FIELDS = (
     "free_0", "free_1", "inputs_buffer", "live", "partner_0", "partner_1", "partner_inputs", "sum_columns", "q", "k", "v", "lse", "delta", "grad_out", "grad_sums",
     "heads", "dk", "dv", "de", "multiply", "summed", "attention_columns", "dropped_below", "seed", "scale", "keep",
 )  # fmt: skip
-PLACES = ("features", "arrivals", "stash", "carry", "statistics", "sources", "sums", "waiting", "scores", "copied", "constants_copied", "staged", "gradients")  # args.h
-SHARED_FIRST = ("constants_copied", "features", "arrivals", "staged", "scores", "carry", "statistics", "stash", "sources", "waiting", "sums", "copied", "gradients")
-STATISTIC_PLANES, MESSAGE_PLANES, HERMITE, LANES, AHEAD = 6, 7, 16, 32, 2
+
 
 
 class Call:
@@ -127,21 +126,15 @@ class Call:
         return found | dict(zip(("message_buffer", "free_0", "free_1", "inputs_buffer", "partner_0", "partner_1", "partner_inputs"), low.buffers, strict=True))
 
     @property
-    def sides(self) -> int:
-        """Edges, and their partners where they are evaluated too."""
-        return 2 if self.low.live else 1
-
-    @property
     def sum_columns(self) -> int:
-        """Of a partial row of the way back: of the node terms' gradients by side, then those of q, or of k and v."""
-        return self.low.columns * self.sides + 2 * self.low.d * (self.low.attention is not None)
+        return sum_columns(self.low)
 
     def run(self, fields: dict, work: Launch) -> None:
         """Launches the panels of `work`, in as many launches as memory that does not fit into shared memory asks for."""
         if (note := backends.planned()) is not None:
             note(*fields.values(), work.panels, *(t for listed in self.plan.listed.values() for t in listed))
         blocks = -(-work.n // WARPS)
-        inside, outside, copied = self.memory()
+        inside, outside, copied = placed(self.low, self.precision, self.backward, launch.shared_limit(self.device))
         each = sum(outside.values())
         most = max(1, launch.BUDGET // each) if each else blocks
         room = self.params.new_empty(min(blocks, most) * each, dtype=torch.uint8) if each else None
@@ -157,52 +150,6 @@ class Call:
                 now["parameters"] = parameters[first:]
             args = [launch.address(now[name]) for name in FIELDS] + [v for name in PLACES for v in places.get(name, (0, 0, 0))]
             launch.run(self.kernel, args, min(most, blocks - first), shared, self.device)
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each kind of working memory of a block of threads."""
-        low, kb, warp = self.low, self.low.d // 16, 4 * WARPS
-        element = 2 if self.precision == "bf16" else 4
-        found = {
-            "features": warp * 16 * (2 * low.channels + (HERMITE if low.steps >= 0 else 0)) * self.sides,
-            "arrivals": WARPS * AHEAD * self.sides * (16 * low.channels * 4 + 16),
-            "stash": warp * low.slots * kb * 256 * self.sides,
-            "carry": WARPS * kb * LANES * 8 * element * (4 if low.full else 3),
-            "copied": low.matrices.size * element,
-            "constants_copied": 4 * low.constants.size,
-        }
-        if low.attention:  # csrc/cuda/attention.h
-            found["scores"] = warp * (16 * (low.d + 1) + 3 * 17 * low.attention.heads)
-        if not self.backward:
-            planes = (STATISTIC_PLANES + 1) * -(-low.width // 16)
-            if low.attention:
-                planes = -(-low.attention.d_v // 16) + low.attention.heads * kb * low.attention.summed
-            return found | {"statistics": warp * planes * LANES * 4}
-        held = any(s.held or s.source == FROM_NORM for s in low.stages)
-        return found | {
-            "sources": warp * self.sum_columns * 16,
-            "sums": warp * low.n_sums * LANES * 4,
-            "waiting": warp * kb * 256 * self.sides * held,
-            "staged": (max(low.buffers) + 1) * WARPS * 16 * (low.d + 8) * element,
-            "gradients": 4 * low.n_gradients * kb * kb * 256,
-        }
-
-    def memory(self) -> tuple[dict[str, tuple[int, int]], dict[str, int], int]:
-        """(offset and size of what lies in shared memory, bytes of what a block has in global memory, elements of the matrices copied)."""
-        limit, used = launch.shared_limit(self.device), 0
-        inside, outside, sizes, copied = {}, {}, self.sizes(), 0
-        for name in SHARED_FIRST:
-            size = -(-sizes.get(name, 0) // 128) * 128
-            if not size:
-                continue
-            if used + size <= limit:
-                inside[name] = (used, size)
-                used += size
-                copied = self.low.matrices.size if name == "copied" else copied
-            elif name in ("constants_copied", "features", "arrivals", "scores") or (name == "staged" and self.precision == "bf16"):  # ldmatrix, cp.async
-                raise Unsupported(f"{name} of {size} bytes beside {used} in {limit} bytes of shared memory: registers this wide, rounded to {self.precision},")
-            elif name != "copied":
-                outside[name] = size
-        return inside, outside, copied
 
 
 _tables = Recent(1024)

@@ -14,11 +14,13 @@ import torch
 from ..edge_index import read_lists
 from ..kept import OfTopology, Recent
 from ..topology import COLUMNS, DENSE, DIAGONAL, FORWARD, KINDS, PARTNER, SPARSE, TRIANGLE
+from .lower import Unsupported
 
 Row = namedtuple("Row", (*COLUMNS, "turned"))  # turned: whether its edges are the partners of the topology's row
 PANEL = ("block", "copy", "i0", "i1", "j0", "j1", "rows_i", "rows_j", "slot")  # csrc/cuda/args.h
 TILE = 16  # sources that a warp takes at a time
 WARPS = 4  # panels of a block of threads
+LONGEST = 512  # partial rows that one thread adds up
 
 
 class Listed(NamedTuple):
@@ -62,12 +64,24 @@ class Listed(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Partial rows by the row that they are added to: `order[starts[s]] ..` belong to keys[s]; messages: of each partial row."""
+    """Partial rows by the row that they are added to: `order[starts[s]] ..` belong to keys[s]. int64, order int32."""
 
     keys: torch.Tensor
     starts: torch.Tensor
     order: torch.Tensor
-    messages: torch.Tensor
+
+    def in_two(self) -> list[Sums]:
+        """The sums of up to LONGEST partial rows, then those of such sums: a hub has as many rows as its block has panels, and one thread would
+        add them up. Itself alone where none has more."""
+        pieces = ceil_div(self.starts.diff(), LONGEST)
+        if not len(pieces) or int(pieces.max()) <= 1:
+            return [self]
+        starts = self.starts[:-1].repeat_interleave(pieces) + LONGEST * _within(pieces)
+        every = torch.arange(len(starts), device=starts.device)
+        return [
+            Sums(every, torch.cat([starts, self.starts[-1:]]), self.order),
+            Sums(self.keys, torch.cat([pieces.new_zeros(1), pieces.cumsum(0)]), every.int()),
+        ]
 
 
 class Launch(NamedTuple):
@@ -77,7 +91,8 @@ class Launch(NamedTuple):
     n: int
     partials: int  # rows of partial results
     slots: int  # places of edges
-    sums: Sums
+    sums: list[Sums]  # one after the other: of the partial rows, then of those sums
+    messages: torch.Tensor  # forward: of each partial row
 
 
 def turned(r: Row) -> Row:
@@ -170,7 +185,7 @@ class Work:
     def __init__(self, plan: Plan, active: list[int]):
         self.rows, self.listed, self.device, self.active = plan.rows, plan.listed, plan.device, active
         self.turns, self.added = self._turns()
-        self._launches = Recent(64)
+        self._launches, self._parts = Recent(64), Recent(1024)
         self.tables = Recent(64)  # of calls (rows.py)
 
     def _turns(self) -> tuple[dict[int, int], dict[int, bool]]:
@@ -229,17 +244,20 @@ class Work:
         ends = (ceil_div(ends, WARPS) * WARPS).clamp(max=len(panels)).unique().tolist()  # whole blocks of threads
         launches = []
         for a, b in zip([0, *ends][: len(ends)], ends, strict=True):
-            part = panels[a:b].clone()
-            tall, wide, slots = part[:, 6].clone(), part[:, 7].clone(), part[:, 8].clone()
-            part[:, 6] = (tall + wide).cumsum(0) - tall - wide
-            part[:, 7] = part[:, 6] + tall
-            part[:, 8] = slots.cumsum(0) - slots
-            keys = part.new_empty(int((tall + wide).sum()))
-            keys[_runs(part[:, 6], tall)] = self._keys(part, tall, "dst", "node_stride", False)[0]
-            found = self._keys(part, wide, "src", "node_stride", True)[0]
-            keys[_runs(part[:, 7], wide)] = torch.where(found >= 0, nodes + found, -1)
-            launches.append(self._launch(part, keys, torch.zeros_like(keys), int(slots.sum())))
+            launches.append(self._parts.get((turn, nodes, a, b), lambda a=a, b=b: self._backward(panels[a:b].clone(), nodes)))
         return launches
+
+    def _backward(self, part: torch.Tensor, nodes: int) -> Launch:
+        tall, wide, slots = part[:, 6].clone(), part[:, 7].clone(), part[:, 8].clone()
+        part[:, 6] = (tall + wide).cumsum(0) - tall - wide
+        part[:, 7] = part[:, 6] + tall
+        part[:, 8] = slots.cumsum(0) - slots
+        keys = part.new_empty(int((tall + wide).sum()))
+        keys[_runs(part[:, 6], tall)] = self._keys(part, tall, "dst", "node_stride", False)[0]
+        found = self._keys(part, wide, "src", "node_stride", True)[0]
+        keys[_runs(part[:, 7], wide)] = torch.where(found >= 0, nodes + found, -1)
+        launch = self._launch(part, keys, keys.new_empty(0), int(slots.sum()))
+        return launch._replace(sums=launch.sums[0].in_two())
 
     def _keys(self, panels: torch.Tensor, count: torch.Tensor, first: str, stride: str, sources: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Of `count` partial rows of each panel, of its destinations or `sources`: the nodes or output rows that they belong to (-1: none),
@@ -266,11 +284,13 @@ class Work:
         return torch.where(place >= 0, start[owner, 0] + panels[owner, 1] * start[owner, 1] + place, -1), messages
 
     def _launch(self, panels: torch.Tensor, keys: torch.Tensor, messages: torch.Tensor, slots: int) -> Launch:
+        if len(keys) >= 1 << 31:
+            raise Unsupported(f"{len(keys)} partial rows, 2^31 or more")
         order = keys.argsort(stable=True)
         order = order[keys[order] >= 0]
         found, count = keys[order].unique_consecutive(return_counts=True)
         starts = torch.cat([count.new_zeros(1), count.cumsum(0)])
-        return Launch(panels.contiguous(), len(panels), len(keys), slots, Sums(found, starts, order, messages))
+        return Launch(panels.contiguous(), len(panels), len(keys), slots, [Sums(found, starts, order.int())], messages)
 
 
 def _within(count: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from .plan import TILE, Plan, Row, Work, log_rows, turned
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NO_VALUES = (0,) * 6
 ROWS_INTS, VIEWS = 63, 7  # of a block, which ends with its views of edge values
-NUMBERED = 44  # bits of a number of bytes; a tensor's number is above them
+NUMBERED = 40  # bits of a number of bytes; a tensor's number is above them
 
 
 def table_of(plan: Plan, work: Work, affine: int, directed: bool, lists: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:

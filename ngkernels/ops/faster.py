@@ -59,12 +59,13 @@ def write(file: Path, capability: tuple[int, int], shapes: dict[Shape, str]) -> 
 
 def shape_of(e: ex.E, exact: bool, attention: tuple[int, ...] | None = None) -> Shape | None:
     """The class of an expression, None if the CUDA kernels do not run it or none is measured."""
-    from .._cuda import launch, lower
+    from .._cuda import launch, lower, memory
 
     if e.table.dtype != torch.float32 or any(w.dtype is torch.float64 for w in e.weights):
         return None
     try:
         low = lower.lower(tuple(e.program), tuple(x.shape[1] for x in e.xs), len(e.weights), True, attention and lower.Attention(*attention))
+        memory.placed(low, "exact" if exact else "bf16", True, launch.shared_limit(e.table.device))
     except lower.Unsupported:
         return None
     purpose = launch.PURPOSES[2 if low.attention else low.full]

@@ -38,6 +38,7 @@ PlanWidth = Annotated[int, typer.Option("--width", min=1, help="Width of edge st
 PlanLayers = Annotated[int, typer.Option("--layers", min=1, help="Layers of message passing, or of attention.")]
 Training = Annotated[bool, typer.Option("--training/--forward", help="A training step, or a forward pass.")]
 Streamed = Annotated[bool, typer.Option("--stream", help="Weights stay in their file, as with ngk embed --stream.")]
+PlanDevice = Annotated[str, typer.Option("--device", help="cpu, or cuda: a GPU, which need not be there.")]
 PlanThreads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. [default: torch's choice]", show_default=False)]
 EmbedOut = Annotated[Path | None, typer.Option("--out", help="Write the result here, as JSON.", show_default=False)]
 EmbedParameters = Annotated[Path | None, typer.Option("--parameters", help="A state dict of the model (torch.save). [default: random, by --seed]", show_default=False)]
@@ -120,6 +121,7 @@ def plan(
     training: Training = True,
     weight_grads: Gradients = False,
     stream: Streamed = False,
+    device: PlanDevice = "cpu",
     threads: PlanThreads = None,
     num_heads: Heads = None,
     as_json: AsJson = False,
@@ -133,7 +135,7 @@ def plan(
 
     found = report.make_plan(
         report.subject_of(subject, num_heads), model, width, layers, budget, training=training, weight_grads=weight_grads, weights_mapped=stream,
-        threads=threads,
+        device=device, threads=threads,
     )  # fmt: skip
     if as_json:
         Console().print_json(json.dumps(report.facts(found)))

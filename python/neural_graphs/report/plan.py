@@ -73,9 +73,10 @@ def facts(found: Plan) -> dict[str, Any]:
     """The plan as numbers and texts, for JSON."""
     return {
         "policy": found.policy, "peak_bytes": found.peak_bytes, "edges": found.graph.num_edges, "nodes": found.graph.num_nodes, "budget": found.budget,
-        "training": found.training, "weight_grads": found.weight_grads, "threads": found.threads,
+        "training": found.training, "weight_grads": found.weight_grads, "device": found.device, "threads": found.threads,
         "policies": [
             {"policy": c.policy, "peak_bytes": c.peak_bytes, "edge_flops": c.work.edge_flops, "node_flops": c.work.node_flops, "bytes": c.work.bytes}
             for c in found.candidates
         ],
+        "refused": dict(found.refused),
     }  # fmt: skip
