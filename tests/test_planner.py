@@ -27,6 +27,7 @@ from neural_graphs.scaling.methods import METHODS
 from neural_graphs.scaling.study import edges_of, layout_of
 from ngkernels import limits
 from ngkernels.planner import parse_size, size_text
+from ngkernels.trace import Trace
 
 APPLIES = limits.applies  # before conftest.py lifts the limits
 MIB = 1 << 20
@@ -149,6 +150,24 @@ def test_plans_of_a_gpu_need_none(limits_of_a_gpu):
     assert found.policy == "recompute" and not found.refused and "on a GPU" in found.describe()
     with pytest.raises(ValueError, match="plan: expected device 'cpu' or 'cuda', got 'mps'"):
         ngk.plan(model_of(), small, device="mps")
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_ten_thousand_networks_are_as_many_launches_as_ten(backend: str, monkeypatch):
+    """Forward and backward, of any layouts: one table says where each has its tensors."""
+    launches, x, width = [], torch.empty(8, 8, device="meta"), 8
+    monkeypatch.setattr(Trace, "hold", lambda self, *values: launches.append(values))
+    counts = []
+    for networks in (10, 10_000):
+        graph = ngk.NeuralGraph.batch([ngk.NeuralGraph.mlp((2, 3 + k % 5, 6 + k % 3, 1)) for k in range(networks)], packed=True)
+        weights = [torch.empty(graph.num_edges, 1, device="meta", requires_grad=True)]
+        nodes = torch.empty(graph.num_nodes, width, device="meta", requires_grad=True)
+        with ngk.use_backend(backend), Trace(gpu=True):
+            edges = ngk.EdgeState(graph, weights, ngk.encoders.Linear(x[:, :1], x[0])).update(nodes, x, x, x, x[0], x, x[0])
+            ngk.aggregate(edges, ngk.Message.product(nodes, x, None, x, x), ("mean", "max")).sum().backward()
+        counts.append(len(launches))
+        launches.clear()
+    assert counts[0] == counts[1] < 30, counts
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])

@@ -32,6 +32,7 @@ SPILLED, SPILLING = 384, {
     **dict.fromkeys((name for name in QUICK if name.startswith("heads")), 1024),
     "layer-8": 640, "layer-2-double": 448, "channels-9-32": 672, "residual-layers": 704, "width-130-exact": 9216, "width-256": 1408, "messages-of-pairs": 768,
     "attend": 2944, "attend-exact": 4608, "attend-odd": 1024, "attend-sparse": 2560, "attend-dropout": 1024, "attend-edges-table": 1024,
+    "attend-layer": 3968, "attend-layer-exact": 3456, "checkpoint-layer": 448,
 }  # fmt: skip
 
 
