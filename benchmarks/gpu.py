@@ -12,6 +12,7 @@ import contextlib
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 import ngkernels as ngk
 from benchmarks import flex, machine, records
-from benchmarks.cases import Case
-from benchmarks.models import MODELS, Model
+from benchmarks.cases import CLASSES, Case
+from benchmarks.models import MODELS, Model, pyg
 from benchmarks.providers import PROVIDERS, Provider, Runner
+from neural_graphs.models import NGGNN, NGT
 from ngkernels.tune import event_seconds
 
 LIMITS = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # relative error of logits against float64
@@ -30,17 +32,20 @@ LIMITS = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # relative error of logits 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured of a model: layouts, a few of them for a first look, and its rivals."""
+    """What is measured of a model: layouts, a few of them for a first look, its rivals, and of NG-GNN the columns of its states."""
 
     model: Model
     layouts: str
     quick: str
     rivals: tuple[str, ...]
+    width: int | None = None
 
 
 ATTENTION = (("2x256x512x3", 128), ("2x1024x2048x3", 128))  # layouts for attend beside FlexAttention, columns of queries
+SPARSE = ("pyg-tuned", "pyg-tuned-compile")
 PLANS = (
-    Plan(MODELS["ng-gnn"], "2x32x32x3@64,2x32x32x3@4096,2x256x512x3,2x1024x2048x3,2x4096x8192x3", "2x32x32x3@64,2x256x512x3", ("pyg-tuned", "pyg-tuned-compile")),
+    Plan(MODELS["ng-gnn"], "2x32x32x3@64,2x32x32x3@4096,2x256x512x3,2x1024x2048x3,2x2048x4096x3,2x4096x8192x3", "2x32x32x3@64,2x2048x4096x3", SPARSE, 32),
+    Plan(replace(MODELS["ng-gnn"], name="ng-gnn-64", oracle=partial(pyg, width=64)), "2x256x512x3,2x1024x2048x3", "2x1024x2048x3", SPARSE, 64),
     Plan(MODELS["ng-t"], "2x32x32x1@16,2x64x128x3,2x256x512x3", "2x32x32x1@16", ("dense", "dense-compile")),
 )
 
@@ -93,7 +98,7 @@ def step_of(model: Model, contender: Contender, case: Case, oracle: nn.Module, d
 
 def truth(model: Model, case: Case, oracle: nn.Module, device: torch.device) -> Tensor:
     """Logits of the oracle in float64."""
-    name = PLANS[[p.model for p in PLANS].index(model)].rivals[0]
+    name = next(p.rivals[0] for p in PLANS if p.model is model)
     baseline = Runner(model, replace(PROVIDERS[name], compiled=False), case, oracle).model.double().to(device)
     weights, biases, _ = case.inputs()
     with torch.no_grad():
@@ -158,11 +163,62 @@ def measure_attention(text: str, width: int, device: torch.device, samples: int)
     return found
 
 
+@dataclass(frozen=True)
+class Large:
+    """A step over a billion edges: bfloat16 weights, which have no gradients; nothing of the size of the edges is stored beside them."""
+
+    name: str
+    backend: str
+    model: Callable[[list[int]], nn.Module]
+    layout: tuple[int, ...] = (2, 31_620, 31_620, 3)
+
+
+SPREAD = {"out_features": CLASSES, "positional": False, "pooling": ("mean", "all"), "edge_memory": "recompute"}
+LARGE = (
+    Large("ng-gnn", "cuda", lambda layout: NGGNN(layout, **SPREAD)),
+    Large("ng-gnn", "triton", lambda layout: NGGNN(layout, **SPREAD)),
+    Large("ng-t-edges", "cuda", lambda layout: NGT(layout, attention="edges", **SPREAD)),
+)
+
+
+def measure_large(large: Large, device: torch.device) -> dict:
+    """One step after one to warm up, and what was planned for it; the error that prevented it, too little memory say."""
+    graph, model = ngk.NeuralGraph.mlp(large.layout), large.model(list(large.layout))
+    found = {"model": large.name, "contender": f"ngk-{large.backend}-bf16", "precision": "bf16", "layout": list(large.layout), "batch": 1, "edges": graph.num_edges}
+    try:
+        with ngk.use_backend(large.backend), torch.autocast(device.type, torch.bfloat16):
+            options = {"device": "cuda", "weight_dtype": torch.bfloat16, "optimizer_states": 0}
+            found["planned_bytes"] = ngk.plan(model, graph, policies=["recompute"], **options).peak_bytes
+            room = torch.cuda.mem_get_info(device)[0]
+            if found["planned_bytes"] > room:
+                raise MemoryError(f"planned {found['planned_bytes']} bytes, free are {room}")
+            model = model.to(device)
+            weights = [torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=shape[1] ** -0.5) for shape in graph.weight_shapes(1)]
+            biases = [torch.zeros(1, n, 1, device=device) for n in large.layout[1:]]
+
+            def step() -> Tensor:
+                model.zero_grad(set_to_none=True)
+                logits = model(weights, biases)
+                logits.float().square().sum().backward()
+                return logits.detach()
+
+            if not step().isfinite().all():
+                raise RuntimeError("gate: expected finite logits")
+            torch.cuda.reset_peak_memory_stats(device)
+            seconds = event_seconds(step, 1)
+        found |= {"seconds": seconds, "median": seconds[0], "peak_bytes": torch.cuda.max_memory_allocated(device)}
+    except Exception as reason:  # written down, so that nothing is missing without a word
+        found["failed"] = f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0][:300]}"
+    finally:
+        torch.cuda.empty_cache()
+    return found
+
+
 def line_of(found: dict) -> str:
     """One measurement in one line."""
     share = f" {found['share']:6.1%} of {found['binding']}" if "share" in found else ""
     result = found.get("failed") or f"{found['median'] * 1e3:10.3f} ms {found['peak_bytes'] / 2**20:8.0f} MiB{share}"
-    return f"{found['model']:8} {'x'.join(map(str, found['layout']))}@{found['batch']:<6} {found['contender']:24} {result}"
+    return f"{found['model']:10} {'x'.join(map(str, found['layout']))}@{found['batch']:<6} {found['contender']:24} {result}"
 
 
 def main(
@@ -194,12 +250,14 @@ def main(
             true = truth(plan.model, case, oracle, device) if plan.model.oracle_bytes(case) < 8 << 30 else None
             for contender in contenders(plan, quick):
                 found = measure(plan.model, contender, case, oracle, true, device, samples)
-                if plan.model.name == "ng-gnn" and "median" in found:
-                    found["binding"], found["share"] = gpu_rates.share(gpu_rates.needed_by_nggnn(case), rates[contender.precision], found["median"])
+                if plan.width and "median" in found:
+                    found["binding"], found["share"] = gpu_rates.share(gpu_rates.needed_by_nggnn(case, plan.width), rates[contender.precision], found["median"])
                 note(found)
     for text, width in ATTENTION[: 1 if quick else None]:
         for found in measure_attention(text, width, device, samples):
             note(found)
+    for large in LARGE[: 1 if quick else None]:
+        note(measure_large(large, device))
     failures = sum("failed" in line or "Error" in line for line in lines)
     if failures:
         raise SystemExit(f"{failures} not measured, reasons above and in benchmarks/results/{place['slug']}/gpu.jsonl")

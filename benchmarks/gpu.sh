@@ -26,7 +26,7 @@ step() {
     local name=$1
     shift
     echo "== $name"
-    local left=$((LIMIT - SECONDS))
+    local left=$((LIMIT - SECONDS - ${KEEP:-0}))
     if [ "$left" -lt 5 ]; then
         failed+=("$name (no time left)")
         return
@@ -38,6 +38,16 @@ step() {
 tests_of() {
     "$PY" -m pytest -q --collect-only -p no:cacheprovider "$@" | grep '::' >"$OUT/collected" || return 1
     xargs -d '\n' -P "$(($(nproc) / 2 + 1))" -n 4 "$PY" -m pytest -q -p no:cacheprovider <"$OUT/collected"
+}
+
+# Every file of the quick suite, on the CPU and on the device: side by side, each in its own process.
+suite() {
+    export NGKERNELS_TEST_BACKENDS=reference,cpp,triton OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+    if "$PY" -c 'import xdist' 2>/dev/null; then
+        "$PY" -m pytest -q -p no:cacheprovider -n auto --dist loadfile --no-loadscope-reorder -m 'not slow and not big'
+    else
+        ls tests/test_*.py benchmarks/tests/test_*.py | xargs -P "$(nproc)" -n 1 "$PY" -m pytest -q -p no:cacheprovider -m 'not slow and not big'
+    fi
 }
 
 step device nvidia-smi
@@ -56,13 +66,13 @@ if [ -n "${LONG:-}" ]; then
     for name in aggregate readout checkpoint attend sparse random_expressions determinism; do
         step "values-$name" tests_of -m 'not big' "tests/test_$name.py"
     done
-    step others env NGKERNELS_TEST_BACKENDS=reference,cpp,triton "$PY" -m pytest -q -p no:cacheprovider -m 'not slow and not big'
 fi
+KEEP=200 step suite suite  # what is left but the time for timings
 LINES_SHOWN=80 step timings "$PY" -m benchmarks.gpu $([ -n "${LONG:-}" ] || echo --quick)
 # Nsight Compute, where it is and may count: how near the CUDA kernels come to what the device can do, over a million edges.
 ncu=$(command -v ncu || echo /usr/local/cuda/bin/ncu)
 if [ -x "$ncu" ]; then
-    step ncu "$ncu" --section SpeedOfLight --section Occupancy --section WarpStateStats --kernel-name regex:entry --launch-count 60 "$PY" -c "
+    step ncu "$ncu" --section SpeedOfLight --section Occupancy --section WarpStateStats --kernel-name-base demangled --kernel-name 'regex:(Messages|Options|Attend)(Forward|Backward)' --launch-count 60 "$PY" -c "
 import torch, ngkernels as ngk
 from ngkernels import tune
 for purpose, paired in tune.PURPOSES.items():

@@ -50,16 +50,16 @@ class Model:
             return self.oracle(case)
 
 
-def _pyg(case: Case) -> nn.Module:
+def pyg(case: Case, width: int = 32) -> nn.Module:
     from neural_graphs.baselines.pyg_nggnn import PyGNGGNN
 
-    return PyGNGGNN(list(case.layout), out_features=CLASSES, style="published", order="source")
+    return PyGNGGNN(list(case.layout), width, out_features=CLASSES, style="published", order="source")
 
 
 def _pyg_baseline(provider, oracle: nn.Module) -> nn.Module:
     from neural_graphs.baselines.pyg_nggnn import PyGNGGNN
 
-    model = PyGNGGNN(oracle.layout, out_features=CLASSES, style=provider.style, order=provider.order)
+    model = PyGNGGNN(oracle.layout, oracle.d_hid, out_features=CLASSES, style=provider.style, order=provider.order)
     return model.load_reference(oracle.reference_state_dict())
 
 
@@ -96,7 +96,7 @@ MODELS = {
         Model(
             "ng-gnn",
             "NG-GNN",
-            _pyg,
+            pyg,
             _nggnn,
             _pyg_baseline,
             (("PyG as published", ("pyg", "pyg-compile")), ("PyG tuned", ("pyg-tuned", "pyg-tuned-compile"))),

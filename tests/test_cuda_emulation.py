@@ -263,6 +263,7 @@ def test_plans_are_made_on_their_device():
 
 # ---- seeded bugs ----
 PATCHES = (
+    ("numbers-all-the-first", "second_stage.h", "s.to[k] = s.values[k];", "s.to[k] = s.values[0];"),
     ("tail-of-sources-counts", "edges.h", "sources = first(panel.j1 - j);", "sources = 0xffffu;"),
     ("tail-of-destinations-counts", "edges.h", "left = (panel.i1 - i) << block->log_rows", "left = 16"),
     ("tail-of-listed-edges-counts", "edges.h", "present = first(rows) &", "present = 0xffffu &"),
