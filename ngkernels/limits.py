@@ -1,4 +1,5 @@
-"""How long a chain of updates the Triton kernels evaluate at once. Beyond, registers spill heavily, and a state is stored first."""
+"""How long a chain of updates the Triton kernels evaluate at once. Beyond, registers spill heavily: the CUDA kernels take it where they are there,
+else a state is stored first."""
 
 from __future__ import annotations
 

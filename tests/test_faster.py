@@ -101,6 +101,31 @@ def test_without_the_cuda_kernels_triton_runs(ran: list[str], file: Path, monkey
     assert ran == ["triton", "triton"]
 
 
+def test_what_triton_would_spill_runs_on_the_cuda_kernels(ran: list[str], file: Path, monkeypatch):
+    x, m = torch.randn(9, 16, requires_grad=True), torch.randn(16, 16) / 16
+    edges = ngk.EdgeState(ngk.NeuralGraph.mlp([4, 5]), [torch.randn(1, 4, 5, 1)], ngk.encoders.Linear(m[:, :1], m[0]))
+    pairs = edges.update(x, m, m, m, None, m, None, residual=True, weight_reverse=m).update(None, m, None, None, None, m, None, residual=True)
+
+    def attended(heads: int, columns: int) -> None:
+        q, wide = torch.randn(9, columns), torch.randn(columns, 16) / 16
+        ngk.attend(pairs, q, q, q, wide, wide, heads=heads, over="edges").sum().backward()
+
+    attended(2, 16)  # on a CPU there is nothing to choose
+    assert set(ran) == {"triton"}
+    ran.clear()
+    monkeypatch.setattr(backends, "kind_of", lambda device: "cuda")
+    monkeypatch.setattr(backends, "why_not", lambda backend, device=None: None)
+    attended(2, 16)
+    assert set(ran) == {"cuda"}
+    ran.clear()
+    with pytest.raises(NotImplementedError, match="registers of 130 columns"):  # the emulated kernels, which stand in for Triton's
+        attended(1, 130)
+    assert set(ran) == {"triton"}
+    with ngk.use_backend("triton"):
+        attended(2, 16)
+    assert set(ran) == {"triton"}
+
+
 @pytest.mark.parametrize("text", ["{", '[{"capability": [9, 0]}]', '[{"capability": [9, 0], "purpose": "messages", "columns": 17, "exact": true, "backend": "cuda"}]', '[{"capability": [9, 0], "purpose": "messages", "columns": 16, "exact": true, "backend": "cpp"}]'])
 def test_a_malformed_file_is_an_error(text: str, file: Path):
     file.write_text(text)

@@ -29,8 +29,8 @@ class EdgeMemory:
         """From "auto", "auto:SIZE" (auto:8GiB), "recompute", "store", "hybrid", "every:k" or k.
 
         "auto" is "recompute", which needs least memory and on the C++ kernels is the fastest up to some eight layers, but on a GPU restarts
-        from a stored state where a longer chain of updates would spill the registers of the Triton kernels. With a size, the policy
-        of least work that fits it.
+        from a stored state where a longer chain of updates would spill the registers of the Triton kernels and the CUDA kernels are not there
+        to take it (ngkernels.limits). With a size, the policy of least work that fits it.
 
         Raises:
             ValueError: anything else.
