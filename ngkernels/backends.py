@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from . import measured
 
@@ -82,9 +83,11 @@ def planning(note: Callable[..., None]) -> Iterator[None]:
         _planned.pop()
 
 
-def planned() -> Callable[..., None] | None:
-    """What takes note of the arguments of kernels, inside `planning`."""
-    return _planned[-1] if _planned else None
+def planned(*arguments) -> Callable[..., None] | None:
+    """What takes note of the arguments of kernels, inside `planning`. None outside, and for tensors of a GPU, which another thread may have."""
+    if not _planned or any(isinstance(t, torch.Tensor) and t.is_cuda for t in tree_leaves(arguments)):
+        return None
+    return _planned[-1]
 
 
 @lru_cache

@@ -155,7 +155,7 @@ class Trace(TorchDispatchMode):
         flops = program_flops(call.program, call.rows, call.heads, call.summed, backward, call.need_weights)
         inputs = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor) and t.is_meta]
         self.work = self.work + Work(flops, 0, sum(map(_bytes, inputs)) + sum(map(_bytes, found)) * (2 if backward else 1))
-        shared, worker, during, most = call.workspace(backward)
+        shared, worker, during, most = (0, 0, 0, 1) if self.gpu else call.workspace(backward)
         self.scratch.shared = max(self.scratch.shared, shared)
         self.scratch.workers = max(self.scratch.workers, worker * max(1, min(self.threads, most)))
         return during
@@ -185,7 +185,7 @@ class _Call:
 
     def workspace(self, backward: bool) -> tuple[int, int, int, int]:
         """(shared, for each worker, of the call, most workers) in bytes; nothing where there are no compiled kernels."""
-        if backends.why_not("cpp") is not None or backends.planned():
+        if backends.why_not("cpp") is not None:
             return 0, 0, 0, 1
 
         def stand_in(t: torch.Tensor) -> torch.Tensor:  # memory that nobody touches

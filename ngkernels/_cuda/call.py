@@ -131,7 +131,7 @@ class Call:
 
     def run(self, fields: dict, work: Launch) -> None:
         """Launches the panels of `work`, in as many launches as memory that does not fit into shared memory asks for."""
-        if (note := backends.planned()) is not None:
+        if (note := backends.planned(self.params)) is not None:
             note(*fields.values(), work.panels, *(t for listed in self.plan.listed.values() for t in listed))
         blocks = -(-work.n // WARPS)
         inside, outside, copied = placed(self.low, self.precision, self.backward, launch.shared_limit(self.device))

@@ -37,7 +37,7 @@ def constants(value: tuple) -> tuple:
 
 def run(kernel: triton.runtime.KernelInterface, grid: tuple[int, ...], *args, **options) -> None:
     """Launches a kernel. Where a step is planned, of tensors without values, the plan takes note of the tensors instead."""
-    if (note := backends.planned()) is not None:
+    if (note := backends.planned(args)) is not None:
         note(*tree_leaves(args))
     else:
         kernel[grid](*args, **OPTIONS, **options)
