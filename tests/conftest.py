@@ -15,7 +15,7 @@ import pytest
 DECLARED = tuple(name.strip() for name in os.environ.get("NGKERNELS_TEST_BACKENDS", "reference,cpp").split(",") if name.strip())
 
 # Files of tests that take longest begin first, so that no core waits for the last of them where files run side by side.
-LONGEST = ("test_triton_aot", "test_cuda_build", "test_cuda_emulation", "test_triton_interpreter", "test_cuda_pairs", "test_planner", "test_golden", "test_random_expressions", "test_memory")
+LONGEST = ("test_triton_aot", "test_cuda_build", "test_cuda_emulation", "test_triton_interpreter", "test_cuda_pairs", "test_cuda_instances", "test_planner", "test_golden", "test_random_expressions", "test_memory")
 
 
 def _has_gpu() -> bool:

@@ -1,4 +1,7 @@
-"""A small expression for every purpose and width of the CUDA kernels' edge kernels (ngkernels/_cuda/launch.py): all of its columns, and tails."""
+"""A small expression for every purpose and width of the CUDA kernels' edge kernels (ngkernels/_cuda/launch.py): all of its columns, and tails.
+
+And chains of many updates, which the kernels evaluate again for every edge.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import sample_list
 import samples
 from compare import assert_budget
 from oracle import Network, mlp
+from pair_samples import PairSample
 from pytest import MonkeyPatch
 from samples import Sample
 from test_attend import assert_budget_of_pairs
@@ -38,14 +42,31 @@ def sample_of(purpose: str, d: int, precision: str) -> Sample:
     return pair_list.PLAIN.but(f"{purpose}-{d}", over="edges", heads=2, dk=d // 2 - 1, dv=d // 2, **{**of, "reduce": ()})
 
 
-def module_of(purpose: str) -> tuple[ModuleType, Callable]:
-    """Where samples of a purpose are run, and the budget they have."""
-    return (samples, assert_budget) if purpose == "messages" else (pair_samples, assert_budget_of_pairs)
+def _chain(updates: int, d: int) -> Sample:
+    residual = tuple(k % 3 == 1 for k in range(updates))
+    of = {"networks": (mlp(3, 40, 16),), "width": d, "hidden": d - 3, "features": d - 5, "memory": (), "scale": 0.8 / d**0.5, "reduce": ("sum", "var"), "head": 0}
+    return sample_list.PLAIN.but(f"{updates}-updates-d{d}", residual=residual, **of)
 
 
-def check(purpose: str, d: int, precision: str) -> None:
-    """Outputs and every gradient of one instance, forward and backward, against the oracle in float64."""
-    (of, within), sample = module_of(purpose), sample_of(purpose, d, precision)
+def _ngt(over: str, d: int, table: str) -> PairSample:
+    """The state of two layers of NG-T, each a pair update and a plain one, residual and normalised."""
+    of = {"networks": (mlp(3, 12, 5),), "encoder": "fourier", "residual": (True,) * 4, "reverse": (True, False) * 2, "nodes": (True, False) * 2, "norm": (True,) * 4}
+    of |= {"width": d, "hidden": 32, "heads": 4, "dk": d // 4, "dv": d // 4, "node_width": 16, "scale": 0.9 / d**0.5}
+    return pair_list.PLAIN.but(f"two-layers-of-ng-t-{over}-d{d}-table-{table}", over=over, table=table, **of)
+
+
+CHAINS = tuple(_chain(updates, d) for updates in (5, 8) for d in (16, 32))
+NGT = tuple(_ngt(over, d, table) for over in ("edges", "all") for d, table in ((16, "auto"), (32, "never")))
+
+
+def module_of(sample: Sample) -> tuple[ModuleType, Callable]:
+    """Where a sample is run, and the budget it has."""
+    return (pair_samples, assert_budget_of_pairs) if isinstance(sample, PairSample) else (samples, assert_budget)
+
+
+def check(sample: Sample, precision: str) -> None:
+    """Outputs and every gradient against the oracle in float64."""
+    of, within = module_of(sample)
     if precision == "exact":
         checks.exact(of, sample, within)
     else:

@@ -47,7 +47,7 @@ class PairSample(Sample):
         return self.but(self.name, residual=(), restrict=None)
 
 
-_UNUSED = ("x0", "x1", "x2", "update")  # leaves of updates are made here
+_UNUSED = ("update", *(f"x{k}" for k in range(8)))  # leaves of updates are made here
 
 
 def leaves(s: PairSample, seed: int = 0) -> Tensors:
