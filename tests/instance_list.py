@@ -39,7 +39,7 @@ def sample_of(purpose: str, d: int, precision: str) -> Sample:
     of |= {"residual": (True, False), "reverse": (True, False), "nodes": (True, True), "norm": (False, True)}
     if purpose == "options":
         return pair_list.PLAIN.but(f"{purpose}-{d}", over=None, **of)
-    return pair_list.PLAIN.but(f"{purpose}-{d}", over="edges", heads=2, dk=d // 2 - 1, dv=d // 2, **{**of, "reduce": ()})
+    return pair_list.PLAIN.but(f"{purpose}-{d}", over="edges", heads=2, dk=d // 2 - 1, dv=d // 2, attention_scale=2 * d**0.5, **{**of, "reduce": ()})
 
 
 def _chain(updates: int, d: int) -> Sample:
