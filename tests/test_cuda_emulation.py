@@ -288,7 +288,7 @@ PATCHES = (
     ("second-half-forgotten", "backprop.h", "h < upper.halves; ++h) add_product", "h < 1; ++h) add_product"),
     ("strip-overwrites-the-last-one", "sinks.h", "*to = run.begins ? total : *to + total;", "*to = total;"),
     ("variance-between-lanes-lost", "statistics.h", "*squares + (other_squares + delta * delta * (na * nb / n))", "*squares + other_squares"),
-    ("reversed-blocks-overwrite", "sinks.h", "add ? x + read_value<float>(p, dtype) : x", "x"),
+    ("reversed-blocks-overwrite", "sinks.h", "add ? x + read_value<float>(p, dtype) : x", "add && dtype < 0 ? x + read_value<float>(p, dtype) : x"),
     ("tiles-of-one-edge", "edges.h", "3 * (at < block->n_edges ? at : 16 * i)", "3 * 16 * i"),
     ("sources-of-one-destination", "sinks.h", "if (all || eval.ok[k / 2 % 2])", "if (all ? eval.ok[0] : eval.ok[k / 2 % 2])"),
     ("table-and-features-both", "sinks.h", "stage.source == FROM_TABLE && !eval.row_beyond(k) ? 0.0f : v[k]", "v[k]"),
