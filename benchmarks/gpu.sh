@@ -40,13 +40,13 @@ tests_of() {
     xargs -d '\n' -P "$(($(nproc) / 2 + 1))" -n 4 "$PY" -m pytest -q -p no:cacheprovider <"$OUT/collected"
 }
 
-# Every file of the quick suite, on the CPU and on the device: side by side, each in its own process.
+# Every other file of the quick suite, on the CPU and on the device: side by side, each in its own process.
 suite() {
     export NGKERNELS_TEST_BACKENDS=reference,cpp,triton OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
     if "$PY" -c 'import xdist' 2>/dev/null; then
-        "$PY" -m pytest -q -p no:cacheprovider -n auto --dist loadfile --no-loadscope-reorder -m 'not slow and not big'
+        "$PY" -m pytest -q -p no:cacheprovider -n auto --dist loadfile --no-loadscope-reorder -m 'not slow and not big' --ignore-glob 'tests/*_device.py'
     else
-        ls tests/test_*.py benchmarks/tests/test_*.py | xargs -P "$(nproc)" -n 1 "$PY" -m pytest -q -p no:cacheprovider -m 'not slow and not big'
+        ls tests/test_*.py benchmarks/tests/test_*.py | grep -v _device.py | xargs -P "$(nproc)" -n 1 "$PY" -m pytest -q -p no:cacheprovider -m 'not slow and not big'
     fi
 }
 
@@ -54,6 +54,7 @@ step device nvidia-smi
 step environment "$PY" -m ngkernels.env
 step device-tests tests_of -m 'not big' tests/test_triton_device.py
 step cuda-device-tests tests_of tests/test_cuda_device.py
+step plan-device tests_of tests/test_plan_device.py
 step node-map "$PY" -m pytest -q -p no:cacheprovider tests/test_node_map.py -k "not instruction_set and not gradcheck"
 step demo "$PY" -m neural_graphs.cli demo --smoke --device cuda --bf16 --out "$OUT/demo"
 step large "$PY" -m pytest -q -p no:cacheprovider -m big tests/test_triton_device.py
