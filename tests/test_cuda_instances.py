@@ -1,13 +1,15 @@
-"""Every edge kernel that is built, by purpose, width and precision, and long chains of updates, on an emulated GPU.
-
-Values and every gradient are held against the oracle in float64.
+"""Every edge kernel that is built, by purpose, width and precision, long chains of updates, random expressions and recorded models, on an
+emulated GPU. Values and every gradient are held against the oracle in float64.
 """
 
 from __future__ import annotations
 
 import emulation
 import pytest
+import test_random_expressions as drawn
+import torch
 from emulation import emulated  # noqa: F401  a fixture
+from golden_cases import MODELS, check_model
 from instance_list import CHAINS, INSTANCES, NGT, check, sample_of, watched
 from samples import Sample
 
@@ -40,3 +42,18 @@ LONG = [pytest.param(s, p, id=f"{s.name}-{p}", marks=() if (s, p) in QUICK else 
 @pytest.mark.parametrize(("sample", "precision"), LONG)
 def test_long_chains_of_updates(sample: Sample, precision: str):
     check(sample, precision)
+
+
+def few(values, quick) -> list:
+    return [pytest.param(v, marks=() if v in quick else pytest.mark.slow) for v in values]
+
+
+@pytest.mark.parametrize("seed", few(range(60), range(0, 60, 12)))
+@pytest.mark.parametrize("of", [drawn.check, drawn.check_pairs], ids=["expressions", "pairs"])
+def test_random_expressions(of, seed: int):
+    of(seed, "cuda")
+
+
+@pytest.mark.parametrize("name", few(MODELS, MODELS[:1]))
+def test_recorded_models(name: str):
+    check_model(name, "cuda", "cpu", torch.float32)

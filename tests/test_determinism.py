@@ -219,18 +219,18 @@ AGAIN = (
 
 @pytest.mark.parametrize("extreme", ["min", "max"])
 @pytest.mark.parametrize("sample", **named(AGAIN))
-def test_backward_meets_the_very_bits_of_the_forward(sample: Sample, extreme: str, backend: str):
+def test_backward_meets_the_very_bits_of_the_forward(sample: Sample, extreme: str, backend: str, device: torch.device):
     """The bias of the messages collects every share of the extremes' gradients. With whole-number gradients the sum is exact, so a
     single message that came out differently the second time would be missed in it."""
     sample = sample.but(sample.name, reduce=(extreme,))
-    t = cast(leaves(sample), torch.float32)
+    t = {name: v.to(device) for name, v in cast(leaves(sample), torch.float32).items()}
     bias = t["message.edge.bias" if not sample.mlp else f"message.mlp{sample.mlp - 1}.bias"].requires_grad_()
     with ngk.use_backend(backend):
         e = edge_state(sample, t)
         for low in (False, True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            with torch.autocast(device.type, torch.bfloat16, enabled=low):
                 out = ngk.aggregate(e, message_of(sample, t), sample.reduce)
-            incoming = torch.randint(1, 9, out.shape, generator=torch.Generator().manual_seed(3)).float()
+            incoming = torch.randint(1, 9, out.shape, generator=torch.Generator().manual_seed(3)).float().to(device)
             (grad,) = torch.autograd.grad(out, bias, incoming)
-            reached = incoming[e.graph.in_degree > 0].sum((0, 1))
+            reached = incoming[e.graph.in_degree.to(device) > 0].sum((0, 1))
             assert torch.equal(grad[-sample.features :], reached)

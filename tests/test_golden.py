@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import golden_cases
 import pytest
 import torch
 from golden_cases import Case, close, loaded
@@ -13,7 +14,7 @@ from neural_graphs.models.probe import ProbeFeatures
 from ngkernels import nn
 from ngkernels.blocks import DENSE, DIAGONAL
 
-MODELS = ("a_nggnn_2_8_16_3", "a3_nggnn_gating_relufirst", "a5_nggnn_probe_2_8_8_1", "a6_nggnn_linearenc_meanpool")
+MODELS = tuple(name for name in golden_cases.MODELS if "nggnn" in name)
 
 
 # ---- NG-GNN ----

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pair_samples
 import pytest
 import torch
-from compare import assert_close, largest
+from compare import assert_close, distance, largest
 from oracle import Network
 from pair_samples import PairSample
-from samples import Sample, cast, leaves, run_engine, run_oracle
+from samples import Sample, Tensors, cast, leaves, run_engine, run_oracle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,12 +70,29 @@ def assert_close_by_kind(found: dict[str, torch.Tensor], wanted: dict[str, torch
         assert_close({name: found[name] for name in some}, some, 1e-10, max(map(largest, some.values()), default=0.0))
 
 
+def assert_budget_by_kind(found: Tensors, wanted: Tensors, plain: Tensors) -> None:
+    """Twice the error of plain PyTorch in float32, the largest of a kind: some gradients vanish, and some results have a large condition."""
+    assert found.keys() == wanted.keys()
+    for kind in ("out", "grad"):
+        names = [name for name in wanted if name.partition(".")[0] == kind]
+        error, allowed = (max((distance(r[n], wanted[n]) for n in names), default=0.0) for r in (found, plain))
+        allowed = 2 * allowed + 8e-6 * max((largest(wanted[n]) for n in names), default=0.0)
+        assert error <= allowed, f"{kind}: {error:.2e} > {allowed:.2e}"
+
+
 def check(seed: int, backend: str) -> None:
-    sample = draw(seed)
-    t = leaves(sample, seed)
-    assert_close_by_kind(run_engine(sample, t, backend), run_oracle(sample, t))
-    low = run_engine(sample, cast(t, torch.float32), backend)  # a look for what should never come out; budgets are tested elsewhere
+    compare(draw(seed), leaves(draw(seed), seed), backend, run_engine, run_oracle)
+
+
+def compare(sample: Sample, t: Tensors, backend: str, engine: Callable[..., Tensors], oracle: Callable[..., Tensors]) -> None:
+    """In float64, which the CUDA kernels do not have; there within a budget in float32, elsewhere a look for what should never come out."""
+    single = cast(t, torch.float32)
+    if backend != "cuda":
+        assert_close_by_kind(engine(sample, t, backend), oracle(sample, t))
+    low = engine(sample, single, backend)
     assert all(v.isfinite().all() for v in low.values()), [n for n, v in low.items() if not v.isfinite().all()]
+    if backend == "cuda":
+        assert_budget_by_kind(low, oracle(sample, cast(single, torch.float64)), oracle(sample, single))
 
 
 def draw_joined(r: random.Random, reverse: bool) -> Network:
@@ -143,11 +161,7 @@ def draw_pairs(seed: int) -> PairSample:
 
 def check_pairs(seed: int, backend: str) -> None:
     sample = draw_pairs(seed)
-    t = pair_samples.leaves(sample, seed)
-    found, wanted = pair_samples.run_engine(sample, t, backend), pair_samples.run_oracle(sample, t)
-    assert_close_by_kind(found, wanted)
-    low = pair_samples.run_engine(sample, cast(t, torch.float32), backend)
-    assert all(v.isfinite().all() for v in low.values()), [n for n, v in low.items() if not v.isfinite().all()]
+    compare(sample, pair_samples.leaves(sample, seed), backend, pair_samples.run_engine, pair_samples.run_oracle)
 
 
 @pytest.mark.parametrize("seed", range(60))
