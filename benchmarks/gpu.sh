@@ -54,7 +54,7 @@ step device nvidia-smi
 step environment "$PY" -m ngkernels.env
 step device-tests tests_of -m 'not big' tests/test_triton_device.py
 step cuda-device-tests tests_of tests/test_cuda_device.py
-step plan-device tests_of tests/test_plan_device.py
+step models-and-plans tests_of tests/test_golden_device.py tests/test_plan_device.py
 step node-map "$PY" -m pytest -q -p no:cacheprovider tests/test_node_map.py -k "not instruction_set and not gradcheck"
 step demo "$PY" -m neural_graphs.cli demo --smoke --device cuda --bf16 --out "$OUT/demo"
 step large "$PY" -m pytest -q -p no:cacheprovider -m big tests/test_triton_device.py
