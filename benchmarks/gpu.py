@@ -2,17 +2,18 @@
 
 `python -m benchmarks.gpu` appends one record for each measurement to results/<device>/gpu.jsonl: raw times of single steps by CUDA
 events, peak bytes of the allocator, what was measured and on what. Before anything is timed its logits must agree with the oracle's in
-float64. Ceilings are measured first (benchmarks.gpu_rates); of NG-GNN, the share of the one that binds is written down with each time.
-Nothing is estimated; a provider that fails is written down with its error.
+float64, where that has the memory. Ceilings are measured first (benchmarks.gpu_rates); of NG-GNN, the share of the one that binds is written
+down with each time. Last come steps over a billion edges (benchmarks.gpu_large). Nothing is estimated; a provider that fails is written down
+with its error.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated
 
 import torch
@@ -20,11 +21,10 @@ import typer
 from torch import Tensor, nn
 
 import ngkernels as ngk
-from benchmarks import flex, machine, records
-from benchmarks.cases import CLASSES, Case
-from benchmarks.models import MODELS, Model, pyg
+from benchmarks import flex, gpu_large, machine, records
+from benchmarks.cases import Case
+from benchmarks.models import MODELS, Model, nggnn_of
 from benchmarks.providers import PROVIDERS, Provider, Runner
-from neural_graphs.models import NGGNN, NGT
 from ngkernels.tune import event_seconds
 
 LIMITS = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # relative error of logits against float64
@@ -32,22 +32,24 @@ LIMITS = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # relative error of logits 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured of a model: layouts, a few of them for a first look, its rivals, and of NG-GNN the columns of its states."""
+    """What is measured of a model: layouts, a few of them for a first look, and its rivals. columns: of NG-GNN's states, 0: another model."""
 
     model: Model
     layouts: str
     quick: str
     rivals: tuple[str, ...]
-    width: int | None = None
+    columns: int = 0
 
 
 ATTENTION = (("2x256x512x3", 128), ("2x1024x2048x3", 128))  # layouts for attend beside FlexAttention, columns of queries
-SPARSE = ("pyg-tuned", "pyg-tuned-compile")
 PLANS = (
-    Plan(MODELS["ng-gnn"], "2x32x32x3@64,2x32x32x3@4096,2x256x512x3,2x1024x2048x3,2x2048x4096x3,2x4096x8192x3", "2x32x32x3@64,2x2048x4096x3", SPARSE, 32),
-    Plan(replace(MODELS["ng-gnn"], name="ng-gnn-64", oracle=partial(pyg, width=64)), "2x256x512x3,2x1024x2048x3", "2x1024x2048x3", SPARSE, 64),
+    Plan(
+        MODELS["ng-gnn"], "2x32x32x3@64,2x32x32x3@4096,2x256x512x3,2x1024x2048x3,2x2048x4096x3,2x4096x8192x3", "2x32x32x3@64,2x256x512x3,2x2048x4096x3",
+        ("pyg-tuned", "pyg-tuned-compile"), 32,
+    ),
+    Plan(nggnn_of(64), "2x256x512x3,2x1024x2048x3,2x2048x4096x3", "2x256x512x3", ("pyg-tuned",), 64),
     Plan(MODELS["ng-t"], "2x32x32x1@16,2x64x128x3,2x256x512x3", "2x32x32x1@16", ("dense", "dense-compile")),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def step_of(model: Model, contender: Contender, case: Case, oracle: nn.Module, d
 
 def truth(model: Model, case: Case, oracle: nn.Module, device: torch.device) -> Tensor:
     """Logits of the oracle in float64."""
-    name = next(p.rivals[0] for p in PLANS if p.model is model)
+    name = PLANS[[p.model for p in PLANS].index(model)].rivals[0]
     baseline = Runner(model, replace(PROVIDERS[name], compiled=False), case, oracle).model.double().to(device)
     weights, biases, _ = case.inputs()
     with torch.no_grad():
@@ -163,62 +165,42 @@ def measure_attention(text: str, width: int, device: torch.device, samples: int)
     return found
 
 
-@dataclass(frozen=True)
-class Large:
-    """A step over a billion edges: bfloat16 weights, which have no gradients; nothing of the size of the edges is stored beside them."""
-
-    name: str
-    backend: str
-    model: Callable[[list[int]], nn.Module]
-    layout: tuple[int, ...] = (2, 31_620, 31_620, 3)
-
-
-SPREAD = {"out_features": CLASSES, "positional": False, "pooling": ("mean", "all"), "edge_memory": "recompute"}
-LARGE = (
-    Large("ng-gnn", "cuda", lambda layout: NGGNN(layout, **SPREAD)),
-    Large("ng-gnn", "triton", lambda layout: NGGNN(layout, **SPREAD)),
-    Large("ng-t-edges", "cuda", lambda layout: NGT(layout, attention="edges", **SPREAD)),
-)
-
-
-def measure_large(large: Large, device: torch.device) -> dict:
-    """One step after one to warm up, and what was planned for it; the error that prevented it, too little memory say."""
-    graph, model = ngk.NeuralGraph.mlp(large.layout), large.model(list(large.layout))
-    found = {"model": large.name, "contender": f"ngk-{large.backend}-bf16", "precision": "bf16", "layout": list(large.layout), "batch": 1, "edges": graph.num_edges}
-    try:
-        with ngk.use_backend(large.backend), torch.autocast(device.type, torch.bfloat16):
-            options = {"device": "cuda", "weight_dtype": torch.bfloat16, "optimizer_states": 0}
-            found["planned_bytes"] = ngk.plan(model, graph, policies=["recompute"], **options).peak_bytes
-            room = torch.cuda.mem_get_info(device)[0]
-            if found["planned_bytes"] > room:
-                raise MemoryError(f"planned {found['planned_bytes']} bytes, free are {room}")
-            model = model.to(device)
-            weights = [torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=shape[1] ** -0.5) for shape in graph.weight_shapes(1)]
-            biases = [torch.zeros(1, n, 1, device=device) for n in large.layout[1:]]
-
-            def step() -> Tensor:
-                model.zero_grad(set_to_none=True)
-                logits = model(weights, biases)
-                logits.float().square().sum().backward()
-                return logits.detach()
-
-            if not step().isfinite().all():
-                raise RuntimeError("gate: expected finite logits")
-            torch.cuda.reset_peak_memory_stats(device)
-            seconds = event_seconds(step, 1)
-        found |= {"seconds": seconds, "median": seconds[0], "peak_bytes": torch.cuda.max_memory_allocated(device)}
-    except Exception as reason:  # written down, so that nothing is missing without a word
-        found["failed"] = f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0][:300]}"
-    finally:
+def measure_large(device: torch.device, quick: bool, samples: int) -> Iterator[dict]:
+    """Steps over a billion edges; one is timed for a first look."""
+    torch.set_float32_matmul_precision("highest")
+    for subject in gpu_large.SUBJECTS:
         torch.cuda.empty_cache()
-    return found
+        layout = subject.quick if quick else gpu_large.LAYOUT
+        yield gpu_large.measure(subject, layout, device, torch.cuda.mem_get_info(device)[0], 1 if quick else samples)
 
 
 def line_of(found: dict) -> str:
     """One measurement in one line."""
     share = f" {found['share']:6.1%} of {found['binding']}" if "share" in found else ""
-    result = found.get("failed") or f"{found['median'] * 1e3:10.3f} ms {found['peak_bytes'] / 2**20:8.0f} MiB{share}"
+    result = found.get("failed") or found.get("skipped") or f"{found['median'] * 1e3:10.3f} ms {found['peak_bytes'] / 2**20:8.0f} MiB{share}"
     return f"{found['model']:10} {'x'.join(map(str, found['layout']))}@{found['batch']:<6} {found['contender']:24} {result}"
+
+
+def is_wrong(found: dict) -> bool:
+    """Whether a measurement failed that should not: that a rival runs out of memory is a result."""
+    return "failed" in found and (found["contender"].startswith("ngk") or not found["failed"].startswith("OutOfMemoryError"))
+
+
+def measure_models(rates: dict[str, dict[str, float]], device: torch.device, quick: bool, samples: int) -> Iterator[dict]:
+    """Every contender on every layout, with the share of the ceiling that binds where that is known."""
+    from benchmarks import gpu_rates  # needs Triton
+
+    for plan in PLANS:
+        for text in (plan.quick if quick else plan.layouts).split(","):
+            case = Case.parse(text)
+            oracle = plan.model.new_oracle(case)
+            true = truth(plan.model, case, oracle, device) if plan.model.oracle_bytes(case) < 8 << 30 else None
+            for contender in contenders(plan, quick):
+                found = measure(plan.model, contender, case, oracle, true, device, samples)
+                if plan.columns and "median" in found:
+                    needed = gpu_rates.needed_by_nggnn(case, plan.columns)
+                    found["binding"], found["share"] = gpu_rates.share(needed, rates[contender.precision], found["median"])
+                yield found
 
 
 def main(
@@ -230,37 +212,21 @@ def main(
         raise typer.BadParameter("a CUDA device is needed, and there is none")
     from benchmarks import gpu_rates  # needs Triton
 
-    device, run, lines = torch.device("cuda"), records.new_run(), []
+    device, run = torch.device("cuda"), records.new_run()
     properties = torch.cuda.get_device_properties(device)
     place = {"slug": machine.slug(properties.name), "model": properties.name, "capability": [properties.major, properties.minor], "memory_bytes": properties.total_memory}
     rates = gpu_rates.measured(device)
     records.append("gpu", run, {"model": "ceilings", "rates": rates, "device": place})
     for precision, ceilings in rates.items():
         typer.echo(f"ceilings {precision:5} " + " ".join(f"{name} {value:.4g}/s" for name, value in ceilings.items()))
-
-    def note(found: dict) -> None:
+    attention = (found for text, width in ATTENTION[: 1 if quick else None] for found in measure_attention(text, width, device, samples))
+    wrong = 0
+    for found in itertools.chain(measure_models(rates, device, quick, samples), attention, measure_large(device, quick, 3)):
         records.append("gpu", run, {**found, "device": place})
-        lines.append(line_of(found))
-        typer.echo(lines[-1])
-
-    for plan in PLANS:
-        for text in (plan.quick if quick else plan.layouts).split(","):
-            case = Case.parse(text)
-            oracle = plan.model.new_oracle(case)
-            true = truth(plan.model, case, oracle, device) if plan.model.oracle_bytes(case) < 8 << 30 else None
-            for contender in contenders(plan, quick):
-                found = measure(plan.model, contender, case, oracle, true, device, samples)
-                if plan.width and "median" in found:
-                    found["binding"], found["share"] = gpu_rates.share(gpu_rates.needed_by_nggnn(case, plan.width), rates[contender.precision], found["median"])
-                note(found)
-    for text, width in ATTENTION[: 1 if quick else None]:
-        for found in measure_attention(text, width, device, samples):
-            note(found)
-    for large in LARGE[: 1 if quick else None]:
-        note(measure_large(large, device))
-    failures = sum("failed" in line or "Error" in line for line in lines)
-    if failures:
-        raise SystemExit(f"{failures} not measured, reasons above and in benchmarks/results/{place['slug']}/gpu.jsonl")
+        typer.echo(line_of(found))
+        wrong += is_wrong(found)
+    if wrong:
+        raise SystemExit(f"{wrong} not measured, reasons above and in benchmarks/results/{place['slug']}/gpu.jsonl")
 
 
 if __name__ == "__main__":

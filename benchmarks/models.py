@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ class Model:
             return self.oracle(case)
 
 
-def pyg(case: Case, width: int = 32) -> nn.Module:
+def _pyg(case: Case, width: int = 32) -> nn.Module:
     from neural_graphs.baselines.pyg_nggnn import PyGNGGNN
 
     return PyGNGGNN(list(case.layout), width, out_features=CLASSES, style="published", order="source")
@@ -96,7 +97,7 @@ MODELS = {
         Model(
             "ng-gnn",
             "NG-GNN",
-            pyg,
+            _pyg,
             _nggnn,
             _pyg_baseline,
             (("PyG as published", ("pyg", "pyg-compile")), ("PyG tuned", ("pyg-tuned", "pyg-tuned-compile"))),
@@ -135,4 +136,13 @@ MODELS = {
         ),
     )
 }
+
+
+def nggnn_of(width: int) -> Model:
+    """NG-GNN with node and edge states of so many columns."""
+    base, per_edge = MODELS["ng-gnn"], 13_000 * width // 32
+    text, oracle = f"NG-GNN, {width} columns", partial(_pyg, width=width)
+    return replace(base, name=f"ng-gnn-{width}", text=text, oracle=oracle, work=partial(work.train_step, width=width), oracle_bytes=lambda case: per_edge * case.edges)
+
+
 TIMED = tuple(name for name, m in MODELS.items() if m.layouts)

@@ -26,8 +26,8 @@ from ngkernels._cuda import launch
 from ngkernels._cuda.lower import WIDTHS
 
 INSTANCES = tuple(product(launch.PURPOSES, WIDTHS, launch.PRECISIONS))
-# Tails of tiles on both sides; edges of their own, several destinations in a tile of them.
-NETWORKS = (mlp(3, 18, 2), Network((7, 4), (("sparse", 0, 1, tuple((k * 5 % 7, k * k % 4) for k in range(14)) + ((0, 2), (3, 3))),)))
+# Rows of three tiles, the last of them not full, and of less than one; edges of their own, several destinations in a tile of them.
+NETWORKS = (mlp(2, 34, 1), Network((7, 4), (("sparse", 0, 1, tuple((k * 5 % 7, k * k % 4) for k in range(14)) + ((0, 2), (3, 3))),)))
 
 
 def sample_of(purpose: str, d: int, precision: str) -> Sample:
