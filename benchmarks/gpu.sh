@@ -40,9 +40,9 @@ tests_of() {
     xargs -d '\n' -P "$(($(nproc) / 2 + 1))" -n 4 "$PY" -m pytest -q -p no:cacheprovider <"$OUT/collected"
 }
 
-# Every other file of the quick suite, on the CPU and on the device: side by side, each in its own process.
+# Every other file of the quick suite, on the CPU; Triton and CUDA have the files above. Side by side, each in its own process.
 suite() {
-    export NGKERNELS_TEST_BACKENDS=reference,cpp,triton OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+    export NGKERNELS_TEST_BACKENDS=reference,cpp OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
     if "$PY" -c 'import xdist' 2>/dev/null; then
         "$PY" -m pytest -q -p no:cacheprovider -n auto --dist loadfile --no-loadscope-reorder -m 'not slow and not big' --ignore-glob 'tests/*_device.py'
     else
