@@ -91,12 +91,19 @@ def heavy(edges: EdgeState, backend: str) -> bool:
 
 def taken_by_cuda(edges: EdgeState, columns: int = 0) -> bool:
     """Whether the CUDA kernels, which hold chains of any length in registers, run what Triton's would spill, read in up to `columns` columns."""
-    device = torch.device(backends.kind_of(edges.weights[0].device))
-    if edges.weights[0].dtype is torch.float64 or backends.forced() is not None or backends.why_not("cuda", device) is not None:
+    weights = edges.weights[0]
+    if weights.dtype is torch.float64 or 2 * weights.shape[-1] > CHANNELS or backends.forced() is not None:
         return False
-    shared = torch.cuda.get_device_properties(edges.weights[0].device).shared_memory_per_block_optin if edges.weights[0].is_cuda else max(COLUMNS)
-    widest = max([columns, *(width for s in _steps(edges) for width in widths(s))])
-    return widest <= next(n for least, n in COLUMNS.items() if shared >= least) and 2 * edges.weights[0].shape[-1] <= CHANNELS
+    return max([columns, *(width for s in _steps(edges) for width in widths(s))]) <= _columns(weights.device)
+
+
+@torch.compiler.assume_constant_result
+def _columns(device: torch.device) -> int:
+    """Most columns of the CUDA kernels' registers on a GPU; 0: they are not there."""
+    if backends.why_not("cuda", torch.device(backends.kind_of(device))) is not None:
+        return 0
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else max(COLUMNS)
+    return next(n for least, n in COLUMNS.items() if shared >= least)
 
 
 def full(edges: EdgeState, columns: int = 0) -> bool:

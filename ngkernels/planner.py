@@ -111,7 +111,8 @@ def plan(
     optimizer_states: int = 2,
     policies: Sequence[str] | None = None,
 ) -> Plan:
-    """What a step of a model on a graph would cost, found by running it on tensors without values: seconds, whatever the size.
+    """What a step of a model on a graph would cost, found by running it on tensors without values: seconds; for a GPU up to a minute or two at a
+    billion edges, as its tables are made.
 
     Args:
         spec: what a model says of itself; every model of neural_graphs.models does.

@@ -186,10 +186,11 @@ def test_whole_models_agree_with_the_reference(name: str):
 @pytest.mark.parametrize("method", ["ng-gnn", pytest.param("ng-t-edges", marks=slow)])
 def test_peaks_of_a_gpu_with_triton_kernels(method: str):
     """Partial results, tables and node terms are counted, as the host side of the kernels allocates them."""
-    layout = [2, 60, 60, 3] if method == "ng-gnn" else [2, 17, 9, 3]
     if method == "ng-gnn":
+        layout = [2, 60, 60, 3]
         model = NGGNN(layout, d_hid=16, num_layers=2, fourier_features=8)
     else:
+        layout = [2, 17, 9, 3]
         model = NGT(layout, attention="edges", d_node=16, d_edge=16, d_attn_hid=16, d_node_hid=16, d_edge_hid=16, num_layers=2, fourier_features=8)
     planned, allocated = planned_and_allocated(model, ngk.NeuralGraph.mlp(layout, batch_size=2), "triton", "recompute", True)
     assert planned == pytest.approx(allocated, rel=0.05)

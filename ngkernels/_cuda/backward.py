@@ -9,7 +9,7 @@ from ..topology import DENSE, DIAGONAL, KINDS, SPARSE_RAW
 from . import launch
 from .call import Call
 from .launch import simple
-from .memory import sides
+from .memory import sides, sum_columns
 from .plan import WARPS, Launch
 
 
@@ -23,7 +23,7 @@ class Backward:
         self.nodes, self.raw = any(g.numel() for g in call.grad_xs), any(g.numel() for g in call.grad_weights) and not self.marked
         self.carriers = any(g.numel() for g in call.grad_carriers)
         self.terms = call.low.columns > 0 and (self.nodes or self.params)
-        self.columns = call.sum_columns if self.terms or call.low.attention else 0
+        self.columns = sum_columns(call.low) if self.terms or call.low.attention else 0
         self.curve = call.table.shape[3] if self.table else 0
         self.block_size = call.low.n_gradients * call.low.d**2 + call.low.n_sums * 16 if self.params else 0
 

@@ -122,12 +122,8 @@ class Call:
         found |= {"message_stages": len(low.stages) - low.edge_stages, "channels": low.channels, "combine": low.combine, "width": low.width, "carrier_width": low.carrier_width}
         found |= {"steps": max(low.steps, 0), "n_constants": constants.numel(), "spread": int("std" in names or "var" in names)}
         found |= {"low": int("min" in names), "high": int("max" in names), "n_slots": low.slots, "n_gradients": low.n_gradients, "n_sums": low.n_sums}
-        found |= {"live": low.live, "sum_columns": self.sum_columns}
+        found |= {"live": low.live, "sum_columns": sum_columns(self.low)}
         return found | dict(zip(("message_buffer", "free_0", "free_1", "inputs_buffer", "partner_0", "partner_1", "partner_inputs"), low.buffers, strict=True))
-
-    @property
-    def sum_columns(self) -> int:
-        return sum_columns(self.low)
 
     def run(self, fields: dict, work: Launch) -> None:
         """Launches the panels of `work`, in as many launches as memory that does not fit into shared memory asks for."""
