@@ -6,6 +6,7 @@ each of them; one that is declared and cannot run here fails those tests, it nev
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections.abc import Iterator
@@ -14,8 +15,23 @@ import pytest
 
 DECLARED = tuple(name.strip() for name in os.environ.get("NGKERNELS_TEST_BACKENDS", "reference,cpp").split(",") if name.strip())
 
+KERNELS = tuple(name for name in DECLARED if name != "reference")
+
 # Files of tests that take longest begin first, so that no core waits for the last of them where files run side by side.
 LONGEST = ("test_triton_aot", "test_cuda_build", "test_cuda_emulation", "test_triton_interpreter", "test_cuda_pairs", "test_cuda_instances", "test_planner", "test_golden", "test_random_expressions", "test_memory")
+
+# Of the tests that run once for each declared backend, those that the CUDA kernels run: in float32. The rest are in float64, which these kernels do
+# not have, or about what only other backends do. Left out, and so counted.
+ON_CUDA = frozenset(
+    f"test_{name}" for name in (
+        "bfloat16_operands_within_twice_the_error_of_plain_autocast", "autocast_to_float16_computes_in_float32", "weight_dtypes_keep_their_gradients_dtype",
+        "fourier_features_stay_bounded_for_any_finite_weight", "weights_beyond_the_table_are_evaluated_directly", "float32_budget_over_other_random_numbers",
+        "large_logits_do_not_overflow", "nan_and_inf_stay_in_their_network", "any_choice_of_gradients", "every_entry_is_written", "backward_runs_where_forward_ran",
+        "a_virtual_checkpoint_changes_no_value", "backward_meets_the_very_bits_of_the_forward", "strided_weights_are_read_in_place",
+        "node_states_and_matrices_of_any_strides", "a_state_may_be_used_again", "packed_weights_give_the_list_batch_bitwise", "the_order_of_edges_is_the_users",
+        "random_expressions", "random_pairs", "many_random_expressions", "many_random_pairs", "float32_curve_is_far_closer_than_another_seeds",
+    )
+)  # fmt: skip
 
 
 def _has_gpu() -> bool:
@@ -46,14 +62,39 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """The seeded bugs of the C++ kernels are asked for by name; tests of a GPU are for machines that have one. Long files go first."""
     absent = {"mutants"} if not config.getoption("--mutants") else set()
     absent |= {"gpu"} if backends.why_not("triton", torch.device("cuda")) is not None else set()
-    left_out = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in absent) or _not_on_cuda(item)]
     config.hook.pytest_deselected(items=left_out)
     gone = set(map(id, left_out))
     order = {file: k for k, file in enumerate(LONGEST)}
     items[:] = sorted((item for item in items if id(item) not in gone), key=lambda item: order.get(item.path.stem, len(order)))
 
 
+_kept = contextlib.ExitStack()
+
+
+def pytest_unconfigure() -> None:
+    _kept.close()
+
+
+def _backend_of(item: pytest.Item) -> str | None:
+    """The declared backend that a test runs for; None where it names its own."""
+    of_these = (DECLARED, KERNELS)
+    own = any(
+        "backend" in mark.args[0] and not mark.kwargs.get("indirect") and all(mark.args[1] is not values for values in of_these)
+        for mark in item.iter_markers("parametrize")
+    )
+    return item.callspec.params.get("backend") if hasattr(item, "callspec") and not own else None
+
+
+def _not_on_cuda(item: pytest.Item) -> bool:
+    return _backend_of(item) == "cuda" and item.originalname not in ON_CUDA
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if "cuda" in DECLARED and not _has_gpu():  # on the emulated GPU, as Triton's kernels in their interpreter
+        import emulation
+
+        _kept.enter_context(backends.emulate_cuda(emulation.library()))
     config.addinivalue_line("markers", "gpu: needs a GPU that Triton runs on; elsewhere left out, and so counted")
     config.addinivalue_line("markers", "mutants: a seeded bug that has to be compiled; runs with --mutants only")
     unknown = [name for name in DECLARED if name not in backends.BACKENDS]
@@ -86,6 +127,18 @@ def backend(request: pytest.FixtureRequest) -> str:
 def device(backend: str) -> torch.device:
     """The device that `backend` is tested on."""
     return torch.device("cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _tensors_travel(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a machine with a GPU, tensors that a test of a GPU backend leaves on the CPU travel to it with each op, and back."""
+    if _backend_of(request.node) not in ("triton", "cuda") or not _has_gpu():
+        yield
+        return
+    import travel
+
+    with travel.to(torch.device("cuda")):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import torch
 from compare import assert_bitwise, assert_budget, assert_close
 from conftest import DECLARED
 from sample_list import ENCODERS, FOURIER, GRAPHS, LOW_PRECISION, MEMORY, MESSAGES, PLAIN, REDUCTIONS, SIZES, TABLES
-from samples import Sample, cast, coefficients, engine, float32_oracle, float64_oracle, leaves, named, run_engine, run_oracle
+from samples import Sample, cast, coefficients, device_of, engine, float32_oracle, float64_oracle, leaves, named, run_engine, run_oracle
 
 import ngkernels as ngk
 from ngkernels import backends
@@ -206,10 +206,11 @@ def test_without_triton_the_reason_is_kept(monkeypatch):
 
 
 STEP = """
-import torch, ngkernels as ngk
+import os, torch, ngkernels as ngk
 from ngkernels import backends
-print(backends.BACKENDS[backends.choose("aggregate", torch.device("cpu"))])
+torch.set_default_device(os.environ.get("STEP_DEVICE", "cpu"))
 x = torch.ones(5, 2)
+print(backends.BACKENDS[backends.choose("aggregate", x.device)])
 e = ngk.EdgeState(ngk.NeuralGraph.mlp([2, 3]), [torch.ones(1, 2, 3, 1)], ngk.encoders.Identity())
 print(ngk.aggregate(e, ngk.Message.concat(x, torch.ones(2, 1), None, torch.eye(2), torch.eye(2)))[4, 0].tolist())
 """
@@ -222,10 +223,10 @@ def in_a_process(**environment: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("name", DECLARED)
-def test_the_environment_forces_a_backend(name: str):
-    done = in_a_process(NGKERNELS_BACKEND=name)
-    assert done.stdout.splitlines() == [name, "[6.0, 6.0]"], done.stderr
+@pytest.mark.parametrize("backend", DECLARED)
+def test_the_environment_forces_a_backend(backend: str):
+    done = in_a_process(NGKERNELS_BACKEND=backend, STEP_DEVICE=device_of(backend))
+    assert done.stdout.splitlines() == [backend, "[6.0, 6.0]"], done.stderr
 
 
 def test_the_environment_never_falls_back():

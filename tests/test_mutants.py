@@ -128,4 +128,4 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> mutants_triton.Copy:
 def test_every_bug_of_the_triton_kernels_is_caught(patch: mutants_cpp.Patch, copied: mutants_triton.Copy):
     done = copied.test(patch)
     assert done.returncode != 0, "the tests passed"
-    assert " failed" in done.stdout, done.stdout[-3000:]
+    assert done.returncode < 0 or " failed" in done.stdout, done.stdout[-3000:]  # a crash, or an assertion

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_bitwise, assert_budget, assert_close
-from conftest import DECLARED
+from conftest import DECLARED, KERNELS
 from samples import device_of
 from test_backends import isa  # noqa: F401  a fixture: every instruction set, forced
 from test_torch import Calls
@@ -203,11 +203,11 @@ def part_of(t: dict[str, torch.Tensor], norm: str, first: int, bounds: list[int]
 
 
 @pytest.mark.parametrize("norm", ["layer", "graph"])
-@pytest.mark.parametrize("kernels", [b for b in DECLARED if b != "reference"])
-def test_networks_alone_and_in_a_batch(kernels: str, norm: str):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_networks_alone_and_in_a_batch(backend: str, norm: str):
     """The same bits, forward and backward."""
-    t, bounds, device = arguments("reference", torch.float32), [0, 150, 151, 453], device_of(kernels)
-    with ngk.use_backend(kernels):
+    t, bounds, device = arguments("reference", torch.float32), [0, 150, 151, 453], device_of(backend)
+    with ngk.use_backend(backend):
         batch = part_of(t, norm, 0, bounds, device)
         for first, last in zip(bounds, bounds[1:]):
             alone = part_of(t, norm, first, [0, last - first], device)

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from conftest import DECLARED
+from conftest import KERNELS
 
 import ngkernels as ngk
 from neural_graphs.data import DigitConfig, SirenConfig, digit_inrs
@@ -15,7 +15,7 @@ from neural_graphs.tasks.inr_classification import InrInputs, ShuffledBatches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT, STEPS = 64, 48
-fused = pytest.mark.parametrize("fused", [name for name in DECLARED if name != "reference"])
+fused = pytest.mark.parametrize("backend", KERNELS)
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +48,17 @@ def task(tmp_path_factory):
 
 @fused
 @pytest.mark.parametrize("memory", ["recompute", "hybrid", "store"])
-def test_float64_curve_is_the_reference_backends(task, memory: str, fused: str):
+def test_float64_curve_is_the_reference_backends(task, memory: str, backend: str):
     curve, kept = task
     wanted = kept("reference", torch.float64, 0)
     assert wanted[:4].mean() > 0.6 and wanted[-4:].mean() < 0.2, "something has to be learned"
-    assert (curve(fused, torch.float64, 0, memory) - wanted).abs().max() <= 1e-12
+    assert (curve(backend, torch.float64, 0, memory) - wanted).abs().max() <= 1e-12
 
 
 @fused
-def test_float32_curve_is_far_closer_than_another_seeds(task, fused: str):
+def test_float32_curve_is_far_closer_than_another_seeds(task, backend: str):
     curve, kept = task
     wanted = kept("reference", torch.float32, 0)
     noise = (kept("reference", torch.float32, 1) - wanted).abs().mean()
     assert noise > 0.05
-    assert (curve(fused, torch.float32, 0) - wanted).abs().max() <= 1e-3 * noise
+    assert (curve(backend, torch.float32, 0) - wanted).abs().max() <= 1e-3 * noise
