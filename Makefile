@@ -11,9 +11,13 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
-OUT ?= out/gpu
 LIBRARY := ngkernels/_C.abi3.so
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# PyTorch for a GPU is the one of the machine: make gpu PYTHON=python3.12 names another than python3
+ifneq ($(filter gpu gpu-long,$(MAKECMDGOALS)),)
+  PY ?= $(PYTHON)
+endif
 
 ifdef PY
   BUILD := FORCE
@@ -89,12 +93,13 @@ lint: build  ## check Python with ruff
 
 # CUDA kernels for the GPU that is there alone: every further architecture takes minutes more
 gpu gpu-long: export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)
+gpu gpu-long: export BEGAN := $(shell date +%s)
 
-gpu: build  ## on a machine with a GPU: tests of the Triton kernels, compute-sanitizer, timings; logs into $(OUT)
-	@PY="$(PY)" OUT="$(OUT)" benchmarks/gpu.sh
+gpu: build  ## on a machine with a GPU and its PyTorch: tests of the GPU kernels, compute-sanitizer, timings, in 10 minutes; logs into out/gpu
+	@PY="$(PY)" benchmarks/gpu.sh
 
 gpu-long: build  ## the same with the whole matrix of tests and of timings
-	@LONG=1 PY="$(PY)" OUT="$(OUT)" benchmarks/gpu.sh
+	@LONG=1 PY="$(PY)" benchmarks/gpu.sh
 
 demo: build  ## the main job, small: real images, INRs, neural graphs, training with fused kernels, report and plots
 	$(BIN)ngk demo

@@ -32,13 +32,15 @@ LIMITS = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # relative error of logits 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured of a model: layouts, a few of them for a first look, and its rivals. columns: of NG-GNN's states, 0: another model."""
+    """What is measured of a model: layouts, a few of them for a first look, and its rivals. columns: of NG-GNN's states, 0: another model.
+    slow: our providers that a first look leaves out."""
 
     model: Model
     layouts: str
     quick: str
     rivals: tuple[str, ...]
     columns: int = 0
+    slow: tuple[str, ...] = ()
 
 
 ATTENTION = (("2x256x512x3", 128), ("2x1024x2048x3", 128))  # layouts for attend beside FlexAttention, columns of queries
@@ -48,7 +50,7 @@ PLANS = (
         ("pyg-tuned", "pyg-tuned-compile"), 32,
     ),
     Plan(nggnn_of(64), "2x256x512x3,2x1024x2048x3,2x2048x4096x3", "2x256x512x3", ("pyg-tuned",), 64),
-    Plan(MODELS["ng-t"], "2x32x32x1@16,2x64x128x3,2x256x512x3", "2x32x32x1@16", ("dense", "dense-compile")),
+    Plan(MODELS["ng-t"], "2x32x32x1@16,2x64x128x3,2x256x512x3", "2x32x32x1@16", ("dense", "dense-compile"), slow=("ngk-triton",)),
 )  # fmt: skip
 
 
@@ -66,8 +68,8 @@ OURS = (Provider("ngk-triton", "ngkernels, Triton kernels", backend="triton"), P
 
 
 def contenders(plan: Plan, quick: bool) -> list[Contender]:
-    """Every provider in every precision; for a first look our kernels in each, rivals in one."""
-    found = [Contender(provider, precision) for provider in OURS for precision in LIMITS]
+    """Every provider in every precision; for a first look our kernels in each, but for those that take minutes to compile, and rivals in one."""
+    found = [Contender(provider, precision) for provider in OURS if not (quick and provider.name in plan.slow) for precision in LIMITS]
     return found + [Contender(PROVIDERS[name], precision) for precision in (["tf32"] if quick else LIMITS) for name in plan.rivals]
 
 
@@ -221,7 +223,9 @@ def main(
         typer.echo(f"ceilings {precision:5} " + " ".join(f"{name} {value:.4g}/s" for name, value in ceilings.items()))
     attention = (found for text, width in ATTENTION[: 1 if quick else None] for found in measure_attention(text, width, device, samples))
     wrong = 0
-    for found in itertools.chain(measure_models(rates, device, quick, samples), attention, measure_large(device, quick, 3)):
+    models = measure_models(rates, device, quick, samples)
+    # a first look may be cut off: steps over a billion edges before the models that compile for longest
+    for found in itertools.chain(measure_large(device, quick, 3), models, attention) if quick else itertools.chain(models, attention, measure_large(device, quick, 3)):
         records.append("gpu", run, {**found, "device": place})
         typer.echo(line_of(found))
         wrong += is_wrong(found)
