@@ -102,7 +102,7 @@ class Part:
     @property
     def in_degree(self) -> torch.Tensor:
         """Of the nodes of one copy, int64."""
-        degree = [torch.zeros(d, dtype=torch.int64) for d in self.layers]
+        degree = [torch.zeros(d, dtype=torch.int64, device="cpu") for d in self.layers]
         for b in self.blocks:
             if b.kind == SPARSE:
                 degree[b.dst] += torch.bincount(b.index.dst, minlength=self.layers[b.dst]).cpu()

@@ -226,7 +226,8 @@ class NeuralGraph:
     @property
     def node_bounds(self) -> torch.Tensor:
         """The first node of every network, and the number of nodes: int64 [num_graphs + 1]."""
-        return kept(self._cache, "node_bounds", lambda: torch.tensor([0, *(p.num_nodes for p in self.parts for _ in range(p.copies))]).cumsum(0))
+        sizes = [0, *(p.num_nodes for p in self.parts for _ in range(p.copies))]
+        return kept(self._cache, "node_bounds", lambda: torch.tensor(sizes, device="cpu").cumsum(0))
 
     def weight_shapes(self, channels: int) -> list[tuple[int, ...]]:
         """Expected shape of each weight tensor: (copies, d0, d1, C) dense, (copies, n, C) diagonal, (copies, E, C) sparse, [E, C] packed."""
@@ -263,14 +264,14 @@ class NeuralGraph:
         for p in self.parts:
             k = layer_index("NeuralGraph.node_layer", p, layer)
             first = node + sum(p.layers[:k])
-            pieces.append((first + torch.arange(p.copies)[:, None] * p.num_nodes + torch.arange(p.layers[k])).flatten())
+            pieces.append((first + torch.arange(p.copies, device="cpu")[:, None] * p.num_nodes + torch.arange(p.layers[k], device="cpu")).flatten())
             node += p.copies * p.num_nodes
         return torch.cat(pieces)
 
     def graph_of_node(self) -> torch.Tensor:
         """Index of the network every node belongs to, int64 [num_nodes]."""
-        sizes = torch.tensor([p.num_nodes for p in self.parts for _ in range(p.copies)])
-        return torch.repeat_interleave(torch.arange(self.num_graphs), sizes)
+        sizes = torch.tensor([p.num_nodes for p in self.parts for _ in range(p.copies)], device="cpu")
+        return torch.repeat_interleave(torch.arange(self.num_graphs, device="cpu"), sizes)
 
     def on(self, device: torch.device, name, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """What `make` says of this graph, on a device. Kept, so that later calls copy nothing from the host and wait for nothing."""

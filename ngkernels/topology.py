@@ -306,7 +306,7 @@ def _finish(graph: NeuralGraph, rows: list[Row], numbers: list[_Numbers]) -> Top
             row.columns[COLUMNS.index("lists")] = at
             lists.append(row.lists)
             at += len(row.lists)
-    head = torch.tensor([len(table), *(v for row in table for v in row)], dtype=torch.int64)
+    head = torch.tensor([len(table), *(v for row in table for v in row)], dtype=torch.int64, device="cpu")
     return Topology(torch.cat([head, *lists]) if lists else head, *used, num_rows(graph))
 
 

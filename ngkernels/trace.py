@@ -189,13 +189,13 @@ class _Call:
             return 0, 0, 0, 1
 
         def stand_in(t: torch.Tensor) -> torch.Tensor:  # memory that nobody touches
-            return torch.empty(t.shape, dtype=t.dtype)
+            return torch.empty(t.shape, dtype=t.dtype, device="cpu")
 
-        weights = [torch.empty((), dtype=t.dtype).expand(t.shape) for t in self.weights]
+        weights = [torch.empty((), dtype=t.dtype, device="cpu").expand(t.shape) for t in self.weights]
         tensors = (
             weights,
             [stand_in(x) for x in self.xs],
-            [torch.zeros(p.shape, dtype=p.dtype) for p in self.params],
+            [torch.zeros(p.shape, dtype=p.dtype, device="cpu") for p in self.params],
             stand_in(self.table),
             self.topology,
         )

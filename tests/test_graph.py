@@ -9,7 +9,7 @@ import pytest
 import torch
 from compare import assert_bitwise, assert_close
 from oracle import Network, mlp
-from sample_list import LOOPS, PLAIN, RESIDUAL, UNEQUAL, UNEQUAL_REVERSED
+from sample_list import LOOPS, PLAIN, RESIDUAL, SPARSE_UNEQUAL, UNEQUAL, UNEQUAL_REVERSED
 from samples import cast, edge_state, engine, graph_of, leaves, run, run_engine
 
 import ngkernels as ngk
@@ -151,6 +151,19 @@ def test_a_graph_is_reused_between_calls(backend: str):
         first, second = (run(lambda live: engine(sample, live, graph), t) for _ in range(2))
         assert_bitwise(first, second)
         assert edge_state(sample, t, graph).graph.without_sharing() is not graph
+
+
+def test_the_default_device_is_not_where_a_graph_lies(backend: str):
+    """Users set it to their GPU. Whatever takes it meets tensors of another device here."""
+    samples = [PLAIN.but("elsewhere", networks=of, restrict=-1) for of in ((mlp(2, 5, 3, copies=2),), UNEQUAL_REVERSED, SPARSE_UNEQUAL)]
+    given = [(sample, graph_of(sample), leaves(sample)) for sample in samples]
+    with torch.device("meta"), ngk.use_backend(backend):
+        for sample, graph, t in given:
+            host = [graph.in_degree, graph.graph_of_node(), graph.node_bounds, graph.node_layer(-1), graph.edges_as().table]
+            assert all(found.device.type == "cpu" for found in host)
+            live = {name: v.requires_grad_() for name, v in t.items()}
+            out = sum(o.square().sum() for o in engine(sample, live, graph))
+            assert all(g is None or g.isfinite().all() for g in torch.autograd.grad(out, list(live.values()), allow_unused=True))
 
 
 # ---- errors ----

@@ -44,7 +44,7 @@ class DegreeScalers(nn.Module):
         if histogram.dim() != 1 or not histogram.sum() > 0:
             raise ValueError(f"DegreeScalers: expected a histogram of in-degrees with at least one node, got {histogram}")
         self.scalers = tuple(scalers)
-        degree = torch.arange(histogram.numel(), dtype=torch.float32)
+        degree = torch.arange(histogram.numel(), dtype=torch.float32, device=histogram.device)
         count = histogram.float()
         self.register_buffer("avg_deg_lin", ((degree * count).sum() / count.sum()).reshape(1))
         self.register_buffer("avg_deg_log", (((degree + 1).log() * count).sum() / count.sum()).reshape(1))

@@ -192,7 +192,7 @@ class _Feed:
             if self.side is None:
                 found.append(source.to(self.device, copy=True))
             else:
-                pinned = torch.empty(source.shape, dtype=source.dtype, pin_memory=True).copy_(source)
+                pinned = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True).copy_(source)
                 with torch.cuda.stream(self.side):
                     found.append(pinned.to(self.device, non_blocking=True))
             _give_back(source)
@@ -220,7 +220,7 @@ class _Feed:
             return grad
         with torch.cuda.stream(self.side):
             self.side.wait_event(ready)
-            pinned = torch.empty(grad.shape, dtype=grad.dtype, pin_memory=True).copy_(grad, non_blocking=True)
+            pinned = torch.empty(grad.shape, dtype=grad.dtype, device="cpu", pin_memory=True).copy_(grad, non_blocking=True)
         grad.record_stream(self.side)
         self.side.synchronize()
         return pinned
