@@ -26,7 +26,7 @@ from ngkernels.ops import autograd, tabulate
 
 DEVICE = torch.device("meta")  # stands for a GPU: whoever reads a value fails
 SAMPLES = ("layer-3", "table", "virtual", "packed", "readout", "sparse", "all-reductions", "attend-edges-table", "attend-dropout", "messages-of-pairs")
-OPTIONS = {"": {}, "graph-norm": {"norm": "batch_graph"}, "unequal": {"norm": "graph", "post_layers": 2, "pooling": ("mean", "last")}, "activations": {"activation_embedding": True}}
+OPTIONS = {"": {}, "graph-norm": {"norm": "batch_graph"}, "unequal": {"norm": "graph", "post_layers": 2, "pooling": ("mean", "last")}, "activations": {"activation_embedding": True}, "many": {}}
 MODELS = (*(f"NGGNN-{kind}" for kind in OPTIONS), "NGT-all", "NGT-edges")
 
 
@@ -53,6 +53,8 @@ def step_of_model(name: str) -> Callable[[], None]:
         model = NGGNN(layout=layouts[0], d_hid=16, out_features=5, **OPTIONS[kind])
     if kind == "unequal":
         layouts.append([2, 4, 5, 3])
+    if kind == "many":  # more launches than fit into small caches
+        layouts = [[2, 8 + k % 3, 8, 3] for k in range(200)]
     model, graph = model.to(DEVICE), ngk.NeuralGraph.batch([ngk.NeuralGraph.mlp(layout, batch_size=2) for layout in layouts])
     weights = [torch.empty(2, a, b, 1, device=DEVICE, requires_grad=True) for layout in layouts for a, b in zip(layout, layout[1:])]
     biases = [torch.empty(2, b, 1, device=DEVICE) for layout in layouts for b in layout[1:]]

@@ -15,6 +15,7 @@ from pair_list import GRID, NO_UPDATE, ONE, OPTIONS, PLAIN, TABLES
 from pair_samples import PairSample
 from samples import cast, named, run
 from test_attend import assert_budget_of_pairs
+from test_cuda_pairs import SHAPES
 from test_random_expressions import check_pairs
 
 import ngkernels as ngk
@@ -23,11 +24,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # One of each kind in the quick tier; all in the slow one.
 QUICK = (
     "three-updates", "affine-diagonals", "messages-reversed", "readout-packed", "messages-diagonals", "loops-in-layer0-token", "packed-in-restricted",
-    "no-self-edges-holes-restricted", "values-plus", "D33-H16-dk5-dv32-heads2", "pair-update-first", "memory-same+virtual-none-same-in-token-layer-1",
+    "no-self-edges-holes-restricted", "sparse-edges", "sparse-no-self", "sparse-hub", "messages-sparse", "values-plus", "D33-H16-dk5-dv32-heads2", "pair-update-first", "memory-same+virtual-none-same-in-token-layer-1",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("sample", tiered((*OPTIONS, *GRID), QUICK))
+@pytest.mark.parametrize("sample", tiered((*OPTIONS, *GRID, *SHAPES), QUICK))
 def test_attention_and_pair_updates_in_float64(sample: PairSample):
     assert_close(pair_samples.run_engine(sample, pair_samples.leaves(sample), "triton"), pair_samples.float64_oracle(sample), 1e-10)
 
@@ -39,6 +40,18 @@ def test_attention_in_float32_within_twice_the_error_of_plain_pytorch(sample: Pa
 @pytest.mark.parametrize("seed", seeded(6, 100))
 def test_drawn_at_random(seed: int):
     check_pairs(seed, "triton")
+
+
+def test_weights_of_any_strides_and_dtypes():
+    """Each block has its own."""
+    sample = PLAIN.but("mixed", networks=(mlp(2, 5, 3),), over="edges", **ONE)
+    t = cast(pair_samples.leaves(sample), torch.float32)
+    t["weights.0"] = t["weights.0"].bfloat16().transpose(1, 2).contiguous().transpose(1, 2)
+    t["weights.1"] = t["weights.1"][:, :, :1].expand_as(t["weights.1"]).half()
+    wanted, plain = pair_samples.run_oracle(sample, cast(t, torch.float64)), pair_samples.run_oracle(sample, cast(t, torch.float32))
+    found = pair_samples.run_engine(sample, t, "triton")
+    assert all(found[f"grad.weights.{k}"].dtype == t[f"weights.{k}"].dtype for k in range(2))
+    assert_budget_of_pairs(cast(found, torch.float32), wanted, plain, 2**-7)
 
 
 MANY_HEADS = (

@@ -31,11 +31,11 @@ from ngkernels import edges, graph
 pytestmark = pytest.mark.usefixtures("one_thread")
 # One of each kind in the quick tier; all in the slow one.
 QUICK = (
-    "plain", "reduce-var-std-max-min-mean-sum", "activation-gelu", "gate-1", "product-0", "concat-2", "fourier-reciprocal-3-channels", "identity-then-residual",
+    "plain", "reduce-sum", "reduce-sum-mean-max", "linear-9-channels", "fourier-many", "reduce-var-std-max-min-mean-sum", "activation-gelu", "gate-1", "product-0", "concat-2", "fourier-reciprocal-3-channels", "identity-then-residual",
     "linear-reciprocal-affine", "residual-blocks-reversed", "packed-reversed", "restricted-middle", "sizes-D130-H64-F130-dx17", "memory-virtual-same-packed",
     "sparse-and-dense-reversed", "sparse-memory-packed",
 )  # fmt: skip
-QUICK_FLOAT32 = ("table-reciprocal-beyond", "table-packed")
+QUICK_FLOAT32 = ("table-reciprocal-beyond", "table-packed", "table-shared-beyond", "table-affine", "table-residual-first", "table-beyond-many", "sparse-table")
 
 
 @pytest.mark.parametrize("sample", tiered(SAMPLES, QUICK))
@@ -98,6 +98,13 @@ def test_weight_dtypes_keep_their_gradients_dtype(dtype: torch.dtype):
 
 def _float(sample: Sample, live):
     return oracle(sample, {name: v.float() for name, v in live.items()})
+
+
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("float16+virtual", marks=slow)])
+def test_a_state_stored_in_half_precision(dtype: str):
+    sample = PLAIN.but("half", memory=(dtype, None))
+    t = cast(leaves(sample), torch.float32)
+    assert_close(run_engine(sample, t, "triton"), run_engine(sample, t, "reference"), 1e-5, 1e-3)
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reversed"])

@@ -108,6 +108,7 @@ def join_group(partial, regs, at, nodes, seed, first, last, g: tl.constexpr, EDG
     p = tl.where(ok, tl.exp(logit - by_edge(base, not PARTNERS, BI, BJ, SPARSE)), 0)
     totals = here + (SHAPE[HEADS] + head)[None, :]
     total = tl.load(totals, mask=exists, other=0) * shrink + by_row(p, False, not PARTNERS, BI, BJ, SPARSE)
+    tl.debug_barrier()  # every thread scales with what it has loaded here, and one of them overwrites it now
     tl.store(here + head[None, :], top, mask=exists)
     tl.store(totals, total, mask=exists)
     p = dropped(p, at, seed, g, SHAPE, DROPOUT)

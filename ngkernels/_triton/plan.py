@@ -73,7 +73,7 @@ class Cut:
         self.ends = np.cumsum([0, *(sum(p.shape[1] for p in group) for group in pieces)]).tolist()
         columns = np.concatenate([np.zeros((7, 0), np.int64), *(p for group in pieces for p in group)], 1)
         self.local, self.copy, self.i0, self.j0, self.rows_i, self.rows_j, self.slots = columns
-        self.row_tables, self._chunks = Recent(64), Recent(64)
+        self.row_tables, self._chunks = Recent(max(64, 4 * len(self.groups))), Recent(64)  # tables: of several layouts of tensors
 
     @property
     def tiles(self) -> int:
