@@ -11,6 +11,7 @@ from pathlib import Path
 
 import emulated_checks as checks
 import emulation
+import numpy as np
 import pytest
 import samples
 import torch
@@ -21,6 +22,8 @@ from sample_list import LOW_PRECISION, PLAIN, SAMPLES
 from samples import Sample, cast, float32_oracle, leaves, named, run, run_engine, run_oracle
 from samples import oracle as oracle_of
 from test_determinism import alone
+from travel import Twins
+from travel import to as travelling_to
 
 import ngkernels as ngk
 from ngkernels import backends, kept
@@ -282,7 +285,8 @@ PATCHES = (
     ("features-read-before-they-are-there", "edges.h", "turn(0);\n    }\n    sync_warp();", "turn(0);\n    }"),
     ("features-read-before-they-arrive", "edges.h", "wait_for_copies<AHEAD - 1>();", ""),
     ("all-tiles-arrive-at-one-place", "inputs.h", "number % AHEAD * sides()", "number % 1 * sides()"),
-    ("alignment-forgotten", "edges.h", "x) + skipped,", "x) + 0 * skipped,"),
+    ("alignment-forgotten", "inputs.h", "lines ? before(first) + place", "lines ? place"),
+    ("half-of-a-word-forgotten", "inputs.h", "within_word(first + c * values.channel * size) + place", "place"),
     ("message-overwrites-the-state", "evaluator.h", "odd ? 2 : 1 - g.edge_stages % 2", "odd ? 2 : g.edge_stages % 2"),
     ("residual-gradient-lost", "backprop.h", "if (stage.add >= 0 || (FULL && stage.source == FROM_NORM)) store8(", "if (FULL && stage.source == FROM_NORM) store8("),
     ("second-half-forgotten", "backprop.h", "h < upper.halves; ++h) add_product", "h < 1; ++h) add_product"),
@@ -320,3 +324,32 @@ def passes(library: Path) -> bool:
 @pytest.mark.parametrize(("file", "old", "new"), [pytest.param(*p[1:], id=p[0]) for p in PATCHES])
 def test_seeded_bugs_are_caught(file: str, old: str, new: str, tmp_path: Path):
     emulation.check_bug(tmp_path, file, old, new, passes)
+
+
+# ---- tensors that travel to a device with each op (tests/travel.py) ----
+@pytest.mark.parametrize("sample", **named((PLAIN, PLAIN.but("packed", packed=True, networks=(mlp(2, 5, 3), mlp(3, 4)), residual=(True,)))))
+def test_tensors_that_travel_make_no_difference(sample: Sample, emulated, monkeypatch):  # noqa: F811
+    t, seen = cast(leaves(sample), torch.float32), []
+    wanted = run_engine(sample, t, "cuda")
+    run_on_device = launch.run
+    monkeypatch.setattr(launch, "run", lambda *args: seen.append(args[0]) or run_on_device(*args))
+    with travelling_to(torch.device("cpu")):
+        assert_bitwise(run_engine(sample, t, "cuda"), wanted)
+    assert seen
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_twins_keep_strides_and_what_is_shared(tmp_path: Path):
+    """And write only what has changed: weights may lie in a file that nobody can write to."""
+    np.arange(3, dtype=np.float32).tofile(tmp_path / "weights")
+    only_read = torch.from_numpy(np.memmap(tmp_path / "weights", dtype=np.float32, mode="r"))
+    whole = torch.arange(24.0).reshape(4, 6)
+    left, right = whole.t()[1:3], whole[1, 2:]
+    twins = Twins(torch.device("cpu"))
+    a, b, c = map(twins.of, (left, right, only_read))
+    assert a.stride() == left.stride() and torch.equal(a, left) and a.data_ptr() != left.data_ptr()
+    assert torch.equal(c, only_read) and c.data_ptr() != only_read.data_ptr()
+    b[0] = -1
+    assert a[1, 1] == -1 and whole[1, 2] == 8
+    twins.bring_back()
+    assert whole[1, 2] == -1

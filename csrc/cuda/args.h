@@ -100,6 +100,7 @@ struct Args {
 static_assert(sizeof(Args) % sizeof(int64_t) == 0, "an array of 64-bit numbers");
 
 constexpr int WARPS = 4;             // of a block of threads
+constexpr int WIDEST = 128;          // columns of a register; the rows that those stage need not lie in shared memory
 constexpr int MESSAGE_PLANES = 7;    // constant, slope, mean, low, its share, high, its share
 constexpr int STATISTIC_PLANES = 6;  // mean or sum, squares, low, its ties, high, its ties
 

@@ -209,6 +209,7 @@ struct Backprop : Sinks<P, D, FULL> {
   // Adds the product of staged gradients, transposed, and inputs over all edges of the block; 16 x 16 numbers at a time are one warp's.
   NGK_DEVICE void matrix_gradient(int64_t matrix, int64_t buffer, int64_t inputs) const {
     const Element *gz = staged + buffer * WARPS * 16 * LD, *x = staged + inputs * WARPS * 16 * LD;
+    const bool shared = D < WIDEST || !g.staged.base;
     NGK_ROLLED
     for (int u = warp(); u < KB * KB; u += WARPS) {
       float* own = gradients + (matrix * KB * KB + u) * FRAGMENTS + lane() * 8;
@@ -216,7 +217,8 @@ struct Backprop : Sinks<P, D, FULL> {
       load8(own, acc);
       NGK_ROLLED
       for (int r = 0; r < WARPS; ++r)
-        P::multiply(acc, P::left_transposed(gz + r * 16 * LD + u / KB * 16, LD), P::right_transposed(x + r * 16 * LD + u % KB * 16, LD));
+        P::multiply(acc, P::left_transposed(gz + r * 16 * LD + u / KB * 16, LD, shared),
+                    P::right_transposed(x + r * 16 * LD + u % KB * 16, LD, shared));
       store8(own, acc);
     }
   }

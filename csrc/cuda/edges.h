@@ -104,8 +104,9 @@ struct Edges : Inputs<P, D, FULL> {
       for (int x = 0; x < this->sides(); ++x) {
         turn(x);
         const Values& raw = this->raw(x);
-        const int skipped = by_lines(raw) ? before(element_of(raw, panel.copy, e.destination, j, 0)) : 0;
-        this->take_features(this->arrival(fetched - AHEAD, x) + skipped, has_raw);
+        const bool lines = by_lines(raw);
+        const int64_t number = block->edges ? e.raw(x ? block->partner_raw_by : block->raw_by) : lines ? j : e.source;
+        this->take_features(this->arrival(fetched - AHEAD, x), element_of(raw, panel.copy, e.destination, number, 0), lines, has_raw);
       }
       turn(0);
     }

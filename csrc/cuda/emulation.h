@@ -171,7 +171,7 @@ inline void copy_async(char* to, const char* from, int n, int there) {
   machine().fibers[static_cast<size_t>(thread())].copies.back().push_back(copy);
 }
 inline void copy_async16(char* to, const char* from, int bytes) { copy_async(to, from, 16, bytes); }
-inline void copy_async4(char* to, const char* from) { copy_async(to, from, 4, 4); }
+inline void copy_async4(char* to, const char* from, int bytes) { copy_async(to, from, 4, bytes); }
 inline void copies_end() { machine().fibers[static_cast<size_t>(thread())].copies.emplace_back(); }
 template <int N>
 inline void wait_for_copies() {

@@ -88,16 +88,19 @@ struct Inputs {
   // Where the values of tile `number` arrive, of a side.
   NGK_DEVICE char* arrival(int64_t number, int of) const { return arrivals + (number % AHEAD * sides() + of) * arrival_bytes(g.channels); }
 
-  // Of the edge of this lane, from where it has arrived into the features of this side.
-  NGK_DEVICE void take_features(const char* from, bool there) {
+  // Of the edge of this lane, from where tiles arrive into the features of this side. By lines from address `first` on, or word by word, the
+  // edge's own from there on.
+  NGK_DEVICE void take_features(const char* from, const char* first, bool lines, bool there) {
     const int64_t affine = side() ? block->partner_affine : block->affine;
     const Values& values = raw(side());
     const Dtype dtype = static_cast<Dtype>(values.dtype);
+    const int size = dtype_size(dtype);
     NGK_ROLLED
     for (int c = 0; c < g.channels; ++c) {
       float x = 0;
       if (there && values.data) {
-        x = read_value<float>(from + (lane() * g.channels + c) * dtype_size(dtype), dtype);
+        const int64_t place = lane() * g.channels + c;
+        x = read_value<float>(from + (lines ? before(first) + place * size : within_word(first + c * values.channel * size) + place * 4), dtype);
         if (affine >= 0) x = fmaf(x, constants[affine], constants[affine + 1]);
       }
       features[lane() * g.channels + c] = x;

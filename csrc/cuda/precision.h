@@ -46,16 +46,33 @@ struct Bf16 {
     const uint32_t *top = reinterpret_cast<const uint32_t*>(at), *bottom = reinterpret_cast<const uint32_t*>(at + 8 * ld);
     return {{top[0], bottom[0], top[4], bottom[4]}};
   }
-  // Operands of g^T x from 16 staged rows: of g its 16 columns from `tile` on, of x likewise.
-  static NGK_DEVICE Left left_transposed(const Element* tile, int ld) {
+  // Operands of g^T x from 16 staged rows: of g its 16 columns from `tile` on, of x likewise. In shared memory, or not.
+  static NGK_DEVICE Left left_transposed(const Element* tile, int ld, bool shared) {
     Left a;
-    load_transposed(a.r, tile + (lane() / 16 * 8 + lane() % 8) * ld + lane() / 8 % 2 * 8);
+    if (shared) {
+      load_transposed(a.r, tile + (lane() / 16 * 8 + lane() % 8) * ld + lane() / 8 % 2 * 8);
+    } else {
+      NGK_UNROLL
+      for (int m = 0; m < 4; ++m) a.r[m] = pair_transposed(tile + m / 2 * 8 * ld + m % 2 * 8, ld);
+    }
     return a;
   }
-  static NGK_DEVICE Right right_transposed(const Element* tile, int ld) {
+  static NGK_DEVICE Right right_transposed(const Element* tile, int ld, bool shared) {
     Right b;
-    load_transposed(b.r, tile + (lane() / 8 % 2 * 8 + lane() % 8) * ld + lane() / 16 * 8);
+    if (shared) {
+      load_transposed(b.r, tile + (lane() / 8 % 2 * 8 + lane() % 8) * ld + lane() / 16 * 8);
+    } else {
+      NGK_UNROLL
+      for (int m = 0; m < 4; ++m) b.r[m] = pair_transposed(tile + m % 2 * 8 * ld + m / 2 * 8, ld);
+    }
     return b;
+  }
+
+ private:
+  // What load_transposed gives this lane of one of its matrices.
+  static NGK_DEVICE uint32_t pair_transposed(const Element* matrix, int ld) {
+    const Element* top = matrix + lane() % 4 * 2 * ld + lane() / 4;
+    return static_cast<uint32_t>(top[0]) | static_cast<uint32_t>(top[ld]) << 16;
   }
 };
 
@@ -109,14 +126,14 @@ struct Tf32 {
     for (int k = 0; k < 8; ++k) v[k] = at[k / 2 % 2 * 8 * ld + k / 4 * 8 + k % 2];
     return left(v);
   }
-  static NGK_DEVICE Left left_transposed(const Element* tile, int ld) {
+  static NGK_DEVICE Left left_transposed(const Element* tile, int ld, bool) {
     Left a;
     NGK_UNROLL
     for (int k = 0; k < 8; ++k) a.r[k] = tile[(k / 4 * 8 + k % 4 / 2 * 4 + lane() % 4) * ld + k % 2 * 8 + lane() / 4];
     return a;
   }
   // Laid out as Right is: (rows of the first product, of the second) of columns 0 - 7, then of columns 8 - 15.
-  static NGK_DEVICE Right right_transposed(const Element* tile, int ld) {
+  static NGK_DEVICE Right right_transposed(const Element* tile, int ld, bool) {
     Right b;
     NGK_UNROLL
     for (int k = 0; k < 8; ++k) b.r[k] = tile[(k % 4 / 2 * 8 + k % 2 * 4 + lane() % 4) * ld + k / 4 * 8 + lane() / 4];

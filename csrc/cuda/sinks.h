@@ -29,7 +29,7 @@ struct Sinks {
     sums = placed_of_warp<float>(g.sums, g.n_sums * LANES * 4) + lane() * 4;
     waiting = placed_of_warp<float>(g.waiting, eval.sides() * KB * FRAGMENTS) + lane() * 8;
     gradients = placed<float>(g.gradients);
-    staged = P::SHORT ? shared<Element>(g.staged) : placed<Element>(g.staged);
+    staged = P::SHORT && D < WIDEST ? shared<Element>(g.staged) : placed<Element>(g.staged);
     NGK_ROLLED
     for (int64_t k = 0; k < g.n_sums; ++k) store4(sums + k * LANES * 4, {{0, 0, 0, 0}});
     NGK_ROLLED

@@ -256,7 +256,10 @@ class _Lowering:
         return Stage(**found)
 
     def buffers(self, deep: bool, live: int) -> tuple[int, ...]:
-        own = (0, 3, 0, 4) if self.attention else (2, 3, 2, 4) if deep else (2, 2, 0, 3)
+        if self.attention:  # its shares are done with when the second stage below them is reached
+            parts = 2 + self.attention.multiply
+            return (0, parts, 0, parts + 1, *((parts + 2, 1, parts + 3) if live else (0, 0, 0)))
+        own = (2, 3, 2, 4) if deep else (2, 2, 0, 3)
         return (*own, own[3] + 1, own[3] + 2, own[3] + 3) if live else (*own, 0, 0, 0)
 
     def gradient_places(self, stages: Sequence[Stage]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .lower import FROM_NORM, Lowered, Unsupported
+from .lower import FROM_NORM, WIDTHS, Lowered, Unsupported
 from .plan import WARPS
 
 PLACES = ("features", "arrivals", "stash", "carry", "statistics", "sources", "sums", "waiting", "scores", "copied", "constants_copied", "staged", "gradients")  # args.h
@@ -61,6 +61,7 @@ def placed(low: Lowered, precision: str, backward: bool, limit: int) -> tuple[di
     """
     used, copied = 0, 0
     inside, outside, found = {}, {}, sizes(low, precision, backward)
+    always = {"constants_copied", "features", "arrivals", "scores"} | ({"staged"} if precision == "bf16" and low.d < WIDTHS[-1] else set())
     for name in SHARED_FIRST:
         size = -(-found.get(name, 0) // 128) * 128
         if not size:
@@ -69,7 +70,7 @@ def placed(low: Lowered, precision: str, backward: bool, limit: int) -> tuple[di
             inside[name] = (used, size)
             used += size
             copied = low.matrices.size if name == "copied" else copied
-        elif name in ("constants_copied", "features", "arrivals", "scores") or (name == "staged" and precision == "bf16"):
+        elif name in always:
             raise Unsupported(f"{name} of {size} bytes beside {used} in {limit} bytes of shared memory: registers this wide, rounded to {precision},")
         elif name != "copied":
             outside[name] = size
