@@ -92,7 +92,7 @@ lint: build  ## check Python with ruff
 	$(PY) -m ruff check .
 
 # CUDA kernels for the GPU that is there alone: every further architecture takes minutes more
-gpu gpu-long: export TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)
+gpu gpu-long: export TORCH_CUDA_ARCH_LIST := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)
 gpu gpu-long: export BEGAN := $(shell date +%s)
 
 gpu: build  ## on a machine with a GPU and its PyTorch: tests of the GPU kernels, compute-sanitizer, timings, in 10 minutes; logs into out/gpu

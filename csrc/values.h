@@ -42,36 +42,44 @@ NGK_INLINE uint16_t to_f16(float f) {
   return h;
 }
 
+// A number at an address that is a multiple of its size.
+template <class X>
+NGK_INLINE X number_at(const char* p) {
+#if defined(__CUDA_ARCH__)
+  return *reinterpret_cast<const X*>(p);  // what memcpy does byte by byte there
+#else
+  X x;
+  std::memcpy(&x, p, sizeof(X));
+  return x;
+#endif
+}
+template <class X>
+NGK_INLINE void put_number(char* p, X x) {
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<X*>(p) = x;
+#else
+  std::memcpy(p, &x, sizeof(X));
+#endif
+}
+
 NGK_INLINE int dtype_size(Dtype d) { return d == F64 ? 8 : d == F32 ? 4 : 2; }
 
 template <class T>
 NGK_INLINE T read_value(const char* p, Dtype dtype) {
-  float f;
-  double d;
-  uint16_t h;
-  switch (dtype) {
-    case F32:
-      std::memcpy(&f, p, 4);
-      return static_cast<T>(f);
-    case F64:
-      std::memcpy(&d, p, 8);
-      return static_cast<T>(d);
-    default:
-      std::memcpy(&h, p, 2);
-      return static_cast<T>(dtype == BF16 ? from_bf16(h) : from_f16(h));
-  }
+  if (dtype == F32) return static_cast<T>(number_at<float>(p));
+  if (dtype == F64) return static_cast<T>(number_at<double>(p));
+  const uint16_t h = number_at<uint16_t>(p);
+  return static_cast<T>(dtype == BF16 ? from_bf16(h) : from_f16(h));
 }
 template <class T>
 NGK_INLINE void write_value(char* p, Dtype dtype, T x) {
   const float f = static_cast<float>(x);
-  const double d = static_cast<double>(x);
   if (dtype == F32) {
-    std::memcpy(p, &f, 4);
+    put_number(p, f);
   } else if (dtype == F64) {
-    std::memcpy(p, &d, 8);
+    put_number(p, static_cast<double>(x));
   } else {
-    const uint16_t h = dtype == BF16 ? to_bf16(f) : to_f16(f);
-    std::memcpy(p, &h, 2);
+    put_number(p, dtype == BF16 ? to_bf16(f) : to_f16(f));
   }
 }
 

@@ -58,6 +58,15 @@ def _triton(device: torch.device | None) -> str | None:
     return None if capability >= (8, 0) else f"it needs compute capability 8.0 or newer, the device has {capability[0]}.{capability[1]}"
 
 
+def tf32() -> bool:
+    """Whether PyTorch's own matrix products on a GPU may round their operands to tf32."""
+    matmul = torch.backends.cuda.matmul
+    if torch.compiler.is_compiling():  # which reads this alone
+        return matmul.allow_tf32
+    precision = getattr(matmul, "fp32_precision", None)  # once it is set, the older setting cannot be read
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
 def emulated() -> ctypes.CDLL | None:
     """The library in which the CUDA kernels run on the CPU, inside `emulate_cuda`."""
     return _emulated[-1] if _emulated else None

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from . import mapped
-from .kept import kept
+from .kept import hold, kept
 
 MAX_TABLE_NODES = 1 << 14  # beyond this |w|, weights take the direct path one by one
 ASSUMED_RANGE = 2.0  # of weights that cannot be looked at: in compiled code, in plans
@@ -181,7 +181,8 @@ def _kept(frequencies: torch.Tensor, key: tuple, make: Callable):
             _basis_cache[key] = _basis_cache.pop(key)  # those asked for last stay
     elif len(_basis_cache) >= 16:
         _basis_cache.pop(next(iter(_basis_cache)))
-    return kept(_basis_cache, key, lambda: (frequencies, make()))[1]
+    found = kept(_basis_cache, key, lambda: (frequencies, make()))
+    return found[1] if torch.compiler.is_compiling() else hold(found)[1]
 
 
 def _extremes(w: torch.Tensor):

@@ -58,7 +58,7 @@ def too_long(edges: EdgeState, exact: bool, more: int = 0) -> bool:
 def exact_products(edges: EdgeState) -> bool:
     """Whether matrix products on a GPU are exact now: neither bfloat16 autocast nor tf32 is on."""
     low = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is torch.bfloat16
-    return edges.weights[0].dtype is torch.float64 or not (low or torch.backends.cuda.matmul.allow_tf32)
+    return edges.weights[0].dtype is torch.float64 or not (low or backends.tf32())
 
 
 def applies(edges: EdgeState, backend: str) -> bool:

@@ -22,7 +22,7 @@ build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc")
 INSTANCES = {f"{way} {rounding}" for way in ("forward", "backward") for rounding in ("bf16", "tf32", "exact")}
-SIMPLE = {"Gather", "Project", "NodeGradient", "Fold", "SumBlocks", "Merge", "Coefficients", "SumCells", "Softmax", "Delta", "Store"}
+SIMPLE = {"Gather", "Project", "NodeGradient", "Fold", "SumBlocks", "Merge", "Coefficients", "SumCells", "MergeCells", "Softmax", "Delta", "Store"}
 PURPOSES = {"width": "", "options": "options ", "attend": "attend "}
 
 
@@ -84,6 +84,7 @@ def test_the_record_is_whole():
 @pytest.mark.parametrize(("text", "wanted"), [
     ("9.0", ["arch=compute_90,code=[sm_90]"]),
     ("9.0+PTX;8.0", ["arch=compute_80,code=[sm_80,sm_90]", "arch=compute_90,code=compute_90"]),
+    ("7.5 8.6 9.0;", ["arch=compute_86,code=[sm_86,sm_90]"]),
     ("8.6 10.0a", ["arch=compute_86,code=[sm_86]", "arch=compute_100a,code=sm_100a"]),
 ])
 def test_architectures(text: str, wanted: list[str], monkeypatch):

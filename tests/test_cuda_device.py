@@ -91,7 +91,7 @@ def test_run_to_run(sample: Sample, autocast: torch.dtype | None):
         assert_bitwise(run_engine(sample, t, "cuda", autocast=autocast), first)
 
 
-@pytest.mark.parametrize("sample", **named(LARGE))
+@pytest.mark.parametrize("sample", **named(SUMS))
 def test_every_width_against_the_oracle(sample: Sample):
     wanted, plain = float32_oracle(sample)
     assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, 8e-6)

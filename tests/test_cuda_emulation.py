@@ -189,6 +189,16 @@ def test_tiles_are_full():
         assert work.slots == 16 * tiles
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
+def test_tables_of_networks_whose_weights_are_mostly_0(kept: float):
+    """Most edges are in one cell, and are summed by many threads."""
+    sample = SAMPLE_OF["table-reciprocal"].but("pruned", networks=(mlp(3, 40, 30, 2, copies=2),), head=0)
+    t, g = cast(leaves(sample), torch.float32), torch.Generator().manual_seed(0)
+    for name in (n for n in t if n.startswith("weights.")):
+        t[name] *= torch.rand(t[name].shape, generator=g) < kept
+    assert_budget(run_engine(sample, t, "cuda"), run_oracle(sample, cast(t, torch.float64)), run_oracle(sample, t), checks.FLOAT32_FLOOR)
+
+
 def test_nan_stays_with_its_neuron():
     sample = PLAIN.but("nan", head=0, reduce=("sum", "mean", "min", "max", "std", "var"))
     t = cast(leaves(sample), torch.float32)
@@ -266,6 +276,8 @@ def test_plans_are_made_on_their_device():
 
 # ---- seeded bugs ----
 PATCHES = (
+    ("cells-that-go-on-overwritten", "second_stage.h", "(first > begin)) * 2 * TABLE_LINES", "(first < 0)) * 2 * TABLE_LINES"),
+    ("cells-of-one-piece-alone", "second_stage.h", "piece <= (end - 1) / PIECE", "piece <= begin / PIECE"),
     ("numbers-all-the-first", "second_stage.h", "s.to[k] = s.values[k];", "s.to[k] = s.values[0];"),
     ("tail-of-sources-counts", "edges.h", "sources = first(panel.j1 - j);", "sources = 0xffffu;"),
     ("tail-of-destinations-counts", "edges.h", "left = (panel.i1 - i) << block->log_rows", "left = 16"),
@@ -310,6 +322,8 @@ def passes(library: Path) -> bool:
                 assert_budget(run_engine(sample, cast(leaves(sample), torch.float32), "cuda"), wanted, plain, checks.FLOAT32_FLOOR)
             test_tiles_of_several_destinations((TINY, *SMALL), "table-reciprocal")
             test_how_weights_lie_in_memory_does_not_matter(torch.float32, 1)
+            test_how_weights_lie_in_memory_does_not_matter(torch.bfloat16, 3)
+            test_tables_of_networks_whose_weights_are_mostly_0(0.3)
             t = cast(leaves(LOW[0]), torch.float32)
             wanted, plain = run_oracle(LOW[0], cast(t, torch.float64)), run_oracle(LOW[0], t, low=True)
             for of in (0, BACKWARDS, AHEAD):

@@ -45,23 +45,28 @@ def runtime_folder(nvcc: str) -> Path:
 def architectures(listed: str | None = None) -> list[str]:
     """Options of nvcc for the capabilities `listed` as in "8.0;9.0+PTX"; None: for TORCH_CUDA_ARCH_LIST, or ARCHITECTURES.
 
-    The kernels use nothing that is newer than 8.0: the front end runs once, for the oldest, and only the assembler for each.
+    The kernels use nothing that is newer than 8.0: the front end runs once, for the oldest, and only the assembler for each. Older capabilities
+    have no such kernels: they are left out.
 
     Raises:
-        SystemExit: an entry that is not a capability of 8.0 or more.
+        SystemExit: an entry that is not a capability; none of 8.0 or more.
     """
-    entries = re.split(r"[;\s]+", (listed or os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(ARCHITECTURES)).strip())
+    text = listed or os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(ARCHITECTURES)
     plain, options = {}, []
-    for entry in entries:
+    for entry in filter(None, re.split(r"[;\s]+", text)):
         found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
-        if not found or int(found[1]) < 8:
+        if not found:
             raise SystemExit(f"ngkernels: expected TORCH_CUDA_ARCH_LIST to name capabilities of 8.0 or more such as 9.0, got {entry!r}")
+        if int(found[1]) < 8:
+            continue
         number = f"{found[1]}{found[2]}{found[3]}"
         if found[3]:
             options += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         else:
             plain[int(number)] = f"sm_{number}"
         options += ["-gencode", f"arch=compute_{number},code=compute_{number}"] if found[4] else []
+    if not plain and not options:
+        raise SystemExit(f"ngkernels: expected TORCH_CUDA_ARCH_LIST to name capabilities of 8.0 or more such as 9.0, got {text!r}")
     if plain:
         options = ["-gencode", f"arch=compute_{min(plain)},code=[{','.join(plain[n] for n in sorted(plain))}]", *options]
     return options

@@ -1,13 +1,14 @@
 // A GPU on the host: the threads of a block are fibers that run one after the other up to what they do together. For tests; slow.
 //
 // What lanes of a warp do together counts their arrivals: lanes that meet at different instructions, or leave while others wait, are an
-// error. Shared memory starts as NaN. Where a barrier is missing, results differ between the orders in which threads run: `backwards`, and
+// error. Shared memory starts as NaN. Products truncate. Where a barrier is missing, results differ between the orders in which threads run: `backwards`, and
 // `ahead`: each warp goes as far as it can before the next one.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -200,15 +201,29 @@ inline float low_half(float packed, int k) {  // k-th bf16 of a pair
   return f;
 }
 
+// The sum of n numbers as tensor cores have it: all cut off, towards zero, two bits below the last one of the largest, and so the result.
+inline float truncating_sum(const double* x, int n) {
+  double largest = 0, sum = 0;
+  for (int k = 0; k < n; ++k) sum += x[k], largest = std::fabs(x[k]) > largest ? std::fabs(x[k]) : largest;
+  if (!(std::fabs(sum) <= 1e300) || largest == 0) return static_cast<float>(sum);
+  const int exponent = std::ilogb(largest) - 25;
+  const double unit = std::ldexp(1.0, exponent), inverse = std::ldexp(1.0, -exponent);
+  int64_t units = 0;
+  for (int k = 0; k < n; ++k) units += static_cast<int64_t>(x[k] * inverse);
+  const double exact = static_cast<double>(units) * unit;
+  const float nearest = static_cast<float>(exact);
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(exact) ? std::nextafterf(nearest, 0.0f) : nearest;
+}
 // d += a b by the layouts of the PTX manual; `a_at`, `b_at`: (row, k) of a and (k, column) of b, in the given numbers of a lane.
 template <int K, class A, class B>
 inline void multiply_all(int first, A&& a_at, B&& b_at) {
   for (int l = 0; l < 32; ++l)
     for (int e = 0; e < 4; ++e) {
       const int row = l / 4 + e / 2 * 8, column = l % 4 * 2 + e % 2;
-      double sum = taken(first + l)[e];
-      for (int k = 0; k < K; ++k) sum += static_cast<double>(a_at(row, k)) * static_cast<double>(b_at(k, column));
-      taken(first + l)[4 + e] = static_cast<float>(sum);
+      double terms[K + 1];
+      for (int k = 0; k < K; ++k) terms[k] = static_cast<double>(a_at(row, k)) * static_cast<double>(b_at(k, column));
+      terms[K] = taken(first + l)[e];
+      taken(first + l)[4 + e] = truncating_sum(terms, K + 1);
     }
 }
 inline void bring(float* d, const void* a, const void* b) {

@@ -35,9 +35,15 @@ int launch(const Launch& l) {
   if (l.blocks <= 0) return 0;
 #if defined(__CUDACC__)
   const auto kernel = entry<K, Args, SIZE>;
-  if (l.shared > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared));
-    if (error != cudaSuccess) return static_cast<int>(error);
+  if (l.shared > 48 * 1024) {  // as much as there is, whatever this launch needs: other threads launch the same kernel
+    int device = 0, most = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // else the next launch would return it
+      return static_cast<int>(error);
+    }
   }
   kernel<<<static_cast<unsigned>(l.blocks), SIZE, static_cast<size_t>(l.shared), static_cast<cudaStream_t>(l.stream)>>>(args);
   return static_cast<int>(cudaGetLastError());

@@ -36,6 +36,8 @@ inline int launch_by_number(int kernel, const Launch& l) {
       return launch_simple<Delta>(l);
     case 10:
       return launch_simple<Store>(l);
+    case 11:
+      return launch_simple<MergeCells>(l);
     default:
       break;
   }

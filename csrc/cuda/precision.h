@@ -13,7 +13,7 @@ namespace ngk::cuda {
 struct Bf16 {
   using Element = uint16_t;            // of packed matrices and of staged rows
   static constexpr bool SHORT = true;  // a row of operands fits into registers
-  struct Left {
+  struct alignas(16) Left {
     uint32_t r[4];
   };
   struct Right {  // 16 x 16: two products' right operands
@@ -76,12 +76,14 @@ struct Bf16 {
   }
 };
 
-// tf32: one product, or three, of the operands and what rounding took from them, which is as good as float32.
+// tf32: one product, or three, of the operands and what rounding took from them, which is as good as float32. Tensor cores truncate what they
+// add to (they do on all GPUs that were measured: Fasi et al., PeerJ CS 2021; Ootomo and Yokota, IJHPCA 2022), which in long sums leads away from
+// the exact one: the three are summed on their own, and added by an instruction that rounds.
 template <bool EXACT>
 struct Tf32 {
   using Element = float;
   static constexpr bool SHORT = false;
-  struct Left {
+  struct alignas(16) Left {
     float r[8];
   };
   struct Right {
@@ -109,10 +111,15 @@ struct Tf32 {
       NGK_UNROLL
       for (int n = 0; n < 2; ++n) {
         if (EXACT) {
-          mma_tf32(acc + 4 * n, ah, bl + 2 * n);
-          mma_tf32(acc + 4 * n, al, bh + 2 * n);
+          float part[4] = {0, 0, 0, 0};
+          mma_tf32(part, ah, bl + 2 * n);
+          mma_tf32(part, al, bh + 2 * n);
+          mma_tf32(part, ah, bh + 2 * n);
+          NGK_UNROLL
+          for (int e = 0; e < 4; ++e) acc[4 * n + e] += part[e];
+        } else {
+          mma_tf32(acc + 4 * n, ah, bh + 2 * n);
         }
-        mma_tf32(acc + 4 * n, ah, bh + 2 * n);
       }
     }
   }

@@ -49,15 +49,16 @@ struct Term {
   int64_t x, width, n_out, wd, ws, b, column;
 };
 
-// out [2, N, columns]: the terms of all nodes as destinations (with biases), as sources.
+// out [2, N, columns]: the terms of all nodes as destinations (with biases), as sources. weights [2, widest, columns]: their matrices, one below
+// the other, so that neighbouring threads read neighbours.
 struct Project {
   static constexpr bool TOGETHER = false;
   struct Args {
     float* out;
     const int64_t *xs, *owners;  // addresses of node states; term of each column, -1: padding
     const Term* terms;
-    const float* params;
-    int64_t nodes, columns;
+    const float *weights, *params;
+    int64_t nodes, columns, widest;
   };
   static NGK_DEVICE void run(const Args& g) {
     const int64_t k = own_index();
@@ -66,10 +67,9 @@ struct Project {
     float total = 0;
     if (g.owners[column] >= 0) {
       const Term& t = g.terms[g.owners[column]];
-      const int64_t o = column - t.column;
-      const float *x = reinterpret_cast<const float*>(g.xs[t.x]) + node * t.width, *w = g.params + (side ? t.ws : t.wd) + o * t.width;
-      if (!side && t.b >= 0) total = g.params[t.b + o];
-      for (int64_t i = 0; i < t.width; ++i) total = fmaf(x[i], w[i], total);
+      const float *x = reinterpret_cast<const float*>(g.xs[t.x]) + node * t.width, *w = g.weights + side * g.widest * g.columns + column;
+      if (!side && t.b >= 0) total = g.params[t.b + column - t.column];
+      for (int64_t i = 0; i < t.width; ++i) total = fmaf(x[i], w[i * g.columns], total);
     }
     g.out[k] = total;
   }
@@ -249,31 +249,62 @@ struct Coefficients {
   }
 };
 
-// sums [parts, cells, 2 TABLE_LINES, width]: over a part of each cell's edges (starts[c] .. of `order`), for the lines of its two nodes.
+// What edges add to the lines of their cell's two nodes, [2 TABLE_LINES, width]. Edges are sorted by cell and taken PIECE at a time, however many
+// a cell has: what a piece has of the cell that it begins with, and ends with, is put down as `ends` [pieces, 2, ..], and merged later; the
+// cells between, which it has whole, go to sums [cells, ..].
+constexpr int PIECE = 256;
 struct SumCells {
   static constexpr bool TOGETHER = false;
   struct Args {
-    float* sums;
+    float *sums, *ends;
     const float *curves, *places;
-    const int64_t *order, *starts;
-    int64_t cells, parts, width, table_nodes, steps;
+    const int64_t* order;
+    const int32_t* cells;  // of the sorted edges; -1: beyond the table
+    int64_t n, width, table_nodes, steps;
   };
   static NGK_DEVICE void run(const Args& g) {
-    const int64_t k = own_index();
-    if (k >= g.parts * g.cells * g.width) return;
-    const int64_t c = k % g.width, cell = k / g.width % g.cells, part = k / g.width / g.cells;
-    const int64_t begin = g.starts[cell], end = g.starts[cell + 1], share = (end - begin + g.parts - 1) / g.parts;
-    const int64_t first = begin + part * share, last = first + share < end ? first + share : end;
+    const int64_t k = own_index(), piece = k / g.width, c = k % g.width, begin = piece * PIECE;
+    if (begin >= g.n) return;
+    const int64_t end = begin + PIECE < g.n ? begin + PIECE : g.n;
     float total[2 * TABLE_LINES] = {0, 0, 0, 0, 0, 0};
-    for (int64_t e = first; e < last; ++e) {
+    int64_t first = begin;
+    NGK_ROLLED
+    for (int64_t e = begin; e < end; ++e) {
       float h[HERMITE];
-      hermite_cells<Number>(g.places + g.order[e], 1, static_cast<float>(int64_t(1) << g.steps), g.table_nodes / 2, h + 12, h, h + 6, 1);
-      const float x = g.curves[g.order[e] * g.width + c];
+      const int64_t edge = g.order[e];
+      hermite_cells<Number>(g.places + edge, 1, static_cast<float>(int64_t(1) << g.steps), g.table_nodes / 2, h + 12, h, h + 6, 1);
+      const float x = g.cells[e] < 0 ? 0.0f : g.curves[edge * g.width + c];
       NGK_UNROLL
-      for (int l = 0; l < 2 * TABLE_LINES; ++l) total[l] = fmaf(h[l], x, total[l]);
+      for (int l = 0; l < 2 * TABLE_LINES; ++l) total[l] = g.cells[e] < 0 ? 0.0f : fmaf(h[l], x, total[l]);
+      if (e + 1 < end && g.cells[e + 1] == g.cells[e]) continue;
+      const bool whole = first > begin && e + 1 < end;
+      float* to = whole ? g.sums + g.cells[e] * 2 * TABLE_LINES * g.width : g.ends + (2 * piece + (first > begin)) * 2 * TABLE_LINES * g.width;
+      NGK_UNROLL
+      for (int l = 0; l < 2 * TABLE_LINES; ++l) to[l * g.width + c] = total[l], total[l] = 0;
+      first = e + 1;
     }
-    NGK_UNROLL
-    for (int l = 0; l < 2 * TABLE_LINES; ++l) g.sums[((part * g.cells + cell) * 2 * TABLE_LINES + l) * g.width + c] = total[l];
+  }
+};
+// sums [cells, 2 TABLE_LINES, width] of all cells, whose edges are starts[c] .. starts[c + 1] - 1 of the sorted ones.
+struct MergeCells {
+  static constexpr bool TOGETHER = false;
+  struct Args {
+    float* sums;
+    const float* ends;
+    const int64_t* starts;
+    int64_t n, numbers, width;
+  };
+  static NGK_DEVICE void run(const Args& g) {
+    const int64_t k = own_index(), of_cell = 2 * TABLE_LINES * g.width;
+    if (k >= g.numbers) return;
+    const int64_t begin = g.starts[k / of_cell], end = g.starts[k / of_cell + 1];
+    float total = 0;
+    for (int64_t piece = begin / PIECE; begin < end && piece <= (end - 1) / PIECE; ++piece) {
+      const int64_t first = piece * PIECE, last = first + PIECE < g.n ? first + PIECE : g.n;
+      const bool at_begin = begin <= first, at_end = end >= last;
+      total += at_begin || at_end ? g.ends[(2 * piece + !at_begin) * of_cell + k % of_cell] : g.sums[k];
+    }
+    g.sums[k] = total;
   }
 };
 

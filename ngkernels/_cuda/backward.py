@@ -95,15 +95,16 @@ class Backward:
             self.add_table_gradient(found["cells"], found["places"], found["curves"])
 
     def add_table_gradient(self, cells: torch.Tensor, places: torch.Tensor, curves: torch.Tensor) -> None:
-        """Every edge adds to the lines of two nodes: sorted by cell (stably: in the order of the panels), those of a part of a cell at a time."""
+        """Every edge adds to the lines of two nodes: sorted by cell (stably: in the order of the panels), a piece of them at a time."""
         directions, nodes, lines, width = self.call.grad_table.shape
         found, order = cells.sort(stable=True)
-        count = directions * nodes
+        count, slots = directions * nodes, len(cells)
         starts = torch.searchsorted(found, torch.arange(count + 1, dtype=torch.int32, device=cells.device))
-        parts = min(64, max(1, (1 << 20) // (count * width)))
-        sums = places.new_empty(parts, count, 2 * lines, width)
-        simple("sum_cells", parts * count * width, sums, curves, places, order, starts, count, parts, width, nodes, self.call.low.steps)
-        total = sums.sum(0).view(directions, nodes, 2 * lines, width)
+        pieces = -(-slots // launch.PIECE)
+        ends, sums = places.new_empty(pieces, 2, 2 * lines, width), places.new_empty(count, 2 * lines, width)
+        simple("sum_cells", pieces * width, sums, ends, curves, places, order, found, slots, width, nodes, self.call.low.steps)
+        simple("merge_cells", sums.numel(), sums, ends, starts, slots, sums.numel(), width)
+        total = sums.view(directions, nodes, 2 * lines, width)
         self.call.grad_table.add_(total[:, :, :lines])
         self.call.grad_table[:, 1:] += total[:, :-1, lines:]
 

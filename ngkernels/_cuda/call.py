@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from .. import backends
@@ -104,9 +105,11 @@ class Call:
 
     def project(self) -> torch.Tensor:
         """[2, N, columns]: the node terms of all nodes as destinations and as sources."""
-        out = self.params.new_empty(2, self.n_nodes, self.low.columns)
-        addresses = launch.numbers([x.data_ptr() for x in self.xs], self.device)
-        simple("project", out.numel(), out, addresses, self.tables[4], self.tables[3], self.params, self.n_nodes, self.low.columns)
+        out, where = self.params.new_empty(2, self.n_nodes, self.low.columns), self.tables[6]
+        if out.numel():
+            weights, addresses = self.params.new_empty(where.shape), launch.numbers([x.data_ptr() for x in self.xs], self.device)
+            simple("gather", where.numel(), self.params, where, weights, where.numel(), 0)
+            simple("project", out.numel(), out, addresses, self.tables[4], self.tables[3], weights, self.params, self.n_nodes, self.low.columns, where.shape[1])
         return out
 
     # ---- launches ----
@@ -132,7 +135,8 @@ class Call:
         blocks = -(-work.n // WARPS)
         inside, outside, copied = placed(self.low, self.precision, self.backward, launch.shared_limit(self.device))
         each = sum(outside.values())
-        most = max(1, launch.BUDGET // each) if each else blocks
+        wave = launch.multiprocessors(self.device)
+        most = max(1, launch.BUDGET // each // wave) * wave if each else blocks  # whole waves
         room = self.params.new_empty(min(blocks, most) * each, dtype=torch.uint8) if each else None
         places, begin = {name: (0, offset, 0) for name, (offset, _) in inside.items()}, 0
         for name, size in outside.items():
@@ -152,19 +156,23 @@ _tables = Recent(1024)
 
 
 def tables_of(low: Lowered, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """(stages, maps of matrices and constants, node terms, term of each of their columns, places of the parameters' gradients) on a device."""
+    """(stages, maps of matrices and constants, node terms, term of each of their columns, places of the parameters' gradients, map of the node
+    terms' matrices [destinations and sources, widest state, columns]) on a device."""
     # low is kept beside them: so long its id is its own
     return _tables.get((id(low), device), lambda: (low, tuple(t.to(device) for t in _tables_on_host(low))))[1]
 
 
 def _tables_on_host(low: Lowered) -> tuple[torch.Tensor, ...]:
     owners = [-1] * low.columns
+    weights = np.full((2, max([0, *(t.width for t in low.terms)]), low.columns), -1, np.int32)
     for k, t in enumerate(low.terms):
         owners[t.column : t.column + t.n_out] = [k] * t.n_out
+        for side, first in enumerate((t.wd, t.ws)):
+            weights[side, : t.width, t.column : t.column + t.n_out] = first + np.arange(t.n_out * t.width).reshape(t.n_out, t.width).T
     stages = torch.tensor(low.stages, dtype=torch.int32)
     terms = torch.tensor(low.terms, dtype=torch.int64)
     maps = (torch.from_numpy(m) for m in (low.matrices, low.constants))
-    return stages, *maps, terms, torch.tensor(owners, dtype=torch.int64), torch.from_numpy(low.gradients)
+    return stages, *maps, terms, torch.tensor(owners, dtype=torch.int64), torch.from_numpy(low.gradients), torch.from_numpy(weights)
 
 
 @lru_cache(maxsize=256)

@@ -10,11 +10,12 @@ import torch
 from .. import backends
 from .lower import WIDTHS
 
-KERNELS = ("gather", "project", "node_gradient", "fold", "sum_blocks", "merge", "coefficients", "sum_cells", "softmax", "delta", "store")  # csrc/cuda/launcher.h
+KERNELS = ("gather", "project", "node_gradient", "fold", "sum_blocks", "merge", "coefficients", "sum_cells", "softmax", "delta", "store", "merge_cells")  # csrc/cuda/launcher.h
 PURPOSES = ("messages", "options", "attend")
 PRECISIONS = ("bf16", "tf32", "exact")
 STORED = 254  # numbers that a launch of store takes: csrc/cuda/second_stage.h
 THREADS = 256  # of a block, where threads work on their own
+PIECE = 256  # edges that a thread of sum_cells takes: csrc/cuda/second_stage.h
 BUDGET = 256 << 20  # bytes of partial results in memory at a time
 EMULATED_SHARED = 232448  # bytes of shared memory of an emulated block, and of one that is planned
 
@@ -34,6 +35,13 @@ def shared_limit(device: torch.device) -> int:
     if device.type != "cuda":
         return EMULATED_SHARED
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks run side by side at least; for a plan, those of an H100 or H200."""
+    if device.type != "cuda":
+        return 132 if device.type == "meta" else 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def numbers(values: Sequence[int], device: torch.device) -> torch.Tensor:

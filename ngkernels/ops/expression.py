@@ -50,7 +50,7 @@ def compute_mode(backend: int) -> int:
     low = any(torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) is torch.bfloat16 for d in ("cpu", "cuda"))
     gpu = backends.BACKENDS[backend] in ("triton", "cuda")
     free = gpu and backends.forced() is None
-    return LOW * low + 2 * backend + TF32 * (gpu and torch.backends.cuda.matmul.allow_tf32) + FREE * free  # what torch.compile can read
+    return LOW * low + 2 * backend + TF32 * (gpu and backends.tf32()) + FREE * free
 
 
 def mode_for(op: str, edges: EdgeState, columns: int = 0, over: str | None = None) -> int:
