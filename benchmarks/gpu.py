@@ -1,4 +1,5 @@
-"""Training steps on a GPU: the Triton kernels beside the published baselines, eager and compiled, and FlexAttention, in one run.
+"""Training steps on a GPU: our kernels, eager and captured as a CUDA graph, beside the published baselines, eager and compiled, and
+FlexAttention, in one run.
 
 `python -m benchmarks.gpu` appends one record for each measurement to results/<device>/gpu.jsonl: raw times of single steps by CUDA
 events, peak bytes of the allocator, what was measured and on what. Before anything is timed its logits must agree with the oracle's in
@@ -33,14 +34,14 @@ LIMITS = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # relative error of logits 
 @dataclass(frozen=True)
 class Plan:
     """What is measured of a model: layouts, a few of them for a first look, and its rivals. columns: of NG-GNN's states, 0: another model.
-    slow: our providers that a first look leaves out."""
+    slow: whether Triton takes minutes to compile it."""
 
     model: Model
     layouts: str
     quick: str
     rivals: tuple[str, ...]
     columns: int = 0
-    slow: tuple[str, ...] = ()
+    slow: bool = False
 
 
 ATTENTION = (("2x256x512x3", 128), ("2x1024x2048x3", 128))  # layouts for attend beside FlexAttention, columns of queries
@@ -50,27 +51,32 @@ PLANS = (
         ("pyg-tuned", "pyg-tuned-compile"), 32,
     ),
     Plan(nggnn_of(64), "2x256x512x3,2x1024x2048x3,2x2048x4096x3", "2x256x512x3", ("pyg-tuned",), 64),
-    Plan(MODELS["ng-t"], "2x32x32x1@16,2x64x128x3,2x256x512x3", "2x32x32x1@16", ("dense", "dense-compile"), slow=("ngk-triton",)),
+    Plan(MODELS["ng-t"], "2x32x32x1@16,2x64x128x3,2x256x512x3", "2x32x32x1@16", ("dense", "dense-compile"), slow=True),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Contender:
+    """captured: as a CUDA graph, which the host launches at once."""
+
     provider: Provider
     precision: str
+    captured: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.provider.name}-{self.precision}"
+        return f"{self.provider.name}-{self.precision}{'-captured' * self.captured}"
 
 
 OURS = (Provider("ngk-triton", "ngkernels, Triton kernels", backend="triton"), Provider("ngk-cuda", "ngkernels, CUDA kernels", backend="cuda"))
 
 
 def contenders(plan: Plan, quick: bool) -> list[Contender]:
-    """Every provider in every precision; for a first look our kernels in each, but for those that take minutes to compile, and rivals in one."""
-    found = [Contender(provider, precision) for provider in OURS if not (quick and provider.name in plan.slow) for precision in LIMITS]
-    return found + [Contender(PROVIDERS[name], precision) for precision in (["tf32"] if quick else LIMITS) for name in plan.rivals]
+    """Every provider in every precision. A first look: rivals in tf32, Triton in bf16 and last, as its kernels have to be compiled."""
+    ours = {p.name: [Contender(p, precision, captured) for precision in LIMITS for captured in (False, True)] for p in OURS}
+    rivals = [Contender(PROVIDERS[name], precision) for precision in (["tf32"] if quick else LIMITS) for name in plan.rivals]
+    triton = [c for c in ours.pop("ngk-triton", []) if not quick or (c.precision == "bf16" and not plan.slow)]
+    return [*itertools.chain(*ours.values()), *rivals, *triton]
 
 
 def step_of(model: Model, contender: Contender, case: Case, oracle: nn.Module, device: torch.device) -> Callable[[], Tensor]:
@@ -100,6 +106,25 @@ def step_of(model: Model, contender: Contender, case: Case, oracle: nn.Module, d
     return forced
 
 
+def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """The step as a CUDA graph: replayed, on the same weights, with the same gradients."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay
+
+
 def truth(model: Model, case: Case, oracle: nn.Module, device: torch.device) -> Tensor:
     """Logits of the oracle in float64."""
     name = PLANS[[p.model for p in PLANS].index(model)].rivals[0]
@@ -123,6 +148,8 @@ def measure(model: Model, contender: Contender, case: Case, oracle: nn.Module, t
     found = {"model": model.name, "contender": contender.name, "precision": contender.precision, "layout": list(case.layout), "batch": case.batch, "edges": case.edges}
     try:
         step = step_of(model, contender, case, oracle, device)
+        if contender.captured:
+            step = captured(step, device)
         logits = step()
         if true is not None:
             error = ((logits.double() - true).norm() / true.norm()).item()

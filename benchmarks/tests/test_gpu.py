@@ -23,7 +23,7 @@ def on_cpu(step, device, samples):
 @pytest.fixture
 def small(monkeypatch):
     """Every plan on a network of a few neurons, with backends that a CPU has."""
-    for name, value in (("OURS", OURS), ("timed", on_cpu), ("PLANS", tuple(gpu.replace(p, quick="2x4x6x3@2", rivals=p.rivals[:1]) for p in gpu.PLANS))):
+    for name, value in (("OURS", OURS), ("timed", on_cpu), ("captured", lambda step, device: step), ("PLANS", tuple(gpu.replace(p, quick="2x4x6x3@2", rivals=p.rivals[:1]) for p in gpu.PLANS))):
         monkeypatch.setattr(gpu, name, value)
     before = torch.get_float32_matmul_precision()
     yield
@@ -43,8 +43,8 @@ def test_each_contender_of_each_plan_is_measured(small):
     pytest.importorskip("benchmarks.gpu_rates", reason="Triton is not installed")
     found = list(gpu.measure_models(RATES, CPU, True, 2))
     assert [f for f in found if "failed" in f] == []
-    assert {f["contender"] for f in found} == {*(f"ngk-reference-{p}" for p in gpu.LIMITS), "pyg-tuned-tf32", "dense-tf32"}
-    assert len(found) == 4 * len(gpu.PLANS) and all(f["error"] < gpu.LIMITS[f["precision"]] and len(f["seconds"]) == 2 for f in found)
+    assert {f["contender"] for f in found} == {*(f"ngk-reference-{p}{c}" for p in gpu.LIMITS for c in ("", "-captured")), "pyg-tuned-tf32", "dense-tf32"}
+    assert len(found) == 7 * len(gpu.PLANS) and all(f["error"] < gpu.LIMITS[f["precision"]] and len(f["seconds"]) == 2 for f in found)
     shares = {f["model"]: f["share"] for f in found if f["contender"] == "ngk-reference-fp32" and "share" in f}
     assert set(shares) == {"ng-gnn", "ng-gnn-64"} and shares["ng-gnn-64"] > 1.9 * shares["ng-gnn"]
     assert all(f["model"] in gpu.line_of(f) and "1000.000 ms" in gpu.line_of(f) for f in found)

@@ -213,12 +213,14 @@ struct Backprop : Sinks<P, D, FULL> {
     NGK_ROLLED
     for (int u = warp(); u < KB * KB; u += WARPS) {
       float* own = gradients + (matrix * KB * KB + u) * FRAGMENTS + lane() * 8;
-      float acc[8];
-      load8(own, acc);
+      float acc[8] = {0, 0, 0, 0, 0, 0, 0, 0}, before[8];
       NGK_ROLLED
       for (int r = 0; r < WARPS; ++r)
         P::multiply(acc, P::left_transposed(gz + r * 16 * LD + u / KB * 16, LD, shared),
                     P::right_transposed(x + r * 16 * LD + u % KB * 16, LD, shared));
+      load8(own, before);
+      NGK_UNROLL
+      for (int k = 0; k < 8; ++k) acc[k] += before[k];
       store8(own, acc);
     }
   }

@@ -173,7 +173,7 @@ struct Inputs {
     for (int k = 0; k < stage.groups * KB; ++k) {
       const Eight f = fourier(stage, k * 16, false);
       const Element* w = matrices + ((static_cast<int64_t>(stage.weight + k / KB * stage.halves + h) * KB + c) * KB + k % KB) * FRAGMENTS;
-      P::multiply(v, P::left(f.v), P::right(w + lane() * 8));
+      P::template multiply<true>(v, P::left(f.v), P::right(w + lane() * 8));
     }
   }
 };

@@ -29,6 +29,7 @@ struct Bf16 {
     std::memcpy(&b, &x, 16);
     return b;
   }
+  template <bool APART = false>
   static NGK_DEVICE void multiply(float* acc, const Left& a, const Right& b) {
     mma_bf16(acc, a.r, b.r);
     mma_bf16(acc + 4, a.r, b.r + 2);
@@ -101,25 +102,24 @@ struct Tf32 {
       low[k] = EXACT ? to_tf32(x[k] - high[k]) : 0.0f;
     }
   }
+  template <bool APART = false>
   static NGK_DEVICE void multiply(float* acc, const Left& a, const Right& b) {
     NGK_UNROLL
     for (int k = 0; k < 2; ++k) {
-      float ah[4], al[4], bh[4], bl[4];
-      const float both[4] = {b.r[2 * k], b.r[2 * k + 1], b.r[4 + 2 * k], b.r[5 + 2 * k]};
+      float ah[4], al[4];
       rounded(a.r + 4 * k, 4, ah, al);
-      rounded(both, 4, bh, bl);
       NGK_UNROLL
       for (int n = 0; n < 2; ++n) {
+        float bh[2], bl[2];
+        rounded(b.r + 4 * n + 2 * k, 2, bh, bl);
+        float apart[4] = {0, 0, 0, 0}, *sum = EXACT && APART ? apart : acc + 4 * n;
         if (EXACT) {
-          float part[4] = {0, 0, 0, 0};
-          mma_tf32(part, ah, bl + 2 * n);
-          mma_tf32(part, al, bh + 2 * n);
-          mma_tf32(part, ah, bh + 2 * n);
-          NGK_UNROLL
-          for (int e = 0; e < 4; ++e) acc[4 * n + e] += part[e];
-        } else {
-          mma_tf32(acc + 4 * n, ah, bh + 2 * n);
+          mma_tf32(sum, ah, bl);
+          mma_tf32(sum, al, bh);
         }
+        mma_tf32(sum, ah, bh);
+        if (EXACT && APART) NGK_UNROLL
+        for (int e = 0; e < 4; ++e) acc[4 * n + e] += apart[e];
       }
     }
   }
