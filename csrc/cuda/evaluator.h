@@ -65,7 +65,7 @@ struct Evaluator : Edges<P, D, FULL> {
   NGK_DEVICE void product(int64_t matrix, int c, const A& a, float* v) const {
     const Element* w = matrices + (matrix * KB + c) * KB * FRAGMENTS + lane() * 8;
     NGK_UNROLL_IF(P::SHORT && (!FULL || KB <= 2))
-    for (int k = 0; k < KB; ++k) P::template multiply<true>(v, a[k], P::right(w + k * FRAGMENTS));
+    for (int k = 0; k < KB; ++k) P::multiply(v, a[k], P::right(w + k * FRAGMENTS));
   }
 
   // v of a stage, but for what was kept: columns 16 c .. of part h, from the register a (of partners: b).

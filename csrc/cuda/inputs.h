@@ -88,19 +88,19 @@ struct Inputs {
   // Where the values of tile `number` arrive, of a side.
   NGK_DEVICE char* arrival(int64_t number, int of) const { return arrivals + (number % AHEAD * sides() + of) * arrival_bytes(g.channels); }
 
-  // Of the edge of this lane, from where tiles arrive into the features of this side. By lines from address `first` on, or word by word, the
-  // edge's own from there on.
-  NGK_DEVICE void take_features(const char* from, const char* first, bool lines, bool there) {
+  // Of the edge of this lane, from where it has arrived into the features of this side.
+  NGK_DEVICE void take_features(char* from, bool there) {
     const int64_t affine = side() ? block->partner_affine : block->affine;
     const Values& values = raw(side());
     const Dtype dtype = static_cast<Dtype>(values.dtype);
-    const int size = dtype_size(dtype);
+    const int start = FULL ? 0 : starts_of(from, g.channels)[lane()];
     NGK_ROLLED
     for (int c = 0; c < g.channels; ++c) {
       float x = 0;
       if (there && values.data) {
         const int64_t place = lane() * g.channels + c;
-        x = read_value<float>(from + (lines ? before(first) + place * size : within_word(first + c * values.channel * size) + place * 4), dtype);
+        const int word = static_cast<int>(c * values.channel) * dtype_size(dtype) - 1 - start;
+        x = read_value<float>(from + (FULL || start >= 0 ? start + place * dtype_size(dtype) : place * 4 + (word & 3)), dtype);
         if (affine >= 0) x = fmaf(x, constants[affine], constants[affine + 1]);
       }
       features[lane() * g.channels + c] = x;
@@ -173,7 +173,7 @@ struct Inputs {
     for (int k = 0; k < stage.groups * KB; ++k) {
       const Eight f = fourier(stage, k * 16, false);
       const Element* w = matrices + ((static_cast<int64_t>(stage.weight + k / KB * stage.halves + h) * KB + c) * KB + k % KB) * FRAGMENTS;
-      P::template multiply<true>(v, P::left(f.v), P::right(w + lane() * 8));
+      P::multiply(v, P::left(f.v), P::right(w + lane() * 8));
     }
   }
 };

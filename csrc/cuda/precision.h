@@ -29,7 +29,6 @@ struct Bf16 {
     std::memcpy(&b, &x, 16);
     return b;
   }
-  template <bool APART = false>
   static NGK_DEVICE void multiply(float* acc, const Left& a, const Right& b) {
     mma_bf16(acc, a.r, b.r);
     mma_bf16(acc + 4, a.r, b.r + 2);
@@ -78,13 +77,13 @@ struct Bf16 {
 };
 
 // tf32: one product, or three, of the operands and what rounding took from them, which is as good as float32. Tensor cores truncate what they
-// add to (they do on all GPUs that were measured: Fasi et al., PeerJ CS 2021; Ootomo and Yokota, IJHPCA 2022), which in long sums leads away from
-// the exact one: the three are summed on their own, and added by an instruction that rounds.
+// add to (on all GPUs that were measured: Fasi et al., PeerJ CS 2021; Ootomo and Yokota, IJHPCA 2022), by 2^-26 of it on average: 7e-7 after the
+// 48 of the widest row, but more with every product that a sum goes on over. Longer sums are added by instructions that round.
 template <bool EXACT>
 struct Tf32 {
   using Element = float;
   static constexpr bool SHORT = false;
-  struct alignas(16) Left {
+  struct Left {
     float r[8];
   };
   struct Right {
@@ -102,24 +101,20 @@ struct Tf32 {
       low[k] = EXACT ? to_tf32(x[k] - high[k]) : 0.0f;
     }
   }
-  template <bool APART = false>
   static NGK_DEVICE void multiply(float* acc, const Left& a, const Right& b) {
     NGK_UNROLL
     for (int k = 0; k < 2; ++k) {
-      float ah[4], al[4];
+      float ah[4], al[4], bh[4], bl[4];
+      const float both[4] = {b.r[2 * k], b.r[2 * k + 1], b.r[4 + 2 * k], b.r[5 + 2 * k]};
       rounded(a.r + 4 * k, 4, ah, al);
+      rounded(both, 4, bh, bl);
       NGK_UNROLL
       for (int n = 0; n < 2; ++n) {
-        float bh[2], bl[2];
-        rounded(b.r + 4 * n + 2 * k, 2, bh, bl);
-        float apart[4] = {0, 0, 0, 0}, *sum = EXACT && APART ? apart : acc + 4 * n;
         if (EXACT) {
-          mma_tf32(sum, ah, bl);
-          mma_tf32(sum, al, bh);
+          mma_tf32(acc + 4 * n, ah, bl + 2 * n);
+          mma_tf32(acc + 4 * n, al, bh + 2 * n);
         }
-        mma_tf32(sum, ah, bh);
-        if (EXACT && APART) NGK_UNROLL
-        for (int e = 0; e < 4; ++e) acc[4 * n + e] += apart[e];
+        mma_tf32(acc + 4 * n, ah, bh + 2 * n);
       }
     }
   }

@@ -27,7 +27,7 @@ def sizes(low: Lowered, precision: str, backward: bool) -> dict[str, int]:
     element = 2 if precision == "bf16" else 4
     found = {
         "features": warp * 16 * (2 * low.channels + (HERMITE if low.steps >= 0 else 0)) * sides(low),
-        "arrivals": WARPS * AHEAD * sides(low) * (16 * low.channels * 4 + 16),
+        "arrivals": WARPS * AHEAD * sides(low) * (16 * low.channels * 4 + 16 + 16 * 4),
         "stash": warp * low.slots * kb * 256 * sides(low),
         "carry": WARPS * kb * LANES * 8 * element * (4 if low.full else 3),
         "copied": low.matrices.size * element,
