@@ -31,8 +31,6 @@ def planned_and_allocated(model, graph: ngk.NeuralGraph, backend: str, policy: s
     them run on those."""
     dry = model.dry_run(graph, policy, torch.float32, weight_grads)
     held = sum(t.untyped_storage().nbytes() for t in dry.held)
-    with ngk.use_backend(backend):
-        planned = ngk.plan(model, graph, policies=[policy], weight_grads=weight_grads, device="cuda", optimizer_states=0).peak_bytes
     model = model.to(device)
     weights = [(4 * torch.rand(shape, device=device) - 2).requires_grad_(weight_grads) for shape in graph.weight_shapes(1)]  # as far as tables reach on a GPU
     biases = [torch.randn(p.copies, n, 1, device=device) for p in graph.parts for n in p.layers[1:]]
@@ -44,4 +42,6 @@ def planned_and_allocated(model, graph: ngk.NeuralGraph, backend: str, policy: s
                 t.grad = None
 
     with ngk.use_backend(backend):
-        return planned, held + peak_of(steps, device)
+        allocated = peak_of(steps, device)  # first: a plan makes tables too, and what is there is not allocated again
+        planned = ngk.plan(model.to("cpu"), graph, policies=[policy], weight_grads=weight_grads, device="cuda", optimizer_states=0).peak_bytes
+    return planned, held + allocated

@@ -171,8 +171,8 @@ def _tables_on_host(low: Lowered) -> tuple[torch.Tensor, ...]:
             weights[side, : t.width, t.column : t.column + t.n_out] = first + np.arange(t.n_out * t.width).reshape(t.n_out, t.width).T
     stages = torch.tensor(low.stages, dtype=torch.int32)
     terms = torch.tensor(low.terms, dtype=torch.int64)
-    maps = (torch.from_numpy(m) for m in (low.matrices, low.constants))
-    return stages, *maps, terms, torch.tensor(owners, dtype=torch.int64), torch.from_numpy(low.gradients), torch.from_numpy(weights)
+    maps = (torch.tensor(m) for m in (low.matrices, low.constants))
+    return stages, *maps, terms, torch.tensor(owners, dtype=torch.int64), torch.tensor(low.gradients), torch.tensor(weights)
 
 
 @lru_cache(maxsize=256)
