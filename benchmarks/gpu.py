@@ -4,7 +4,7 @@ FlexAttention, in one run.
 `python -m benchmarks.gpu` appends one record for each measurement to results/<device>/gpu.jsonl: raw times of single steps by CUDA
 events, peak bytes of the allocator, what was measured and on what. Before anything is timed its logits must agree with the oracle's in
 float64, where that has the memory. Ceilings are measured first (benchmarks.gpu_rates); of NG-GNN, the share of the one that binds is written
-down with each time. Last come steps over a billion edges (benchmarks.gpu_large). Nothing is estimated; a provider that fails is written down
+down with each time. Steps over a billion edges (benchmarks.gpu_large) come before the models that compile for longest. Nothing is estimated; a provider that fails is written down
 with its error.
 """
 
@@ -248,11 +248,10 @@ def main(
     records.append("gpu", run, {"model": "ceilings", "rates": rates, "device": place})
     for precision, ceilings in rates.items():
         typer.echo(f"ceilings {precision:5} " + " ".join(f"{name} {value:.4g}/s" for name, value in ceilings.items()))
+    models = measure_models(rates, device, quick, samples)
     attention = (found for text, width in ATTENTION[: 1 if quick else None] for found in measure_attention(text, width, device, samples))
     wrong = 0
-    models = measure_models(rates, device, quick, samples)
-    # a first look may be cut off: steps over a billion edges before the models that compile for longest
-    for found in itertools.chain(measure_large(device, quick, 3), models, attention) if quick else itertools.chain(models, attention, measure_large(device, quick, 3)):
+    for found in itertools.chain(measure_large(device, quick, 3), models, attention):
         records.append("gpu", run, {**found, "device": place})
         typer.echo(line_of(found))
         wrong += is_wrong(found)

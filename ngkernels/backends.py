@@ -61,10 +61,8 @@ def _triton(device: torch.device | None) -> str | None:
 def tf32() -> bool:
     """Whether PyTorch's own matrix products on a GPU may round their operands to tf32."""
     matmul = torch.backends.cuda.matmul
-    if torch.compiler.is_compiling():  # which reads this alone
-        return matmul.allow_tf32
-    precision = getattr(matmul, "fp32_precision", None)  # once it is set, the older setting cannot be read
-    return matmul.allow_tf32 if precision is None else precision == "tf32"
+    # torch.compile reads the older setting alone, which PyTorch refuses to tell once the newer one was set
+    return matmul.allow_tf32 if torch.compiler.is_compiling() else matmul.fp32_precision == "tf32"
 
 
 def emulated() -> ctypes.CDLL | None:

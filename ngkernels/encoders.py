@@ -176,13 +176,12 @@ def grid_basis(frequencies: torch.Tensor, direction: int | None, k: int, half: i
 def _kept(frequencies: torch.Tensor, key: tuple, make: Callable):
     """What `make` returned for these frequencies and this key. They are kept too: nothing else can come to lie where they do."""
     key = (frequencies.data_ptr(), frequencies._version, tuple(frequencies.shape), frequencies.stride(), frequencies.dtype, *key)
-    if key in _basis_cache:
-        if not torch.compiler.is_compiling():
-            _basis_cache[key] = _basis_cache.pop(key)  # those asked for last stay
-    elif len(_basis_cache) >= 16:
+    if key not in _basis_cache and len(_basis_cache) >= 16:
         _basis_cache.pop(next(iter(_basis_cache)))
     found = kept(_basis_cache, key, lambda: (frequencies, make()))
-    return found[1] if torch.compiler.is_compiling() else hold(found)[1]
+    if not torch.compiler.is_compiling():
+        _basis_cache[key] = hold(_basis_cache.pop(key))  # those asked for last stay
+    return found[1]
 
 
 def _extremes(w: torch.Tensor):

@@ -170,7 +170,7 @@ class _PartTable:
         for k, b in enumerate(blocks):
             if self.at.rows not in (None, b.dst) or (messages and not b.edge):
                 continue
-            shared = b.weight >= 0 and sum(1 for r in self.readers if r == b.weight) > 1
+            shared = b.weight >= 0 and sum(1 for r in self.readers if r == b.weight) > 1  # list.count of open sizes fails to compile in PyTorch 2.11
             if b.kind == SPARSE:
                 rows += self.sparse_edge_rows(k, paired, reciprocal, messages, shared)
                 continue

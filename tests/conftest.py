@@ -69,13 +69,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = sorted((item for item in items if id(item) not in gone), key=lambda item: order.get(item.path.stem, len(order)))
 
 
-_kept = contextlib.ExitStack()
-
-
-def pytest_unconfigure() -> None:
-    _kept.close()
-
-
 def _backend_of(item: pytest.Item) -> str | None:
     """The declared backend that a test runs for; None where it names its own."""
     of_these = (DECLARED, KERNELS)
@@ -94,7 +87,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if "cuda" in DECLARED and not _has_gpu():  # on the emulated GPU, as Triton's kernels in their interpreter
         import emulation
 
-        _kept.enter_context(backends.emulate_cuda(emulation.library()))
+        running = contextlib.ExitStack()
+        running.enter_context(backends.emulate_cuda(emulation.library()))
+        config.add_cleanup(running.close)
     config.addinivalue_line("markers", "gpu: needs a GPU that Triton runs on; elsewhere left out, and so counted")
     config.addinivalue_line("markers", "mutants: a seeded bug that has to be compiled; runs with --mutants only")
     unknown = [name for name in DECLARED if name not in backends.BACKENDS]

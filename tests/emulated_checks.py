@@ -65,6 +65,7 @@ def in_many_launches(of: ModuleType, sample: Sample, monkeypatch: MonkeyPatch) -
     t = float32(of, sample)
     wanted = of.run_engine(sample, t, "cuda")
     monkeypatch.setattr(launch, "BUDGET", 1)
+    monkeypatch.setattr(launch, "EMULATED_WAVE", 1)
     found = of.run_engine(sample, t, "cuda")
     local = [n for n in wanted if n.startswith(("out", "grad.weights", "grad.x"))]
     assert_bitwise({n: found[n] for n in local}, {n: wanted[n] for n in local})

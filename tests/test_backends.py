@@ -206,8 +206,6 @@ def test_triton_needs_a_gpu_that_it_compiles_for(capability: tuple[int, int], ru
 ])  # fmt: skip
 def test_tf32_is_read_however_it_was_asked_for(setting: str, wanted: bool):
     """In a process of its own: PyTorch does not read settings of both kinds back."""
-    if "fp32_precision" in setting and getattr(torch.backends.cuda.matmul, "fp32_precision", None) is None:
-        pytest.skip("this PyTorch has the older setting alone")
     code = f"import torch\nfrom ngkernels import backends\nmatmul = torch.backends.cuda.matmul\n{setting}\nprint(backends.tf32())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.stdout.strip() == str(wanted), done.stderr

@@ -145,6 +145,7 @@ def test_split_rows_merge():
 
 # ---- seeded bugs ----
 PATCHES = (
+    ("alignment-forgotten", "edges.h", "x) + skipped,", "x) + 0 * skipped,"),
     ("partners-with-the-edges-register", "evaluator.h", "b(x ? own : other);", "b(x ? other : own);"),
     ("partners-read-the-edges-nodes", "evaluator.h", "role == side() ? 0 : g.n_nodes", "role == 0 ? 0 : g.n_nodes"),
     ("variance-of-the-padding", "evaluator.h", "if (c * 16 + column_of(k) >= stage.width) continue;", ""),

@@ -187,13 +187,13 @@ def test_more_than_2_to_the_31_weights(backend: str):
         (of_messages,) = torch.autograd.grad(out.square().sum(), own)
         (values,) = ngk.readout(edges, head)
         (of_values,) = torch.autograd.grad(values, own, values.detach())
-        return [out.detach(), *(t[:, :, -8:].float() for t in (of_messages, values.detach(), of_values))]
+        return [out.detach(), values.detach()[:, :, -8:], *(t[:, :, -8:].float() for t in (of_messages, of_values))]
 
     with ngk.use_backend(backend):
         found = [t.clone() for t in step(graph, w, x)]
         torch.cuda.empty_cache()
-        for a, b in zip(found, step(few, w[:, :, -8:], last), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+        for a, b, rtol in zip(found, step(few, w[:, :, -8:], last), (1e-4, 1e-4, 1e-2, 1e-2), strict=True):  # gradients: bfloat16
+            torch.testing.assert_close(a, b, rtol=rtol, atol=1e-2)
 
 
 def test_double_precision_as_in_the_interpreter():

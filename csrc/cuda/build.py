@@ -53,20 +53,17 @@ def architectures(listed: str | None = None) -> list[str]:
     """
     text = listed or os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(ARCHITECTURES)
     plain, options = {}, []
-    for entry in filter(None, re.split(r"[;\s]+", text)):
-        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
-        if not found:
-            raise SystemExit(f"ngkernels: expected TORCH_CUDA_ARCH_LIST to name capabilities of 8.0 or more such as 9.0, got {entry!r}")
-        if int(found[1]) < 8:
-            continue
+    entries = [re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry) for entry in re.split(r"[;\s]+", text) if entry]
+    able = [found for found in entries if found and int(found[1]) >= 8]
+    if not able or None in entries:
+        raise SystemExit(f"ngkernels: expected TORCH_CUDA_ARCH_LIST to name capabilities of 8.0 or more such as 9.0, got {text!r}")
+    for found in able:
         number = f"{found[1]}{found[2]}{found[3]}"
         if found[3]:
             options += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         else:
             plain[int(number)] = f"sm_{number}"
         options += ["-gencode", f"arch=compute_{number},code=compute_{number}"] if found[4] else []
-    if not plain and not options:
-        raise SystemExit(f"ngkernels: expected TORCH_CUDA_ARCH_LIST to name capabilities of 8.0 or more such as 9.0, got {text!r}")
     if plain:
         options = ["-gencode", f"arch=compute_{min(plain)},code=[{','.join(plain[n] for n in sorted(plain))}]", *options]
     return options

@@ -271,14 +271,14 @@ struct SumCells {
     NGK_ROLLED
     for (int64_t e = begin; e < end; ++e) {
       float h[HERMITE];
-      const int64_t edge = g.order[e];
+      const int64_t edge = g.order[e], cell = g.cells[e];
       hermite_cells<Number>(g.places + edge, 1, static_cast<float>(int64_t(1) << g.steps), g.table_nodes / 2, h + 12, h, h + 6, 1);
-      const float x = g.cells[e] < 0 ? 0.0f : g.curves[edge * g.width + c];
+      const float x = g.curves[edge * g.width + c];
       NGK_UNROLL
-      for (int l = 0; l < 2 * TABLE_LINES; ++l) total[l] = g.cells[e] < 0 ? 0.0f : fmaf(h[l], x, total[l]);
-      if (e + 1 < end && g.cells[e + 1] == g.cells[e]) continue;
+      for (int l = 0; l < 2 * TABLE_LINES; ++l) total[l] = cell < 0 ? 0.0f : fmaf(h[l], x, total[l]);
+      if (e + 1 < end && g.cells[e + 1] == cell) continue;
       const bool whole = first > begin && e + 1 < end;
-      float* to = whole ? g.sums + g.cells[e] * 2 * TABLE_LINES * g.width : g.ends + (2 * piece + (first > begin)) * 2 * TABLE_LINES * g.width;
+      float* to = whole ? g.sums + cell * 2 * TABLE_LINES * g.width : g.ends + (2 * piece + (first > begin)) * 2 * TABLE_LINES * g.width;
       NGK_UNROLL
       for (int l = 0; l < 2 * TABLE_LINES; ++l) to[l * g.width + c] = total[l], total[l] = 0;
       first = e + 1;

@@ -18,6 +18,7 @@ THREADS = 256  # of a block, where threads work on their own
 PIECE = 256  # edges that a thread of sum_cells takes: csrc/cuda/second_stage.h
 BUDGET = 256 << 20  # bytes of partial results in memory at a time
 EMULATED_SHARED = 232448  # bytes of shared memory of an emulated block, and of one that is planned
+EMULATED_WAVE = 132  # multiprocessors, likewise: those of an H100 or H200
 
 
 def precision(low: bool, tf32: bool) -> str:
@@ -38,9 +39,9 @@ def shared_limit(device: torch.device) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many blocks run side by side at least; for a plan, those of an H100 or H200."""
+    """How many blocks run side by side at least."""
     if device.type != "cuda":
-        return 132 if device.type == "meta" else 1
+        return EMULATED_WAVE
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
