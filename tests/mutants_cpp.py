@@ -58,14 +58,14 @@ class Patch:
 
 PATCHES = tuple(Patch(*row) for row in (
     # aggregate
-    ("variance-between-pieces-lost", "cpu/aggregate.h", "(na > 0 ? delta * delta * (na * nb / (na + nb)) : T(0))", "T(0)"),
-    ("ties-of-other-pieces-lost", "cpu/aggregate.h", "(value[c] == best[c] ? more : 0)", "0"),
+    ("variance-between-pieces-lost", "message_math.h", "(other_squares + delta * delta * (na * nb / n))", "other_squares"),
+    ("ties-of-other-pieces-lost", "cpu/aggregate.h", "count = na == 0 ? 0 : n[c];", "count = 0;"),
     ("copies-share-rows", "cpu/aggregate.h", "piece.row->out + piece.copy * piece.row->out_stride", "piece.row->out"),
     ("every-tile-starts-afresh", "cpu/aggregate.h", "t.opens(first)", "first == 0"),
-    ("mean-of-a-piece", "cpu/aggregate.h", "mean[c] + delta * (nb / (na + nb))", "mean[c] + delta"),
-    ("no-std-threshold", "cpu/aggregate.h", "var > T(STD_THRESHOLD) || var != var ? std::sqrt(var) : T(0)", "std::sqrt(var)"),
+    ("mean-of-a-piece", "message_math.h", "*mean + delta * (nb / n)", "*mean + delta"),
+    ("no-std-threshold", "message_math.h", "variance <= static_cast<T>(STD_THRESHOLD) ? T(0) : std::sqrt(variance)", "std::sqrt(variance)"),
     ("scale-for-shift", "cpu/messages.h", "V::load(er + g.F)", "V::load(er)"),
-    ("first-of-a-tie-only", "cpu/messages.h", "V::if_eq(v, best, V::add(ties, one), ties)", "ties"),
+    ("first-of-a-tie-only", "message_math.h", "V::if_eq(other, *best, V::add(*ties, count), *ties)", "*ties"),
     # readout
     ("readout-drops-the-last-edge-of-a-tile", "cpu/tiler.h", "f(Tile<V>{n, half, live,", "f(Tile<V>{n > 1 ? n - 1 : n, half, live,"),
     ("channels-out-of-step", "cpu/views.h", "p[c * v.channel] = convert(buffer[", "p[(channels - 1 - c) * v.channel] = convert(buffer["),
@@ -75,8 +75,8 @@ PATCHES = tuple(Patch(*row) for row in (
     ("residual-of-the-wrong-row", "cpu/worker.h", "+ b[static_cast<int64_t>(r) * ldb + c];", "+ b[c];"),
     ("last-rows-dropped", "cpu/schedule.cpp", "i < row.n_dst; i += I)", "i + I <= row.n_dst; i += I)"),
     # backward
-    ("mean-gradient-not-divided", "cpu/gradients.h", "constant += g[slots.mean * F + c] * inverse;", "constant += g[slots.mean * F + c];"),
-    ("std-gradient-not-divided", "cpu/gradients.h", "* inverse / out[slots.std * F + c];", "* inverse;"),
+    ("mean-gradient-not-divided", "message_math.h", "a += grad[slots.mean * F] * inverse;", "a += grad[slots.mean * F];"),
+    ("std-gradient-not-divided", "message_math.h", "* inverse / out[slots.std * F];", "* inverse;"),
     ("ties-of-the-other-extreme", "cpu/gradients.h", "ties(row, slots.max_tie, c)", "ties(row, 0, c)"),
     ("sources-of-the-first-piece", "cpu/gradients.h", "add(row.src + piece.j0,", "add(row.src,"),
     ("parameters-of-the-last-item", "cpu/gradients.h", "total_params[c] += w.params[c]", "total_params[c] = w.params[c]"),
@@ -101,7 +101,7 @@ PATCHES = tuple(Patch(*row) for row in (
     ("last-piece-of-a-row-only", "cpu/attention.h", "totals[row * H + h] = theirs * a + mine * b;", "totals[row * H + h] = mine * b;"),
     ("itself-read-twice", "cpu/attention.h", "if (!t.itself(r)) f(t.half + r);", "f(t.half + r);"),
     ("partners-rows-of-the-first-piece", "cpu/attention.h", "row.partner_out + at + piece.source(x - rows)", "row.partner_out + at + (x - rows)"),
-    ("mask-in-the-normalisation", "cpu/attention.h", "weight[h] * slope[h] - x[h] * d[h]", "weight[h] * (slope[h] - d[h])"),
+    ("mask-in-the-normalisation", "message_math.h", "weight * dot - p * delta", "weight * (dot - delta)"),
     ("mask-of-the-piece", "cpu/attention.h", "i = node_of(*t.piece, t.i[r]),", "i = t.i[r],"),
     ("gradient-of-the-states-sums-lost", "cpu/attention.h", "    if (!lds) return;\n", "    return;\n"),
     ("smallest-exponent-too-large", "cpu/attention.h", "T(-87) : T(-700)", "T(-3) : T(-3)"),
@@ -110,7 +110,7 @@ PATCHES = tuple(Patch(*row) for row in (
     ("variance-of-the-padding", "cpu/evaluator.h", "V::sum(square) / static_cast<T>(n) + eps", "V::sum(square) / static_cast<T>(ld) + eps"),
     ("tokens-start-from-the-encoder", "cpu/evaluator.h", "if (t.piece->row->flags & TOKEN) {", "if (false) {"),
     ("triangles-whole", "cpu/schedule.cpp", "for (int64_t j = triangle ? i : 0; j < row.n_src;", "for (int64_t j = 0; j < row.n_src;"),
-    ("norm-without-the-variances-gradient", "cpu/backprop.h", "V::sub(V::sub(gy, a), V::mul(y, b))", "V::sub(gy, a)"),
+    ("norm-without-the-variances-gradient", "message_math.h", "V::sub(V::sub(d, total), V::mul(y, along))", "V::sub(d, total)"),
     ("residual-of-what-is-common-lost", "cpu/backprop.h", "            sum_rows(t, k, g, w.common_add[in.arg0]);\n", ""),
     ("number-read-twice-counted-once", "cpu/raw_values.h", "if ((row.flags & SAME) || t.itself(r))", "if (t.itself(r))"),
     ("sum-for-difference-of-the-matrices", "cpu/prepare.h", "g[s.g_partner + k] += plus - minus;", "g[s.g_partner + k] += plus + minus;"),

@@ -54,7 +54,7 @@ class Aggregate : Engine<V> {
     merge(piece, Stats<V>(this->workers[static_cast<size_t>(k)].stats, piece.rows(), ldm));
   }
 
-  // Chan's parallel update of the rows' statistics by those of one piece.
+  // The rows' statistics, by those of one piece.
   void merge(const Piece& piece, const Stats<V>& s) {
     const int64_t F = call.width, K = slots.count;
     int64_t entry = 0;
@@ -69,9 +69,9 @@ class Aggregate : Engine<V> {
       if (slots.spread()) {
         T* spread = out + (slots.std >= 0 ? slots.std : slots.var) * F;
         for (int64_t c = 0; c < F; ++c) {
-          const T d = s.s1[at + c] / nb, mb = s.shift[at + c] + d, m2 = s.s2[at + c] - s.s1[at + c] * d, delta = mb - mean[c];
-          mean[c] = na > 0 ? mean[c] + delta * (nb / (na + nb)) : mb;
-          spread[c] += (m2 < 0 ? T(0) : m2) + (na > 0 ? delta * delta * (na * nb / (na + nb)) : T(0));
+          T more, about;
+          centred(s.shift[at + c], s.s1[at + c], s.s2[at + c], nb, &more, &about);
+          merge_spread(mean + c, spread + c, na, more, about, nb);
           if (slots.sum >= 0) out[slots.sum * F + c] += s.s1[at + c] + nb * s.shift[at + c];
         }
       } else {
@@ -95,10 +95,10 @@ class Aggregate : Engine<V> {
   template <bool MAXIMUM, class Count>
   void merge_extreme(T na, T* best, Count* n, const T* value, const T* ties, const T* sum) {
     for (int64_t c = 0; c < call.width; ++c) {
-      const bool better = na == 0 || (MAXIMUM ? value[c] > best[c] : value[c] < best[c]);
-      const Count more = static_cast<Count>(ties[c]);
-      n[c] = better ? more : static_cast<Count>(n[c] + (value[c] == best[c] ? more : 0));
-      best[c] = sum[c] != sum[c] ? sum[c] : better ? value[c] : best[c];  // a NaN among the messages stays
+      double extreme = na == 0 ? value[c] : best[c], count = na == 0 ? 0 : n[c];  // counts are exact in double
+      join_extreme<Scalar<double>, MAXIMUM>(value[c], ties[c], &extreme, &count);
+      n[c] = static_cast<Count>(count);
+      best[c] = sum[c] != sum[c] ? sum[c] : static_cast<T>(extreme);  // a NaN among the messages stays
     }
   }
 
@@ -116,7 +116,7 @@ class Aggregate : Engine<V> {
       for (int64_t c = 0; c < F; ++c) {
         const T var = from[c] * inverse;
         if (slots.var >= 0) out[slots.var * F + c] = var;
-        if (slots.std >= 0) out[slots.std * F + c] = var > T(STD_THRESHOLD) || var != var ? std::sqrt(var) : T(0);
+        if (slots.std >= 0) out[slots.std * F + c] = deviation(var);
       }
     }
   }

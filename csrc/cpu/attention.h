@@ -313,7 +313,7 @@ class Attention {
         },
         slope);
     const T* d = delta + a * H;
-    for (int h = 0; h < H; ++h) slope[h] = (weight[h] * slope[h] - x[h] * d[h]) * static_cast<T>(c.scale);
+    for (int h = 0; h < H; ++h) slope[h] = softmax_back(weight[h], slope[h], x[h], d[h], static_cast<T>(c.scale));
     T *to_q = gq + a * ldq, *to_k = gk + b * ldq, *to_v = gv + b * ldv;
     spread(dk, slope, [&](int z, R s) {  // the tail of the query's part is the key's: written next
       const R y = V::mul(s, V::add(V::load(kb + z), V::load(share + c.d + z)));

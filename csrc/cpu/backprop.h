@@ -222,7 +222,7 @@ class Backprop : OnWorker<V> {
         R mean, scale, sum = V::zero(), dot = V::zero();
         Evaluator<V>::moments(x, s.ones, in.n_out, ld, s.eps, &mean, &scale);
         for (int c = 0; c < ld; c += V::W) {
-          const R y = V::mul(V::mul(V::sub(V::load(x + c), mean), scale), V::load(s.ones + c));
+          const R y = V::mul(layer_norm<V>(V::load(x + c), mean, scale), V::load(s.ones + c));
           const R up = V::mul(V::load(gr + c), V::load(s.ones + c)), gy = V::mul(up, V::load(s.gamma + c));
           T *gw = w.params + s.g_w[0] + c, *gb = w.params + s.g_b + c;
           V::store(gw, V::fma(up, y, V::load(gw)));
@@ -232,8 +232,8 @@ class Backprop : OnWorker<V> {
         }
         const R a = V::set1(V::sum(sum) * one_n), b = V::set1(V::sum(dot) * one_n);
         for (int c = 0; c < ld; c += V::W) {
-          const R y = V::mul(V::sub(V::load(x + c), mean), scale), gy = V::mul(V::load(gr + c), V::load(s.gamma + c));
-          V::store(gr + c, V::mul(V::mul(scale, V::load(s.ones + c)), V::sub(V::sub(gy, a), V::mul(y, b))));
+          const R y = layer_norm<V>(V::load(x + c), mean, scale), gy = V::mul(V::load(gr + c), V::load(s.gamma + c));
+          V::store(gr + c, layer_norm_back<V>(gy, y, a, b, V::mul(scale, V::load(s.ones + c))));
         }
       }
     });

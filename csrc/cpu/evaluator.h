@@ -177,7 +177,7 @@ class Evaluator : OnWorker<V> {
       R mean, scale;
       moments(x, s.ones, in.n_out, ld, s.eps, &mean, &scale);
       for (int c = 0; c < ld; c += V::W)
-        V::store(out + c, V::fma(V::mul(V::sub(V::load(x + c), mean), scale), V::load(s.gamma + c), V::load(s.bias + c)));
+        V::store(out + c, V::fma(layer_norm<V>(V::load(x + c), mean, scale), V::load(s.gamma + c), V::load(s.bias + c)));
     }
   }
 };

@@ -54,12 +54,7 @@ class Gradients : Engine<V> {
       const T inverse = T(1) / static_cast<T>(count[row] ? count[row] : 1);
       for (int64_t c = 0; c < F; ++c) {
         const int64_t at = static_cast<int64_t>(i) * ldm + c;
-        T constant = slots.sum >= 0 ? g[slots.sum * F + c] : T(0), slope = 0;
-        if (slots.mean >= 0) constant += g[slots.mean * F + c] * inverse;
-        if (slots.std >= 0 && out[slots.std * F + c] > 0) slope += g[slots.std * F + c] * inverse / out[slots.std * F + c];
-        if (slots.var >= 0) slope += T(2) * g[slots.var * F + c] * inverse;
-        to.constant[at] = constant;
-        to.slope[at] = slope;
+        slopes_of(slots, out + c, g + c, F, inverse, to.constant + at, to.slope + at);
         to.mean[at] = mean ? mean[c] : T(0);
         if (slots.min >= 0) {
           to.lo_share[at] = g[slots.min * F + c] / ties(row, slots.min_tie, c);

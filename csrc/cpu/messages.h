@@ -27,16 +27,13 @@ template <class V>
 struct Registers {
   const typename V::T *e, *q;
   int lde, ldq, F;
-  // m = e, s q + t, sigmoid(s) q or s q for W channels of edge r; s and y are what the way back needs.
+  // W channels of the message of edge r; s and y are what the way back needs.
   template <int KIND>
   NGK_INLINE typename V::R message(const Registers& g, int r, int c, typename V::R* s, typename V::R* y) {
     const typename V::T* er = g.e + static_cast<int64_t>(r) * g.lde + c;
     *s = V::load(er);
-    if constexpr (KIND == PLAIN) return *s;
-    *y = V::load(g.q + static_cast<int64_t>(r) * g.ldq + c);
-    if constexpr (KIND == FILM) return V::fma(*s, *y, V::load(er + g.F));
-    if constexpr (KIND == GATE) *s = sigmoid<V>(*s);
-    return V::mul(*s, *y);
+    *y = KIND == PLAIN ? V::zero() : V::load(g.q + static_cast<int64_t>(r) * g.ldq + c);
+    return combined<V>(KIND, s, KIND == FILM ? V::load(er + g.F) : V::zero(), *y);
   }
 };
 
@@ -91,11 +88,9 @@ struct Stats {
       R h = fresh ? start : V::load(hi + at), hn = fresh ? zero : V::load(hi_ties + at);
       for (int r = first; r < last; ++r) {
         const R m = Registers<V>::template message<KIND>(g, r, c, &s, &y);
-        const R d = V::sub(m, k);
-        a = V::add(a, d);  // always: a NaN in it is how merging learns of one
-        b = V::fma(d, d, b);
-        if (low) extreme_step<false>(m, one, l, ln);
-        if (high) extreme_step<true>(m, one, h, hn);
+        join_spread<V>(m, k, &a, &b);  // always: a NaN in the sum is how merging learns of one
+        if (low) join_extreme<V, false>(m, one, &l, &ln);
+        if (high) join_extreme<V, true>(m, one, &h, &hn);
       }
       V::store(shift + at, k);
       V::store(s1 + at, a);
@@ -106,18 +101,9 @@ struct Stats {
       V::store(hi_ties + at, hn);
     }
   }
-
- private:
-  template <bool MAXIMUM>
-  NGK_INLINE void extreme_step(R v, R one, R& best, R& ties) {
-    const R count = V::if_eq(v, best, V::add(ties, one), ties);
-    ties = MAXIMUM ? V::if_lt(best, v, one, count) : V::if_lt(v, best, one, count);
-    best = MAXIMUM ? V::if_lt(best, v, v, best) : V::if_lt(v, best, v, best);
-  }
 };
 
-// What turns a message m into its gradient, by destination:
-// constant + slope (m - mean) + [m == lo] lo_share + [m == hi] hi_share. Planes of [rows, ld].
+// What turns a message into its gradient, by destination (message_math.h). Planes of [rows, ld].
 template <class V>
 struct Coefficients {
   using T = typename V::T;
@@ -135,7 +121,6 @@ struct Coefficients {
   // FiLM do not start at a full vector, they go to `late` [tile, ld], for `shifts` to copy once all scales are written.
   template <int KIND>
   void apply(const Slots& slots, int i, const Registers<V>& g, int first, int last, T* ge, T* gq, T* late) const {
-    const R zero = V::zero(), one = V::set1(T(1));
     const bool low = slots.min >= 0, high = slots.max >= 0, whole = g.F % V::W == 0;
     for (int c = 0; c < ld; c += V::W) {
       const int64_t at = static_cast<int64_t>(i) * ld + c;
@@ -144,18 +129,13 @@ struct Coefficients {
       for (int r = first; r < last; ++r) {
         R s, y;
         const R m = Registers<V>::template message<KIND>(g, r, c, &s, &y);
-        R x = V::fma(k1, V::sub(m, mu), k0);
-        if (low) x = V::add(x, V::if_eq(m, l, lg, zero));
-        if (high) x = V::add(x, V::if_eq(m, h, hg, zero));
+        R x = spread_back<V>(m, k0, k1, mu), of_q;
+        if (low) x = extreme_back<V>(m, l, lg, x);
+        if (high) x = extreme_back<V>(m, h, hg, x);
         T* er = ge + static_cast<int64_t>(r) * g.lde + c;
-        if constexpr (KIND == PLAIN) {
-          V::store(er, x);
-          continue;
-        }
-        const R xy = V::mul(x, y);
-        V::store(er, KIND == GATE ? V::mul(xy, V::mul(s, V::sub(one, s))) : xy);
+        V::store(er, combined_back<V>(KIND, x, s, y, &of_q));
         if (KIND == FILM) V::store(whole ? er + g.F : late + static_cast<int64_t>(r) * ld + c, x);
-        V::store(gq + static_cast<int64_t>(r) * g.ldq + c, V::mul(x, s));
+        if (KIND != PLAIN) V::store(gq + static_cast<int64_t>(r) * g.ldq + c, of_q);
       }
     }
   }

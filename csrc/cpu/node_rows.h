@@ -1,7 +1,7 @@
 // What forward and backward of the node side share: rows cut into chunks, workers, the maps and the norm of one chunk.
 #pragma once
 
-#include "../edge_math.h"
+#include "../message_math.h"
 #include "node_maps.h"
 
 namespace ngk {

@@ -1,7 +1,7 @@
 // Tiles of edges, and the way between their rows and the tensors of edge values.
 #pragma once
 
-#include "../edge_math.h"
+#include "../message_math.h"
 #include "../values.h"
 #include "prepare.h"
 

@@ -60,11 +60,8 @@ struct MessageBack : Backprop<P, D, FULL> {
         NGK_UNROLL
         for (int x = 0; x < 8; ++x) {
           if (!eval.ok[x / 2 % 2]) shift[x] = 0;
-          const float d = shift[x];
-          e[x] = g.combine == PLAIN ? d : d * m.q[x];
-          if (g.combine == GATE) e[x] *= m.e[x] * (1.0f - m.e[x]);
-          if (g.combine != PLAIN) query_gradient[x] = eval.ok[x / 2 % 2] ? d * m.e[x] : 0.0f;
-          if (!eval.ok[x / 2 % 2]) e[x] = 0;
+          e[x] = combined_back<Number>(static_cast<int>(g.combine), shift[x], m.e[x], m.q[x], query_gradient + x);
+          if (!eval.ok[x / 2 % 2]) e[x] = query_gradient[x] = 0;
         }
       }
       sink(last, 0, c, e);
@@ -92,9 +89,9 @@ struct MessageBack : Backprop<P, D, FULL> {
     if (g.high) high = load2(own + 5 * stride), high_share = load2(own + 6 * stride);
     NGK_UNROLL
     for (int p = 0; p < 2; ++p) {
-      d[p] = fmaf(slope.v[p], m[p] - mean.v[p], constant.v[p]);
-      if (g.low && m[p] == low.v[p]) d[p] += low_share.v[p];
-      if (g.high && m[p] == high.v[p]) d[p] += high_share.v[p];
+      d[p] = spread_back<Number>(m[p], constant.v[p], slope.v[p], mean.v[p]);
+      if (g.low) d[p] = extreme_back<Number>(m[p], low.v[p], low_share.v[p], d[p]);
+      if (g.high) d[p] = extreme_back<Number>(m[p], high.v[p], high_share.v[p], d[p]);
     }
   }
 };

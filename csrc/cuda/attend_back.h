@@ -32,7 +32,7 @@ struct AttendBack : Backprop<P, D, true> {
     if (g.summed) state_products();
     of.by_head([&](int at, int r, int h) {
       const float delta = g.delta[output_row(r) * of.heads + h];
-      of.slope[at] = eval.has(r) ? (of.weight[at] * of.slope[at] - of.p[at] * delta) * of.scale : 0.0f;
+      of.slope[at] = eval.has(r) ? softmax_back(of.weight[at], of.slope[at], of.p[at], delta, of.scale) : 0.0f;
     });
     sync_warp();
     share_gradients(e);

@@ -167,7 +167,7 @@ struct Backprop : Sinks<P, D, FULL> {
     for (int k = 0; k < KB; ++k) P::multiply(v, P::staged(rows(buffer) + k * 16, LD), P::right(w + k * FRAGMENTS));
   }
 
-  // ---- layer norms: with d = gradient x weight and y the normalised register, (d - mean(d) - y mean(d y)) / deviation ----
+  // ---- layer norms: d is gradient x weight, y the normalised register ----
   struct Slope {
     typename Evaluator<P, D, FULL>::Moments m;
     float total[2], along[2];  // mean(d), mean(d y) of this lane's rows
@@ -202,7 +202,7 @@ struct Backprop : Sinks<P, D, FULL> {
     NGK_UNROLL
     for (int k = 0; k < 8; ++k) {
       const int h = k / 2 % 2;
-      v[k] = c * 16 + eval.column_of(k) < upper.width ? (d[k] - s.total[h] - y[k] * s.along[h]) * s.m.scale[h] : 0.0f;
+      v[k] = c * 16 + eval.column_of(k) < upper.width ? layer_norm_back<Number>(d[k], y[k], s.total[h], s.along[h], s.m.scale[h]) : 0.0f;
     }
   }
 

@@ -133,7 +133,7 @@ struct Evaluator : Edges<P, D, FULL> {
   NGK_DEVICE void normalised(const Stage& stage, const Moments& m, int c, float* y) const {
     load8(kept(stage.input, c), y);
     NGK_UNROLL
-    for (int k = 0; k < 8; ++k) y[k] = (y[k] - m.mean[k / 2 % 2]) * m.scale[k / 2 % 2];
+    for (int k = 0; k < 8; ++k) y[k] = layer_norm<Number>(y[k], m.mean[k / 2 % 2], m.scale[k / 2 % 2]);
   }
   // Columns 16 c .. of a vector among the constants, for both rows.
   NGK_DEVICE void by_column(int64_t place, int c, float* v) const {
@@ -199,7 +199,7 @@ struct Evaluator : Edges<P, D, FULL> {
     return own;
   }
 
-  // The parts of fragment c of a message: m = e, s q + t, sigmoid(s) q or s q.
+  // The parts of fragment c of a message.
   struct Message {
     float e[8] = {}, shift[8] = {}, q[8] = {}, m[8];
   };
@@ -221,12 +221,7 @@ struct Evaluator : Edges<P, D, FULL> {
       }
     }
     NGK_UNROLL
-    for (int k = 0; k < 8; ++k) {
-      if (g.combine == GATE) out->e[k] = sigmoid<Number>(out->e[k]);
-      out->m[k] = g.combine == PLAIN || g.combine == EMIT ? out->e[k]
-                  : g.combine == FILM                     ? fmaf(out->e[k], out->q[k], out->shift[k])
-                                                          : out->e[k] * out->q[k];
-    }
+    for (int k = 0; k < 8; ++k) out->m[k] = combined<Number>(static_cast<int>(g.combine), out->e + k, out->shift[k], out->q[k]);
   }
   NGK_DEVICE int message_fragments() const { return static_cast<int>((g.width + 15) / 16); }
 };

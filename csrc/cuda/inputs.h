@@ -1,7 +1,7 @@
 // What the first stages of an edge expression read: raw features, the table of a curve over them, their Fourier features.
 #pragma once
 
-#include "../edge_math.h"
+#include "../message_math.h"
 #include "arrivals.h"
 #include "precision.h"
 

@@ -1,7 +1,7 @@
 // The register of a tile of edges on its way from one stage to the next.
 #pragma once
 
-#include "../edge_math.h"
+#include "../message_math.h"
 #include "lane.h"
 
 namespace ngk::cuda {

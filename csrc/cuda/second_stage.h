@@ -174,8 +174,8 @@ struct Merge {
       } else {
         first += p[0];
       }
-      if (g.slots.low >= 0) merge_extreme<false>(&low, &low_ties, p[2 * g.padded], p[3 * g.padded]);
-      if (g.slots.high >= 0) merge_extreme<true>(&high, &high_ties, p[4 * g.padded], p[5 * g.padded]);
+      if (g.slots.low >= 0) join_extreme<Number, false>(p[2 * g.padded], p[3 * g.padded], &low, &low_ties);
+      if (g.slots.high >= 0) join_extreme<Number, true>(p[4 * g.padded], p[5 * g.padded], &high, &high_ties);
       n += more;
     }
     write(g, g.keys[s], c, n, first, squares, low, low_ties, high, high_ties);
@@ -189,7 +189,7 @@ struct Merge {
     if (g.slots.mean >= 0) out[g.slots.mean * g.width] = mean;
     if (g.slots.mean_aux) g.aux[row * g.width + c] = mean;
     if (g.slots.var >= 0) out[g.slots.var * g.width] = var;
-    if (g.slots.std >= 0) out[g.slots.std * g.width] = var <= static_cast<float>(STD_THRESHOLD) ? 0.0f : sqrtf(var);
+    if (g.slots.std >= 0) out[g.slots.std * g.width] = deviation(var);
     const int64_t at = row * g.slots.ties * g.width + c;
     if (g.slots.low >= 0) {
       out[g.slots.low * g.width] = bad ? first : low;
@@ -209,8 +209,8 @@ struct Merge {
   }
 };
 
-// What turns a message m of each output row into its gradient, [rows, MESSAGE_PLANES, padded]:
-// constant + slope (m - mean) + [m == low] share + [m == high] share.
+// What turns a message of each output row into its gradient (message_math.h), [rows, MESSAGE_PLANES, padded]: constant, slope, mean, smallest,
+// its share, largest, its share.
 struct Coefficients {
   static constexpr bool TOGETHER = false;
   struct Args {
@@ -229,13 +229,7 @@ struct Coefficients {
     for (int p = 0; p < MESSAGE_PLANES; ++p) to[p * g.padded] = 0;
     if (c >= g.width) return;
     const float *out = g.out + row * g.slots.results * g.width + c, *grad = g.grad + row * g.slots.results * g.width + c;
-    const float inverse = 1.0f / g.degrees[row];
-    float constant = g.slots.sum >= 0 ? grad[g.slots.sum * g.width] : 0.0f, slope = 0;
-    if (g.slots.mean >= 0) constant += grad[g.slots.mean * g.width] * inverse;
-    if (g.slots.std >= 0 && out[g.slots.std * g.width] > 0) slope = grad[g.slots.std * g.width] * inverse / out[g.slots.std * g.width];
-    if (g.slots.var >= 0) slope += 2.0f * grad[g.slots.var * g.width] * inverse;
-    to[0] = constant;
-    to[g.padded] = slope;
+    slopes_of(g.slots, out, grad, g.width, 1.0f / g.degrees[row], to, to + g.padded);
     to[2 * g.padded] = g.slots.mean >= 0 ? out[g.slots.mean * g.width] : g.slots.mean_aux ? g.aux[row * g.width + c] : 0.0f;
     const int64_t at = row * g.slots.ties * g.width + c;
     if (g.slots.low >= 0) {

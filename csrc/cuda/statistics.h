@@ -6,20 +6,6 @@
 
 namespace ngk::cuda {
 
-// Chan's update of the mean and the squares of na values by those of nb more.
-NGK_INLINE void merge_spread(float* mean, float* squares, float na, float other_mean, float other_squares, float nb) {
-  const float n = na + nb, delta = other_mean - *mean;
-  if (nb == 0) return;
-  *mean = na == 0 ? other_mean : *mean + delta * (nb / n);
-  *squares = na == 0 ? other_squares : *squares + (other_squares + delta * delta * (na * nb / n));
-}
-template <bool MAXIMUM>
-NGK_INLINE void merge_extreme(float* best, float* ties, float other, float count) {
-  const bool better = MAXIMUM ? other > *best : other < *best;
-  *ties = better ? count : *ties + (other == *best ? count : 0.0f);
-  *best = better ? other : *best;
-}
-
 struct Statistics {
   const Args& g;
   float* base;  // [planes, fragments, lanes, 4 columns]; planes: sum, with `spread` shift and squares, low, ties, high, ties
@@ -37,8 +23,7 @@ struct Statistics {
         if (!seen) shift.v[e] = ok[0] ? m[value_of(e, 0)] : m[value_of(e, 1)];
         NGK_UNROLL
         for (int h = 0; h < 2; ++h) {
-          const float d = m[value_of(e, h)] - shift.v[e];
-          if (ok[h]) sum.v[e] += d, squares.v[e] = fmaf(d, d, squares.v[e]);
+          if (ok[h]) join_spread<Number>(m[value_of(e, h)], shift.v[e], sum.v + e, squares.v + e);
         }
       }
       store4(plane(1, c), shift);
@@ -61,9 +46,7 @@ struct Statistics {
       const Four shift = seen ? load4(plane(1, c)) : none, second = seen ? load4(plane(2, c)) : none;
       NGK_UNROLL
       for (int e = 0; e < 4; ++e) {
-        const float d = seen ? sum.v[e] / seen : 0.0f;
-        squares.v[e] = second.v[e] - sum.v[e] * d < 0 ? 0.0f : second.v[e] - sum.v[e] * d;
-        sum.v[e] = shift.v[e] + d;
+        if (seen) centred(shift.v[e], sum.v[e], second.v[e], seen, sum.v + e, squares.v + e);
       }
     }
     NGK_UNROLL
@@ -83,11 +66,11 @@ struct Statistics {
         }
         if (g.low) {
           const float x = shuffle_xor(ends[0].v[e], mask), count = shuffle_xor(ends[1].v[e], mask);
-          merge_extreme<false>(&ends[0].v[e], &ends[1].v[e], x, count);
+          join_extreme<Number, false>(x, count, &ends[0].v[e], &ends[1].v[e]);
         }
         if (g.high) {
           const float x = shuffle_xor(ends[2].v[e], mask), count = shuffle_xor(ends[3].v[e], mask);
-          merge_extreme<true>(&ends[2].v[e], &ends[3].v[e], x, count);
+          join_extreme<Number, true>(x, count, &ends[2].v[e], &ends[3].v[e]);
         }
         n += more;
       }
@@ -115,7 +98,7 @@ struct Statistics {
     Four best = seen ? load4(plane(at, c)) : endless(MAXIMUM), ties = seen ? load4(plane(at + 1, c)) : Four{{0, 0, 0, 0}};
     NGK_UNROLL
     for (int k = 0; k < 8; ++k)
-      if (ok[k / 2 % 2]) merge_extreme<MAXIMUM>(&best.v[k / 4 * 2 + k % 2], &ties.v[k / 4 * 2 + k % 2], m[k], 1);
+      if (ok[k / 2 % 2]) join_extreme<Number, MAXIMUM>(m[k], 1, &best.v[k / 4 * 2 + k % 2], &ties.v[k / 4 * 2 + k % 2]);
     store4(plane(at, c), best);
     store4(plane(at + 1, c), ties);
   }
