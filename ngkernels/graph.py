@@ -56,8 +56,18 @@ class NeuralGraph:
         self._cache: dict = {}
         self.max_in_degree = max(p.max_in_degree for p in self.parts)
         self.num_rows = num_rows(self)
+        self._begin()
+
+    def _begin(self) -> None:
         if not any(b.index and (not b.edge or b.index.edges < len(b.index)) for p in self.parts for b in p.blocks):
             self.edges_as()  # now, so that torch.compile finds it; of a closed graph, the pairs may be all that is read
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_cache": {}}  # tables are made anew: they may name lists of this process
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     # ---- constructors ----
     @classmethod

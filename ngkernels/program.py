@@ -295,8 +295,8 @@ class _Builder:
         xs = [(x if x.dtype == self.dtype else x.to(self.dtype)).contiguous() for x in self.xs]
         weights = [self.edges.weights[k] for k in self.topology.used_weights]
         carriers = list(self.carriers) if self.edges.graph.packed else [self.carriers[k] for k in self.topology.used_blocks if self.carriers]
-        # The topology stays on the host: backends read it there, and keep what they need of it on their device.
-        return Expression(weights, xs, self.fold.leaves, self.table, carriers, self.topology.table, program)
+        # The topology's rows stay on the host: backends read them there, and keep what they need of them on their device.
+        return Expression(weights, xs, self.fold.leaves, self.table, carriers, self.topology.on(self.edges.weights[0].device), program)
 
 
 def _float_bits(value: float) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .edge_index import Pairs, make_lists
 
@@ -55,8 +58,9 @@ FORWARD, PARTNER, TOKEN, SAME, SPARSE_RAW = 1, 2, 4, 8, 16
 
 
 class Topology(NamedTuple):
-    """One int64 tensor (number of rows | rows [rows, len(COLUMNS)] | lists of the sparse ones), the weight tensors and blocks
-    that it names, and the number of output rows."""
+    """One int64 tensor on the host (number of rows | rows [rows, len(COLUMNS)] | lists of the sparse ones), the weight tensors and blocks
+    that it names, and the number of output rows. Lists that were made on a GPU stay there: instead of them, the tensor ends with a number
+    that stands for them (lists_of)."""
 
     table: torch.Tensor
     used_weights: tuple[int, ...]
@@ -66,7 +70,61 @@ class Topology(NamedTuple):
     @property
     def rows(self) -> torch.Tensor:
         """[rows, len(COLUMNS)]."""
-        return self.table[1 : 1 + int(self.table[0]) * len(COLUMNS)].reshape(-1, len(COLUMNS))
+        return rows_of(self.table)
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The table for ops on a device: on a CPU, with its lists."""
+        return self.table if stays(device) or not _apart(self.table) else _whole(self.table)
+
+
+class Lists:
+    """The lists of a table, where they were made."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+
+_numbers_of_lists = itertools.count()
+_by_number: weakref.WeakValueDictionary[int, Lists] = weakref.WeakValueDictionary()
+_kept_by: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Lists by their table, which they live as long as
+_whole_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def stays(device: torch.device) -> bool:
+    """Whether lists that are on a device are left there."""
+    return device.type == "cuda"
+
+
+def rows_of(table: torch.Tensor) -> torch.Tensor:
+    return table[1 : 1 + int(table[0]) * len(COLUMNS)].reshape(-1, len(COLUMNS))
+
+
+def _apart(table: torch.Tensor) -> bool:
+    """Whether a table ends with a number instead of lists; those are longer."""
+    return len(table) == 2 + int(table[0]) * len(COLUMNS)
+
+
+def lists_of(table: torch.Tensor, first: int) -> torch.Tensor:
+    """The lists that begin at `first`, a row's column "lists", wherever they are.
+
+    Raises:
+        RuntimeError: a copy of a table whose graph is gone.
+    """
+    if not _apart(table):
+        return table[first:]
+    if (found := _by_number.get(int(table[-1]))) is None:
+        raise RuntimeError("ngkernels: expected the lists of a sparse graph where they were made, found that graph gone; keep it while its results are in use")
+    return found.tensor[first:]
+
+
+def _whole(table: torch.Tensor) -> torch.Tensor:
+    """A table with its lists, on the host; kept with it."""
+    if (found := _whole_of.get(table)) is None:
+        head, lists = table[:-1].clone(), lists_of(table, 0).cpu()
+        at = rows_of(head)[:, COLUMNS.index("lists")]
+        at[at >= 0] += len(head)
+        found = _whole_of[table] = torch.cat([head, lists])
+    return found
 
 
 class Row(NamedTuple):
@@ -293,21 +351,28 @@ class _PartTable:
         for name, value in zip(("partner", "partner_variant", "partner_axis", "partner_offset"), partner_reads, strict=True):
             row[COLUMNS.index(name)] = value
         row[COLUMNS.index("count")] = len(pairs.src)
-        return Row(row, make_lists(pairs, self.part.layers[block.src]).cpu())
+        return Row(row, make_lists(pairs, self.part.layers[block.src]))
 
 
 def _finish(graph: NeuralGraph, rows: list[Row], numbers: list[_Numbers]) -> Topology:
     """A restricted graph names only the weight tensors and blocks it reads, so gradients of the others do not exist."""
     table, lists = [r.columns for r in rows], []
     used = [_renumber(table, "weight", "partner"), _renumber(table, "block", "partner_block")]
-    at = 1 + len(table) * len(COLUMNS)
+    apart = next((r.lists.device for r in rows if r.lists is not None and stays(r.lists.device)), None)
+    at = 1 + len(table) * len(COLUMNS) if apart is None else 0
     for row in rows:
         if row.lists is not None:
             row.columns[COLUMNS.index("lists")] = at
-            lists.append(row.lists)
+            lists.append(row.lists.to(apart or "cpu"))
             at += len(row.lists)
-    head = torch.tensor([len(table), *(v for row in table for v in row)], dtype=torch.int64, device="cpu")
-    return Topology(torch.cat([head, *lists]) if lists else head, *used, num_rows(graph))
+    numbers = [len(table), *(v for row in table for v in row)]
+    if apart is None:
+        head = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        return Topology(torch.cat([head, *lists]) if lists else head, *used, num_rows(graph))
+    number = next(_numbers_of_lists)
+    head = torch.tensor([*numbers, number], dtype=torch.int64, device="cpu")
+    _kept_by[head] = _by_number[number] = Lists(torch.cat(lists))
+    return Topology(head, *used, num_rows(graph))
 
 
 def _renumber(table: list[list[int]], *columns: str) -> tuple[int, ...]:

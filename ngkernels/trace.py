@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from . import backends
 from .encoders import grid_values
-from .topology import COLUMNS
+from .topology import rows_of
 from .work import Work, program_flops
 
 _SPACES = ("ngkernels", "ngkernels_C")
@@ -180,8 +180,7 @@ class _Call:
         else:
             self.need_weights = False
             self.out_rows = int(rest[-2]) if first == 0 and "evaluate" not in name else 0
-        count = int(self.topology[0])
-        self.rows = self.topology[1 : 1 + count * len(COLUMNS)].reshape(-1, len(COLUMNS)).tolist()
+        self.rows = rows_of(self.topology).tolist()
 
     def workspace(self, backward: bool) -> tuple[int, int, int, int]:
         """(shared, for each worker, of the call, most workers) in bytes; nothing where there are no compiled kernels."""

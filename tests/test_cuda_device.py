@@ -20,7 +20,8 @@ from test_attend import assert_budget_of_pairs
 from test_cuda_pairs import SHAPES, missing, one_logit
 from test_triton_device import RUNS, SMALL_PAIRS
 
-from ngkernels import backends
+import ngkernels as ngk
+from ngkernels import backends, topology
 from ngkernels._cuda import launch
 
 pytestmark = pytest.mark.gpu
@@ -137,3 +138,22 @@ def test_pairs_run_to_run(sample: PairSample, autocast: torch.dtype | None):
     first = pair_samples.run_engine(sample, t, "cuda", autocast=autocast)
     for _ in range(RUNS):
         assert_bitwise(pair_samples.run_engine(sample, t, "cuda", autocast=autocast), first)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_edges_given_on_the_device(backend: str):
+    """Their lists are made there and stay: the same bits as of edges given on the CPU."""
+    index = torch.randint(0, 300, (2, 5000), generator=torch.Generator().manual_seed(0)).unique(dim=1)
+    g = torch.Generator(device="cuda").manual_seed(0)
+    w, x = torch.randn(index.shape[1], 1, device="cuda", generator=g), torch.randn(300, 16, device="cuda", generator=g)
+    encoder = ngk.encoders.Linear(torch.randn(16, 1, device="cuda", generator=g), torch.randn(16, device="cuda", generator=g))
+    a, b, c = (torch.randn(16, 16, device="cuda", generator=g) for _ in range(3))
+    results = []
+    for given in (index, index.cuda()):
+        graph, own, nodes = ngk.NeuralGraph.from_edge_index(given, 300), w.clone().requires_grad_(), x.clone().requires_grad_()
+        assert len(graph.edges_as().table) == 2 + len(topology.COLUMNS) or given is index
+        with ngk.use_backend(backend):
+            out = ngk.aggregate(ngk.EdgeState(graph, own, encoder), ngk.Message.product(nodes, a, None, b, c), ("mean", "max", "std"))
+            out.square().sum().backward()
+        results.append({"out": out.detach(), "weights": own.grad, "x": nodes.grad})
+    assert_bitwise(*results)

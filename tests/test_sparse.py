@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import math
+import pickle
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from sample_list import PLAIN, SPARSE_UNEQUAL, WEB
 from samples import block_of, cast, engine, graph_of, leaves, run, run_engine
 
 import ngkernels as ngk
-from ngkernels import encoders
+from ngkernels import encoders, topology
 from ngkernels.edge_index import EdgeIndex, Pairs, make_lists, read_lists
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -355,6 +358,51 @@ def test_lists_are_made_where_the_edge_index_lies():
         closed = found.closed(found.flipped(), 4, True)
         for pairs in (Pairs.of(found), Pairs.of(closed, closed.numbers_in(closed.flipped())), Pairs.of(found).first(0)):
             assert make_lists(pairs, 4).device.type == "cpu"
+
+
+LISTED = [PLAIN.but(name, networks=networks, packed=packed, head=0) for name, networks, packed in (("web", (WEB,), False), ("unequal", SPARSE_UNEQUAL, False), ("packed", SPARSE_UNEQUAL, True))]
+
+
+@pytest.mark.parametrize("sample", LISTED, ids=[s.name for s in LISTED])
+def test_lists_of_a_gpu_stay_there(sample, backend: str, monkeypatch):
+    """Tables name them by a number; ops for the CPU take them there. The same bits, also of copies of the graph that outlive it."""
+    t, graph = cast(leaves(sample), torch.float32), graph_of(sample)
+    monkeypatch.setattr(topology, "stays", lambda device: True)  # as if this device were a GPU
+    apart = graph_of(sample)
+    names = (False, True), (False, False), (False, True)
+    tables = [(graph.edges_as(*n).table, apart.edges_as(*n).table) for n in names]
+    assert all(len(short) == len(topology.rows_of(short)) * len(topology.COLUMNS) + 2 < len(whole) for whole, short in tables)
+    monkeypatch.setattr(topology, "stays", lambda device: backend in GPU)
+    if backend not in GPU:
+        assert all(torch.equal(apart.edges_as(*n).on(torch.device("cpu")), graph.edges_as(*n).table) for n in names)
+    copies = apart, copy.deepcopy(apart), pickle.loads(pickle.dumps(apart))
+    del apart, tables
+    with ngk.use_backend(backend):
+        wanted = [o.detach() for o in engine(sample, t, graph)]
+        for found in copies:
+            assert all(torch.equal(o, w) for o, w in zip(engine(sample, t, found), wanted, strict=True))
+    assert_bitwise(run_engine(sample, t, backend), run(lambda live: engine_on_graph(backend, sample, live, graph), t))
+
+
+def engine_on_graph(backend: str, sample, live, graph) -> list[torch.Tensor]:
+    with ngk.use_backend(backend):
+        return engine(sample, live, graph)
+
+
+GPU = ("reference", "triton", "cuda")  # backends that take tensors of a GPU
+
+
+def test_lists_live_as_long_as_their_table(monkeypatch):
+    monkeypatch.setattr(topology, "stays", lambda device: True)
+    graph = graph_of(LISTED[0])
+    table = graph.edges_as().table
+    lists, clone = topology.lists_of(table, 0), table.clone()
+    del graph
+    assert torch.equal(topology.lists_of(clone, 0), lists) and torch.equal(topology.lists_of(table, 2), lists[2:])
+    del table
+    gc.collect()
+    with pytest.raises(RuntimeError, match="found that graph gone; keep it while its results are in use"):
+        topology.lists_of(clone, 0)
 
 
 def test_malformed_lists_are_refused():

@@ -5,14 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..edge_index import read_lists
-from ..topology import COLUMNS, DIAGONAL, FORWARD, KINDS, PARTNER, SPARSE, SPARSE_RAW, TOKEN, TRIANGLE
-
-
-def rows_of(topology: torch.Tensor) -> list[dict[str, int]]:
-    """The rows of the topology table, one dict each."""
-    n = int(topology[0])
-    return [dict(zip(COLUMNS, row, strict=True)) for row in topology[1 : 1 + n * len(COLUMNS)].reshape(n, len(COLUMNS)).tolist()]
-
+from ..topology import COLUMNS, DIAGONAL, FORWARD, KINDS, PARTNER, SPARSE, SPARSE_RAW, TOKEN, TRIANGLE, lists_of, rows_of
 
 _PARTNER = {"partner": "weight", "partner_variant": "variant", "partner_axis": "src_axis", "partner_offset": "offset"}
 
@@ -24,7 +17,7 @@ class EdgeList:
     """
 
     def __init__(self, weights: list[torch.Tensor], topology: torch.Tensor, like: torch.Tensor, channels: int, paired: bool = False):
-        self.rows, self.topology, self.weights, self.channels, self.like = rows_of(topology), topology, weights, channels, like
+        self.rows, self.topology, self.weights, self.channels, self.like = [dict(zip(COLUMNS, row, strict=True)) for row in rows_of(topology).tolist()], topology, weights, channels, like
         self.paired, self.n_weights = paired, len(weights)
         self.sizes: list[int] = []
         pieces: dict[str, list[torch.Tensor]] = {"src": [], "dst": [], "out": [], "partner_out": [], "used": [], "partner_used": []}
@@ -59,7 +52,7 @@ class EdgeList:
         n_src, n_dst, kind = row["n_src"], row["n_dst"], KINDS[row["kind"]]
         device = self.like.device
         if kind == SPARSE:
-            return tuple(t.to(device) for t in read_lists(self.topology[row["lists"] :], row["count"]))
+            return tuple(t.to(device) for t in read_lists(lists_of(self.topology, row["lists"]), row["count"]))
         if kind == DIAGONAL:
             return torch.arange(n_src, device=device), torch.arange(n_src, device=device)
         if kind == TRIANGLE:
