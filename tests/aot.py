@@ -8,7 +8,9 @@ kernel, with the same Triton, is read from build/aot. A process of its own, beca
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -17,6 +19,7 @@ import re
 import struct
 import subprocess
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,9 +27,10 @@ from pathlib import Path
 
 import torch
 import triton
+import triton.language as tl
 from addresses import narrow
 from aot_features import features, plain
-from aot_list import QUICK, VARIANTS, NodeSample, Variant
+from aot_list import QUICK, SLOW, VARIANTS, NodeSample, Variant
 from pair_samples import PairSample, attend, pair_state
 from pair_samples import leaves as pair_leaves
 from samples import cast, edge_state, leaves, message_of, pairs
@@ -44,6 +48,8 @@ from ngkernels.program import LIN
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32", torch.int16: "i16"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KEPT = Path(__file__).resolve().parent.parent / "build" / "aot"
+RECORD = Path(__file__).with_name("triton_resources.json")
+RECORDED = ("registers", "spilled", "shared", "tensor_memory", "instructions", "mma", "narrow")  # of a Compiled
 SLOWEST = ("gradient_kernel", "attend_kernel", "evaluate_kernel", "aggregate_kernel")  # to compile, in this order
 
 
@@ -65,13 +71,47 @@ class Launch:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @property
+    def fingerprint(self) -> str:
+        """The same for launches of the same code, wherever it stands and however it is laid out."""
+        options = (self.signature, [(name, plain(value)) for name, value in self.constants], self.warps, self.options)
+        return hashlib.sha256(repr((code_of(self.kernel), options)).encode()).hexdigest()[:20]
+
+    @property
     def source(self) -> str:
         """The same for launches that Triton's own representation is the same of: neither warps nor options of the assembler are in it."""
         return repr((self.kernel.cache_key, self.signature, self.constants))
 
     @property
+    def products(self) -> bool:
+        """Whether there are matrix products: a first layer of one channel has none."""
+        steps = [Step(*step) for step in plain(dict(self.constants).get("STEPS", ()))]
+        return any(step.op == LIN and step.n_in >= 9 for step in steps)
+
+    @property
     def features(self) -> dict[str, list[str]]:
         return {axis: sorted(values) for axis, values in features(self.kernel.__name__, dict(self.signature), dict(self.constants)).items()}
+
+
+@functools.lru_cache(None)
+def code_of(function: JITFunction) -> str:
+    """The text of a kernel without comments, with that of the functions that it calls and the numbers that it names."""
+    tree = ast.parse(textwrap.dedent(function.src))
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    texts = [ast.unparse(_undocumented(tree))]
+    for name in sorted(names & set(function.fn.__globals__)):
+        value = function.fn.__globals__[name]
+        if isinstance(value, JITFunction):
+            texts.append(code_of(value))
+        elif isinstance(value, (int, float, tl.constexpr)):
+            texts.append(f"{name} = {plain(value)}")
+    return "\n".join(texts)
+
+
+def _undocumented(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return tree
 
 
 def _type(value):
@@ -158,7 +198,6 @@ class Compiled:
     tensor_memory: int  # columns, sm_100
     instructions: int
     mma: int  # matrix instructions
-    products: bool  # whether there are matrix products: a first layer of one channel has none
     narrow: list[str]  # addresses that 32 bits may not hold
     features: dict[str, list[str]]
     seconds: float
@@ -181,12 +220,11 @@ def _compiled(launch: Launch, capability: int, source, addresses: list[str] | No
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))
     constants = {name: plain(value) for name, value in launch.constants}
-    steps = [Step(*step) for step in constants.get("STEPS", ())]
     ir = done.asm["ttir"]
     return Compiled(
         launch.kernel.__name__, capability, f"{constants.get('BI', '-')}x{constants.get('BJ', '-')}", launch.warps, registers, stack, done.metadata.shared,
         getattr(done.metadata, "tmem_size", 0) or 0, code_bytes(done.asm["cubin"]) // 16, len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", done.asm["ptx"])),
-        any(step.op == LIN and step.n_in >= 9 for step in steps), narrow(ir) if addresses is None else addresses, launch.features,
+        narrow(ir) if addresses is None else addresses, launch.features,
         round(time.perf_counter() - start, 1),
     ), ir  # fmt: skip
 
@@ -223,7 +261,11 @@ def _run(number: int) -> list[str]:
         to = kept(missing[found.capability], found.capability)
         to.with_suffix(f".{os.getpid()}").write_text(json.dumps(asdict(found)))
         to.with_suffix(f".{os.getpid()}").rename(to)
-    return [json.dumps({"variants": names, **json.loads(kept(launch, c).read_text())}) for c, (launch, names) in launches.items()]
+    return [json.dumps({**about(launch, c, names), **json.loads(kept(launch, c).read_text())}) for c, (launch, names) in launches.items()]
+
+
+def about(launch: Launch, capability: int, names: Sequence[str]) -> dict:
+    return {"variants": names, "fingerprint": launch.fingerprint, "kernel": launch.kernel.__name__, "capability": capability, "products": launch.products}
 
 
 def collect(names: Sequence[str], capabilities: Sequence[int]) -> None:
@@ -241,20 +283,41 @@ def _length(launch: Launch, order: dict[str, int]) -> tuple[int, int]:
     return order.get(launch.kernel.__name__, len(order)), -len(repr(launch.constants))
 
 
+def compiled(jobs: int) -> Iterator[str]:
+    """A line for each launch of _work and architecture."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:  # Triton's own cache would only grow
+        os.environ["TRITON_CACHE_DIR"] = folder
+        with multiprocessing.get_context("fork").Pool(jobs) as pool:
+            for lines in pool.imap_unordered(_run, range(len(_work))):
+                yield from lines
+
+
+def record(lines: Sequence[str]) -> None:
+    found = sorted((f"{k['fingerprint']} {k['capability']}", [k[name] for name in RECORDED]) for k in map(json.loads, lines))
+    rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in dict(found).items())
+    RECORD.write_text(f'{{"triton": {json.dumps(triton.__version__)}, "columns": {json.dumps(RECORDED)}, "kernels": {{\n{rows}\n}}}}\n')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--list", action="store_true", help="print the launches without compiling them")
+    parser.add_argument("--record", action="store_true", help="compile those of SLOW and write down what came of them")
     parser.add_argument("variants", nargs="*", default=list(VARIANTS))
     given = parser.parse_args()
-    names = [n for name in given.variants for n in (QUICK if name == "QUICK" else [name])]
-    KEPT.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:  # Triton's own cache would only grow
-        os.environ["TRITON_CACHE_DIR"] = folder
-        collect(names, given.capabilities)
-        with multiprocessing.get_context("fork").Pool(given.jobs) as pool:
-            for lines in pool.imap_unordered(_run, range(len(_work))):
-                print(*lines, sep="\n", flush=True)
+    names = ["SLOW"] if given.record else given.variants
+    collect([n for name in names for n in {"QUICK": QUICK, "SLOW": SLOW}.get(name, [name])], given.capabilities)
+    if given.list:
+        print(*(json.dumps(about(launch, c, names)) for work in _work for c, (launch, names) in work.items()), sep="\n")
+        return
+    lines = []
+    for line in compiled(given.jobs):
+        lines.append(line)
+        print(line, flush=True)
+    if given.record:
+        record(lines)
 
 
 if __name__ == "__main__":
