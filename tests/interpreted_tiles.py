@@ -72,7 +72,7 @@ def test_ten_thousand_networks_are_few_launches(work: str):
     cut = plan.cut(None, (0,), 16, graph.num_nodes, work, False)
     shapes = {(group.shape, group.later) for group in cut.groups}
     assert len(cut.groups) == len(shapes) == 2 and sum(len(group.rows) for group in cut.groups) == 30_000
-    *_, chunks = cut.chunks(128, 0, 0, 1 << 30)
+    *_, chunks = cut.chunks(128, 0, 0, 0, 1 << 30)
     assert sum(len(chunk.launches) for chunk in chunks) == 2
 
 

@@ -37,7 +37,7 @@ PATCHES = tuple(Patch(*row) for row in (
     # backward
     ("mean-gradient-not-divided", "messages.py", "constant += tl.load(grad + here + SLOTS[MEAN] * WIDTH, mask=live, other=0) * inverse", "constant += tl.load(grad + here + SLOTS[MEAN] * WIDTH, mask=live, other=0)"),
     ("sources-as-destinations", "linear_back.py", "to[ROW_J], to[END_J], STEP[NODE]", "to[ROW_J], to[END_I], STEP[NODE]"),
-    ("later-blocks-overwrite", "blocks.py", "turn = seen.get((row.weight, row.offset), 0) if in_turn and row.weight >= 0 else 0", "turn = 0"),
+    ("later-blocks-overwrite", "blocks.py", "later = row.weight >= 0 and reads[0] in seen[0]", "later = False"),
     ("residual-gradient-dropped", "backprop.py", "g = added(g, held,", "held = added(g, held,"),
     ("statistics-not-in-the-gradient", "backprop.py", "scaled = scaled + (g[c] * scale,)", "scaled = scaled + (g[c],)"),
     ("first-piece-only", "gradients.py", "call.grad_params += sums.sum(0)", "call.grad_params.copy_(sums.sum(0))"),

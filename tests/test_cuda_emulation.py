@@ -26,7 +26,7 @@ from travel import Twins
 from travel import to as travelling_to
 
 import ngkernels as ngk
-from ngkernels import backends, kept
+from ngkernels import backends, kept, topology
 from ngkernels._cuda import launch, plan
 
 pytestmark = [
@@ -185,8 +185,17 @@ def test_tiles_are_full():
     sizes = {(TINY,): ceil(sum(DEGREES) / 16) * 2, (mlp(2, 40),): 5, (mlp(1, 33),): 3, (mlp(8, 10),): 5, (mlp(3, 16),): 4, (mlp(17, 2),): 4}
     for networks, tiles in sizes.items():
         found = plan.Plan(samples.graph_of(PLAIN.but("several", networks=networks)).edges_as().table, torch.device("cpu")).work()
-        (work,) = found.gradients(1000, 64, 0, 0, 1 << 30)
+        (work,) = found.gradients(64, 0, 0, 0, 1 << 30)
         assert work.slots == 16 * tiles
+
+
+@pytest.mark.parametrize("name", ["sparse-unequal", "sparse-packed"])
+def test_lists_that_stay_on_the_device(name: str, monkeypatch):
+    t = cast(leaves(SAMPLE_OF[name]), torch.float32)
+    wanted = run_engine(SAMPLE_OF[name], t, "cuda")
+    monkeypatch.setattr(topology, "stays", lambda device: True)
+    monkeypatch.setattr(topology, "_whole", None)
+    assert_bitwise(run_engine(SAMPLE_OF[name], t, "cuda"), wanted)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
@@ -255,11 +264,12 @@ def test_panels_cover_every_edge_once():
         edges = ngk.EdgeState(graph, [torch.zeros(1, *sizes, 1)], ngk.encoders.Identity())
         topology = edges.graph.edges_as(False, False, True).table
         found = plan.Plan(topology, torch.device("cpu")).work()
-        for work in (found.reduce(), *found.gradients(graph.num_nodes, 64, 0, 0, 1 << 30)):
+        for work in (found.reduce(), *found.gradients(64, 0, 0, 0, 1 << 30)):
+            (panels,) = work.launches
             seen = torch.zeros(sizes[1], sizes[0], dtype=torch.int64)
-            for _, _, i0, i1, j0, j1, *_ in work.panels.tolist():
+            for _, _, i0, i1, j0, j1, *_ in panels.tolist():
                 seen[i0:i1, j0:j1] += 1
-            assert (seen == 1).all() and work.panels[:, 4].remainder(16).eq(0).all()
+            assert (seen == 1).all() and panels[:, 4].remainder(16).eq(0).all()
 
 
 def test_plans_are_made_on_their_device():
@@ -270,8 +280,8 @@ def test_plans_are_made_on_their_device():
         with torch.device("meta"):
             found = plan.Plan(topology, torch.device("cpu"))
             assert found.degrees(graph.num_nodes).device.type == "cpu"
-            for work in (found.work().reduce(), *found.work().gradients(graph.num_nodes, 64, 8, 64, 1 << 12)):
-                assert work.n and all(t.device.type == "cpu" for t in (work.panels, work.messages, *(t for sums in work.sums for t in sums)))
+            for work in (found.work().reduce(), *found.work().gradients(64, 8, 64, 64, 1 << 12)):
+                assert work.launches and all(t.device.type == "cpu" for t in (*work.launches, work.messages, *(t for sums in work.sums for t in sums)))
 
 
 # ---- seeded bugs ----
@@ -303,7 +313,7 @@ PATCHES = (
     ("residual-gradient-lost", "backprop.h", "if (stage.add >= 0 || (FULL && stage.source == FROM_NORM)) store8(", "if (FULL && stage.source == FROM_NORM) store8("),
     ("second-half-forgotten", "backprop.h", "h < upper.halves; ++h) add_product", "h < 1; ++h) add_product"),
     ("strip-overwrites-the-last-one", "sinks.h", "*to = run.begins ? total : *to + total;", "*to = total;"),
-    ("variance-between-lanes-lost", "statistics.h", "*squares + (other_squares + delta * delta * (na * nb / n))", "*squares + other_squares"),
+    ("variance-between-lanes-lost", "../message_math.h", "*squares + (other_squares + delta * delta * (na * nb / n))", "*squares + other_squares"),
     ("reversed-blocks-overwrite", "sinks.h", "add ? x + read_value<float>(p, dtype) : x", "add && dtype < 0 ? x + read_value<float>(p, dtype) : x"),
     ("tiles-of-one-edge", "edges.h", "3 * (at < block->n_edges ? at : 16 * i)", "3 * 16 * i"),
     ("sources-of-one-destination", "sinks.h", "if (all || eval.ok[k / 2 % 2])", "if (all ? eval.ok[0] : eval.ok[k / 2 % 2])"),

@@ -182,6 +182,21 @@ def test_partial_results_of_a_gpu_are_counted_up_to_their_limit(backend: str, mo
     assert 30 < peaks[64] - peaks[4] < 120, peaks  # those of the table are sorted beside themselves
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_what_a_neuron_takes_on_a_gpu(backend: str, monkeypatch):
+    """At most 4,000 bytes, at 32 columns and four layers: node terms and the sums of their gradients are there for a window of neurons."""
+    launch = importlib.import_module(f"ngkernels._{backend}.launch")
+    monkeypatch.setattr(launch, "MOST_TILES", 1, raising=False)
+    monkeypatch.setattr(launch, "BUDGET", MIB // 4)
+    monkeypatch.setattr("ngkernels.ops.node_map.ROWS", 256)
+    peaks = []
+    for width, layers in ((16, 512), (64, 32)):  # of as many edges
+        model = NGGNN([width] * (layers + 1), d_hid=32, fourier_features=16)
+        with ngk.use_backend(backend):
+            peaks.append(ngk.plan(model, model.graph(1), device="cuda", weight_grads=True, optimizer_states=0).peak_bytes)
+    assert 3000 < (peaks[0] - peaks[1]) / (16 * 513 - 64 * 33) <= 4000, peaks
+
+
 def test_what_the_kernels_of_a_gpu_refuse_is_said(limits_of_a_gpu):
     model, graph = NGT([2, 64, 64, 3], attention="edges"), ngk.NeuralGraph.mlp([2, 64, 64, 3])
     with ngk.use_backend("triton"):

@@ -19,30 +19,37 @@ def forward(call: Call, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor
     for t in (out, aux, ties):
         t.zero_()
     work = call.work.reduce()
-    if not work.n or not out.numel():
+    if not work.launches or not out.numel():
         return
-    width = padded(call.low.width)
+    width, nodes = padded(call.low.width), call.project()
     partial = call.params.new_empty(work.partials, STATISTIC_PLANES, width)
-    call.run(call.fields(call.project()) | {"partial": partial}, work)
+    call.run(call.fields() | call.nodes(nodes) | {"partial": partial}, *work.launches)
     (keys, starts, order), messages = work.sums[0], work.messages
     sizes = (keys.numel(), call.low.width, width, ties.element_size())
     simple("merge", keys.numel() * call.low.width, out, aux, ties, partial, keys, starts, order, messages, *sizes, *slots_of(call.low.mask))
 
 
-def coefficients(call: Call, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """[rows, MESSAGE_PLANES, F padded]: what turns a message of each row into its gradient."""
-    width = padded(call.low.width)
-    to = call.params.new_empty(out.shape[0], MESSAGE_PLANES, width)
-    sizes = (out.shape[0], call.low.width, width, ties.element_size())
-    simple("coefficients", out.shape[0] * width, to, out, aux, ties, grad, call.plan.degrees(out.shape[0]), *sizes, *slots_of(call.low.mask))
-    return to
+class Coefficients:
+    """What turns a message of each output row into its gradient: of aggregate's results and of the gradient of its first."""
+
+    def __init__(self, call: Call, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor, grad: torch.Tensor):
+        self.call, self.tensors, self.width = call, (out, aux, ties, grad), padded(call.low.width)
+        self.row_bytes = MESSAGE_PLANES * self.width * 4
+
+    def of(self, first: int, end: int) -> torch.Tensor:
+        """[rows, MESSAGE_PLANES, F padded] of the rows `first` to `end`."""
+        low, (out, aux, ties, grad) = self.call.low, (t[first:end] for t in self.tensors)
+        to = self.call.params.new_empty(end - first, MESSAGE_PLANES, self.width)
+        sizes = (end - first, low.width, self.width, ties.element_size())
+        simple("coefficients", (end - first) * self.width, to, out, aux, ties, grad, self.call.plan.degrees(len(self.tensors[0]))[first:end], *sizes, *slots_of(low.mask))
+        return to
 
 
 def evaluate(call: Call) -> None:
     """Writes the values of every edge to the call's tensors."""
-    work = call.work.reduce()
-    if work.n:
-        call.run(call.fields(call.project()), work)
+    work, nodes = call.work.reduce(), call.project()
+    if work.launches:
+        call.run(call.fields() | call.nodes(nodes), *work.launches)
 
 
 def aggregate_backward(call: Call, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor, grad: torch.Tensor) -> None:
@@ -50,7 +57,7 @@ def aggregate_backward(call: Call, out: torch.Tensor, aux: torch.Tensor, ties: t
     back = Backward(call)
     back.clear()
     if back.wanted and out.numel():
-        back.run(coefficients=coefficients(call, out, aux, ties, grad))
+        back.run(Coefficients(call, out, aux, ties, grad))
 
 
 def evaluate_backward(call: Call) -> None:

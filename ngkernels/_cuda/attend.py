@@ -45,12 +45,12 @@ def forward(call: Call, attending: Attending, out: torch.Tensor, sums: torch.Ten
     for t in (out, sums, lse):
         t.zero_()
     work = call.work.reduce()
-    if not work.n or not out.numel():
+    if not work.launches or not out.numel():
         return
-    a = call.low.attention
+    a, nodes = call.low.attention, call.project()
     width = 2 * a.heads + a.d_v + a.heads * states(call)
     partial = call.params.new_empty(work.partials, width)
-    call.run(call.fields(call.project()) | attending.fields(call) | {"partial": partial, "width": width}, work)
+    call.run(call.fields() | call.nodes(nodes) | attending.fields(call) | {"partial": partial, "width": width}, *work.launches)
     keys, starts, order = work.sums[0]
     n = keys.numel()
     simple("softmax", n * (width - a.heads), out, sums, lse, partial, keys, starts, order, n, a.heads, a.d_v // a.heads, states(call))
@@ -62,21 +62,12 @@ def backward(call: Call, attending: Attending, saved: Sequence[torch.Tensor], gr
     Args:
         saved: gradients of out and sums; out, sums, lse.
     """
-    back = Backward(call)
+    back = Backward(call, grads)
     back.clear()
-    for t in grads:
-        t.zero_()
     grad, grad_sums, out, sums, lse = (t.contiguous() for t in saved)
-    if not out.numel() or not (back.wanted or any(t.numel() for t in grads)):
+    if not out.numel() or not back.wanted:
         return
     a = call.low.attention
     delta = torch.empty_like(lse)
     simple("delta", delta.numel(), delta, out, grad, sums, grad_sums, delta.numel(), a.d_v // a.heads, states(call))
-    fields = attending.fields(call) | {"lse": lse, "delta": delta, "grad_out": grad, "grad_sums": grad_sums}
-    found = back.run(**fields)
-    if found is None:
-        return
-    first = call.low.columns * sides(call.low)
-    for t, side, start in zip(grads, (0, 1, 1), (first, first, first + call.low.d), strict=True):
-        if t.numel():
-            t.copy_(found[side, :, start : start + t.shape[1]])
+    back.run(**attending.fields(call), lse=lse, delta=delta, grad_out=grad, grad_sums=grad_sums)

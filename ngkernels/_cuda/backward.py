@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 
 from .. import program as prog
@@ -10,14 +13,21 @@ from . import launch
 from .call import Call
 from .launch import simple
 from .memory import sides, sum_columns
-from .plan import WARPS, Launch
+from .plan import WARPS, Chunk
+
+if TYPE_CHECKING:
+    from .aggregate import Coefficients
 
 
 class Backward:
-    """One backward pass: writes the wanted gradients of the call. Before, `fields` take what the op gives its kernel."""
+    """One backward pass: writes the wanted gradients of the call, and of attend's q, k and v, `attended`; empty where not wanted.
 
-    def __init__(self, call: Call):
-        self.call = call
+    Node terms, and the sums of their gradients, are there for the nodes of one chunk at a time: chunks go through the networks in the order of
+    their nodes, so that this window slides. Nothing depends on where chunks end but the parameters' own sums.
+    """
+
+    def __init__(self, call: Call, attended: Sequence[torch.Tensor] = ()):
+        self.call, self.attended = call, attended
         self.marked = any(s.mark for s in call.low.stages)  # gradients stop at a virtual checkpoint: none reach the weights
         self.params, self.table = call.grad_params.numel() > 0, call.grad_table.numel() > 0 and call.low.steps >= 0 and not self.marked
         self.nodes, self.raw = any(g.numel() for g in call.grad_xs), any(g.numel() for g in call.grad_weights) and not self.marked
@@ -29,12 +39,12 @@ class Backward:
 
     @property
     def wanted(self) -> bool:
-        return self.params or self.table or self.nodes or self.raw or self.carriers
+        return self.params or self.table or self.nodes or self.raw or self.carriers or any(t.numel() for t in self.attended)
 
     def clear(self) -> None:
         """Gradients that add up, or that no panel covers, start at zero."""
         call = self.call
-        for t in (*call.grad_xs, call.grad_params, call.grad_table):
+        for t in (*call.grad_xs, call.grad_params, call.grad_table, *self.attended):
             t.zero_()
         covered: dict[tuple[bool, int], int] = {}
         for k in call.work.active:
@@ -48,49 +58,56 @@ class Backward:
                 if g.numel() and covered.get((carrier, k), 0) * g.shape[-1] != g.numel():
                     g.zero_()
 
-    def run(self, **fields: int | torch.Tensor | None) -> torch.Tensor | None:
-        """`fields`: arguments of the kernel. The sums of all partial rows, [2, N, columns], destinations and sources; None: of none."""
+    def run(self, coefficients: Coefficients | None = None, **fields: int | torch.Tensor | None) -> None:
+        """fields: arguments of the kernel that do not change; coefficients: of aggregate, those that change with the chunk."""
         call = self.call
-        sizes = (4 * self.columns, (4 * self.curve + 8) * sides(call.low) if self.table else 0, 4 * self.block_size)
-        launches = call.work.gradients(call.n_nodes, *sizes, launch.BUDGET)
-        if not launches:
-            return None
-        fields = call.fields(call.project()) | fields
+        of_node = 8 * (call.low.columns + 2 * self.columns) + (0 if coefficients is None else coefficients.row_bytes)  # sums: and a copy of those that are done
+        sizes = (4 * self.columns, (4 * self.curve + 8) * sides(call.low) if self.table else 0, 4 * self.block_size, of_node)
+        chunks = call.work.gradients(*sizes, launch.BUDGET)
+        fields = call.fields() | fields
         fields |= {f"need_{name}": int(value) for name, value in (("parameters", self.params), ("nodes", self.nodes), ("raw", self.raw), ("table", self.table))}
-        sums = call.params.new_zeros(2, call.n_nodes, self.columns)
-        for work in launches:
-            self.launch(fields, work, sums)
+        sums = call.params.new_empty(2, 0, self.columns)
+        for chunk, following in zip(chunks, [*chunks[1:], None]):
+            first, end = chunk.nodes
+            before, sums = sums, call.params.new_zeros(2, end - first, self.columns)
+            sums[:, : before.shape[1]] = before  # of nodes that were begun
+            del before
+            terms = call.project(first, end)
+            now = fields | call.nodes(terms, first)
+            if coefficients is not None:
+                of_rows = coefficients.of(*chunk.rows)
+                now |= {"coefficients": of_rows.data_ptr() - chunk.rows[0] * coefficients.row_bytes}
+            self.launch(now, chunk, sums)
+            del terms, now
+            of_rows = None
+            done = (end if following is None else min(end, following.nodes[0])) - first
+            if done > 0:
+                self.finish_nodes(sums[:, :done], first)
+            sums = sums[:, done:]
         call.add_others()
-        if self.terms:
-            self.finish_nodes(self.of_terms(sums))
-        return sums
 
-    def of_terms(self, sums: torch.Tensor) -> torch.Tensor:
-        """[2, N, columns of the node terms]: what partners add to their destinations was summed by source, and the other way about."""
-        n = self.call.low.columns
-        return (sums[:, :, :n] + sums.flip(0)[:, :, n : 2 * n] if self.call.low.live else sums[:, :, :n]).contiguous()
-
-    def launch(self, fields: dict, work: Launch, sums: torch.Tensor) -> None:
-        """One launch, and its partial results added to the sums."""
+    def launch(self, fields: dict, chunk: Chunk, sums: torch.Tensor) -> None:
+        """The launches of a chunk, and their partial results added to the sums."""
         call = self.call
-        blocks = -(-work.n // WARPS)
+        blocks = [-(-len(panels) // WARPS) for panels in chunk.launches]
         every = not (self.marked or call.low.live or call.low.attention)  # whether every number is written
-        partial = (call.params.new_empty if every else call.params.new_zeros)(work.partials, self.columns)
-        parameters = call.params.new_empty(blocks, self.block_size)
-        found = {"partial": partial, "parameters": parameters}
+        partial = (call.params.new_empty if every else call.params.new_zeros)(chunk.partials, self.columns)
+        parameters = call.params.new_empty(sum(blocks), self.block_size)
+        found = {"partial": partial}
         if self.table:
-            slots = work.slots * sides(call.low)
+            slots = chunk.slots * sides(call.low)
             found |= {"cells": call.params.new_empty(slots, dtype=torch.int32), "places": call.params.new_empty(slots)}
             found |= {"curves": call.params.new_empty(slots, self.curve)}
-        call.run(fields | found, work)
+        for panels, of_launch in zip(chunk.launches, parameters.split(blocks), strict=True):
+            call.run(fields | found | {"parameters": of_launch}, panels)
         if self.columns:
-            for keys, starts, order in work.sums:
-                to = sums if keys is work.sums[-1].keys else sums.new_zeros(len(keys), self.columns)
+            for keys, starts, order in chunk.sums:
+                to = sums if keys is chunk.sums[-1].keys else sums.new_zeros(len(keys), self.columns)
                 simple("fold", keys.numel() * self.columns, to, partial, keys, starts, order, keys.numel(), self.columns)
                 partial = to
         if self.params:
             n = call.grad_params.numel()
-            simple("sum_blocks", n, call.grad_params, parameters, call.tables[5], n, blocks, self.block_size)
+            simple("sum_blocks", n, call.grad_params, parameters, call.tables[5], n, sum(blocks), self.block_size)
         if self.table:
             self.add_table_gradient(found["cells"], found["places"], found["curves"])
 
@@ -108,17 +125,32 @@ class Backward:
         self.call.grad_table.add_(total[:, :, :lines])
         self.call.grad_table[:, 1:] += total[:, :-1, lines:]
 
-    def finish_nodes(self, sums: torch.Tensor) -> None:
-        """From the gradients of the node terms, [2, N, columns], to those of node states and projections."""
+    def finish_nodes(self, sums: torch.Tensor, first: int) -> None:
+        """From the sums of nodes from `first` on, [2, nodes, columns], to the gradients of node states and projections, and of q, k and v."""
+        nodes = slice(first, first + sums.shape[1])
+        if self.terms:
+            self.finish_terms(self.of_terms(sums), nodes)
+        begin, d = self.call.low.columns * sides(self.call.low), self.call.low.d
+        for t, side, start in zip(self.attended, (0, 1, 1), (begin, begin, begin + d)):
+            if t.numel():
+                t[nodes].copy_(sums[side, :, start : start + t.shape[1]])
+
+    def of_terms(self, sums: torch.Tensor) -> torch.Tensor:
+        """[2, nodes, columns of the node terms]: what partners add to their destinations was summed by source, and the other way about."""
+        n = self.call.low.columns
+        return (sums[:, :, :n] + sums.flip(0)[:, :, n : 2 * n] if self.call.low.live else sums[:, :, :n]).contiguous()
+
+    def finish_terms(self, sums: torch.Tensor, nodes: slice) -> None:
+        """From the gradients of the node terms, [2, nodes, columns], to those of node states and projections."""
         call, low = self.call, self.call.low
         if self.params:
             with prog.full_precision(sums.device):
                 for t in low.terms:
                     for side, w in ((sums[0, :, t.column : t.column + t.n_out], t.wd), (sums[1, :, t.column : t.column + t.n_out], t.ws)):
-                        call.grad_params[w : w + t.n_out * t.width].view(t.n_out, t.width).addmm_(side.T, call.xs[t.x])
+                        call.grad_params[w : w + t.n_out * t.width].view(t.n_out, t.width).addmm_(side.T, call.xs[t.x][nodes])
                     if t.b >= 0:
                         call.grad_params[t.b : t.b + t.n_out] += sums[0, :, t.column : t.column + t.n_out].sum(0)
         for k, grad_x in enumerate(call.grad_xs):
             if grad_x.numel():
-                shape = (len(low.terms), call.n_nodes, low.columns, k, grad_x.shape[1])
-                simple("node_gradient", grad_x.numel(), grad_x, sums, call.params, call.tables[3], *shape)
+                shape = (len(low.terms), sums.shape[1], low.columns, k, grad_x.shape[1])
+                simple("node_gradient", grad_x[nodes].numel(), grad_x[nodes], sums, call.params, call.tables[3], *shape)

@@ -16,7 +16,7 @@ from . import launch
 from .launch import simple
 from .lower import Attention, Lowered, Unsupported, lower
 from .memory import PLACES, placed, sum_columns
-from .plan import WARPS, Launch, plan_of
+from .plan import WARPS, plan_of
 from .rows import DTYPES, of_block, table_of
 
 FIELDS = (
@@ -103,24 +103,25 @@ class Call:
             simple("gather", where.numel(), self.params, where, to, where.numel(), int(rounded))
         return out
 
-    def project(self) -> torch.Tensor:
-        """[2, N, columns]: the node terms of all nodes as destinations and as sources."""
-        out, where = self.params.new_empty(2, self.n_nodes, self.low.columns), self.tables[6]
+    def project(self, first: int = 0, end: int | None = None) -> torch.Tensor:
+        """[2, nodes, columns]: the node terms of the nodes `first` to `end`, as destinations and as sources."""
+        n = (self.n_nodes if end is None else end) - first
+        out, where = self.params.new_empty(2, n, self.low.columns), self.tables[6]
         if out.numel():
-            weights, addresses = self.params.new_empty(where.shape), launch.numbers([x.data_ptr() for x in self.xs], self.device)
+            weights, addresses = self.params.new_empty(where.shape), launch.numbers([x[first:].data_ptr() for x in self.xs], self.device)
             simple("gather", where.numel(), self.params, where, weights, where.numel(), 0)
-            simple("project", out.numel(), out, addresses, self.tables[4], self.tables[3], weights, self.params, self.n_nodes, self.low.columns, where.shape[1])
+            simple("project", out.numel(), out, addresses, self.tables[4], self.tables[3], weights, self.params, n, self.low.columns, where.shape[1])
         return out
 
     # ---- launches ----
-    def fields(self, nodes: torch.Tensor) -> dict[str, int | torch.Tensor | None]:
+    def fields(self) -> dict[str, int | torch.Tensor | None]:
         """The arguments that do not change from launch to launch."""
         low = self.low
         matrices, constants = self.packed()
         names = prog.reductions(low.mask)
         found = dict.fromkeys(FIELDS, 0)
-        found |= {"stages": self.tables[0], "blocks": self.blocks, "matrices": matrices, "constants": constants, "nodes": nodes}
-        found |= {"table": self.table if low.steps >= 0 else None, "n_nodes": self.n_nodes, "columns": low.columns}
+        found |= {"stages": self.tables[0], "blocks": self.blocks, "matrices": matrices, "constants": constants, "columns": low.columns}
+        found |= {"table": self.table if low.steps >= 0 else None}
         found |= {"table_nodes": self.table.shape[1] if low.steps >= 0 else 0, "edge_stages": low.edge_stages}
         found |= {"message_stages": len(low.stages) - low.edge_stages, "channels": low.channels, "combine": low.combine, "width": low.width, "carrier_width": low.carrier_width}
         found |= {"steps": max(low.steps, 0), "n_constants": constants.numel(), "spread": int("std" in names or "var" in names)}
@@ -128,11 +129,15 @@ class Call:
         found |= {"live": low.live, "sum_columns": sum_columns(self.low)}
         return found | dict(zip(("message_buffer", "free_0", "free_1", "inputs_buffer", "partner_0", "partner_1", "partner_inputs"), low.buffers, strict=True))
 
-    def run(self, fields: dict, work: Launch) -> None:
-        """Launches the panels of `work`, in as many launches as memory that does not fit into shared memory asks for."""
+    def nodes(self, terms: torch.Tensor, first: int = 0) -> dict[str, int]:
+        """The arguments that tell of the node terms of nodes from `first` on: where those of the first node of all would lie."""
+        return {"nodes": terms.data_ptr() - first * terms.stride(1) * terms.element_size(), "n_nodes": terms.shape[1]}
+
+    def run(self, fields: dict, panels: torch.Tensor) -> None:
+        """Launches the panels, in as many launches as memory that does not fit into shared memory asks for."""
         if (note := backends.planned(self.params)) is not None:
-            note(*fields.values(), work.panels, *(t for listed in self.plan.listed.values() for t in listed))
-        blocks = -(-work.n // WARPS)
+            note(*fields.values(), panels, *(t for listed in self.plan.listed.values() for t in listed))
+        blocks = -(-len(panels) // WARPS)
         inside, outside, copied = placed(self.low, self.precision, self.backward, launch.shared_limit(self.device))
         each = sum(outside.values())
         wave = launch.multiprocessors(self.device)
@@ -145,7 +150,7 @@ class Call:
         shared = max([0, *(offset + size for offset, size in inside.values())])
         parameters = fields["parameters"]
         for first in range(0, blocks, most):
-            now = fields | {"panels": work.panels, "n_panels": work.n, "first_panel": first * WARPS, "matrices_copied": copied}
+            now = fields | {"panels": panels, "n_panels": len(panels), "first_panel": first * WARPS, "matrices_copied": copied}
             if isinstance(parameters, torch.Tensor):
                 now["parameters"] = parameters[first:]
             args = [launch.address(now[name]) for name in FIELDS] + [v for name in PLACES for v in places.get(name, (0, 0, 0))]

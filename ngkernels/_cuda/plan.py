@@ -13,7 +13,7 @@ import torch
 
 from ..edge_index import read_lists
 from ..kept import OfTopology, Recent
-from ..topology import COLUMNS, DENSE, DIAGONAL, FORWARD, KINDS, PARTNER, SPARSE, TRIANGLE
+from ..topology import COLUMNS, DENSE, DIAGONAL, FORWARD, KINDS, PARTNER, SPARSE, TRIANGLE, lists_of, rows_of
 from .lower import Unsupported
 
 Row = namedtuple("Row", (*COLUMNS, "turned"))  # turned: whether its edges are the partners of the topology's row
@@ -38,12 +38,12 @@ class Listed(NamedTuple):
     starts: torch.Tensor  # [panels + 1]: first run of each panel
 
     @classmethod
-    def of(cls, row: Row, topology: torch.Tensor) -> Listed:
-        """On the device of the topology table."""
+    def of(cls, row: Row, topology: torch.Tensor, device: torch.device) -> Listed:
+        """Made on the device; so are the lists already where the graph's edges were given there."""
         if KINDS[row.kind] == DIAGONAL:
-            n = torch.arange(row.n_src, device=topology.device)
+            n = torch.arange(row.n_src, device=device)
             return cls.cut(n, n, n, n)
-        dst, src, number, partner = read_lists(topology[row.lists :], row.count)
+        dst, src, number, partner = (t.to(device) for t in read_lists(lists_of(topology, row.lists), row.count))
         if row.turned:
             dst, src, number, partner = src, dst, partner, number
             order = (dst * row.n_src + src).argsort(stable=True)
@@ -89,15 +89,16 @@ class Sums(NamedTuple):
         ]
 
 
-class Launch(NamedTuple):
-    """Panels whose partial results are in memory together; none of two adds to the same weights' gradients."""
+class Chunk(NamedTuple):
+    """Panels whose partial results are in memory together, in one launch, or in some where they add to gradients of the same weights."""
 
-    panels: torch.Tensor  # int64 [n, len(PANEL)]
-    n: int
+    launches: list[torch.Tensor]  # int64 [n, len(PANEL)] each
     partials: int  # rows of partial results
     slots: int  # places of edges
     sums: list[Sums]  # one after the other: of the partial rows, then of those sums
     messages: torch.Tensor  # forward: of each partial row
+    nodes: tuple[int, int] = (0, 0)  # backward: the range of nodes that are in memory; earlier ones are done, later ones not begun
+    rows: tuple[int, int] = (0, 0)  # backward: the range of output rows that messages go to
 
 
 def turned(r: Row) -> Row:
@@ -152,13 +153,12 @@ class Plan:
     """What is known of a topology table on one device."""
 
     def __init__(self, topology: torch.Tensor, device: torch.device):
-        rows = [Row(*r, False) for r in topology[1 : 1 + int(topology[0]) * len(COLUMNS)].reshape(-1, len(COLUMNS)).tolist()]
+        rows = [Row(*r, False) for r in rows_of(topology).tolist()]
         self.rows = [found for r in rows for found in directed(r)]
         self.device = device
         self.active = [k for k, r in enumerate(self.rows) if r.copies and (r.count if KINDS[r.kind] == SPARSE else r.n_src and r.n_dst)]
         listed = [k for k in self.active if KINDS[self.rows[k].kind] in (DIAGONAL, SPARSE)]
-        topology = topology.to(device) if listed else topology
-        self.listed = {k: Listed.of(self.rows[k], topology) for k in listed}
+        self.listed = {k: Listed.of(self.rows[k], topology, device) for k in listed}
         self.active = [k for k in self.active if k not in self.listed or len(self.listed[k].edges)]
         self._works, self._degrees = Recent(64), Recent(64)
 
@@ -190,15 +190,15 @@ class Work:
     def __init__(self, plan: Plan, active: list[int]):
         self.rows, self.listed, self.device, self.active = plan.rows, plan.listed, plan.device, active
         self.turns, self.added = self._turns()
-        self._launches, self._parts = Recent(64), Recent(1024)
+        self._chunks, self._parts = Recent(64), Recent(1024)
         self.tables = Recent(64)  # of calls (rows.py)
 
     def _turns(self) -> tuple[dict[int, int], dict[int, bool]]:
-        """Of each active block: the launch in which none before it writes gradients of the same weights, as edges or as partners; and whether
-        one before it did as edges, so that its own are added."""
+        """Of each active block: the launch in which none before it, in the order of their nodes, writes gradients of the same weights, as edges
+        or as partners; and whether one before it did as edges, so that its own are added."""
         seen: tuple[dict, dict] = ({}, {})
         turns, added = {}, {}
-        for k in self.active:
+        for k in sorted(self.active, key=lambda k: min(self.rows[k].src, self.rows[k].dst)):
             row = self.rows[k]
             reads = [(row.weight, row.offset), (row.partner, row.partner_offset)]
             turns[k] = max([0, *(found.get(read, 0) for found, read in zip(seen, reads, strict=True) if read[0] >= 0)])
@@ -223,46 +223,68 @@ class Work:
     def _all(self, panels: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([torch.zeros(0, len(PANEL), dtype=torch.int64, device=self.device), *panels])
 
-    def reduce(self) -> Launch:
+    def reduce(self) -> Chunk:
         """All panels of a forward pass; a partial row for each destination of a panel."""
-        return self._launches.get("reduce", self._reduce)
+        return self._chunks.get("reduce", self._reduce)
 
-    def _reduce(self) -> Launch:
+    def _reduce(self) -> Chunk:
         panels = self._all([self._panels(k, forward_panel(self.rows[k])) for k in self.active])
         count = panels[:, 6].clone()
         panels[:, 6] = count.cumsum(0) - count
         panels[:, 7:] = 0
         keys, messages = self._keys(panels, count, "out", "out_stride", False)
-        return self._launch(panels, keys, messages, 0)
+        return Chunk([panels.contiguous()] * bool(len(panels)), len(keys), 0, [self._sums(keys)], messages)
 
-    def gradients(self, nodes: int, row_bytes: int, slot_bytes: int, block_bytes: int, budget: int) -> list[Launch]:
-        """The panels of a backward pass, partial results of a launch up to about `budget` bytes; a partial row for each destination and
-        each source of a panel."""
-        key = (nodes, row_bytes, slot_bytes, block_bytes, budget)
-        turns = range(max([0, *self.turns.values()]) + 1)
-        return self._launches.get(key, lambda: [launch for turn in turns for launch in self._of_turn(turn, *key)])
+    def gradients(self, row_bytes: int, slot_bytes: int, block_bytes: int, node_bytes: int, budget: int) -> list[Chunk]:
+        """The panels of a backward pass, network by network and from the first layer on: what a chunk needs takes up to about `budget` bytes. A
+        partial row for each destination and each source of a panel.
 
-    def _of_turn(self, turn: int, nodes: int, row_bytes: int, slot_bytes: int, block_bytes: int, budget: int) -> list[Launch]:
-        panels = self._all([self._panels(k, backward_panel(self.rows[k])) for k in self.active if self.turns[k] == turn])
-        size = (panels[:, 6] + panels[:, 7]) * row_bytes + panels[:, 8] * slot_bytes + block_bytes // WARPS
-        ends = ((size.cumsum(0) - size) // budget).unique_consecutive(return_counts=True)[1].cumsum(0)
-        ends = (ceil_div(ends, WARPS) * WARPS).clamp(max=len(panels)).unique().tolist()  # whole blocks of threads
-        launches = []
-        for a, b in zip([0, *ends][: len(ends)], ends, strict=True):
-            launches.append(self._parts.get((turn, nodes, a, b), lambda a=a, b=b: self._backward(panels[a:b].clone(), nodes)))
-        return launches
+        Args:
+            row_bytes, slot_bytes, block_bytes, node_bytes: what a partial row, an edge, a block of threads and a node take.
+        """
+        key = (row_bytes, slot_bytes, block_bytes, node_bytes, budget)
+        return self._chunks.get(key, lambda: self._chunked(*key))
 
-    def _backward(self, part: torch.Tensor, nodes: int) -> Launch:
+    def _chunked(self, row_bytes: int, slot_bytes: int, block_bytes: int, node_bytes: int, budget: int) -> list[Chunk]:
+        panels, turn, first, last, new, row, end = self._chunks.get("order", self._in_order)
+        if not len(panels):
+            return []
+        size = (panels[:, 6] + panels[:, 7]) * row_bytes + panels[:, 8] * slot_bytes + block_bytes // WARPS + (new * node_bytes >> 16)
+        ends = ((size.cumsum(0) - size) // budget).unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
+        # of nodes that this chunk or a later one reaches, the first, and of those that it or an earlier one does, the end
+        begins, stops = first.flip(0).cummin(0)[0].flip(0), last.cummax(0)[0]
+        chunks = []
+        for a, b in zip([0, *ends], ends):
+            nodes = int(begins[a]), int(stops[b - 1])
+            rows = int(row[a:b].min()), int(end[a:b].max())
+            chunks.append(self._parts.get((a, b, nodes), lambda a=a, b=b, nodes=nodes, rows=rows: self._backward(panels[a:b].clone(), turn[a:b], nodes, rows)))
+        return chunks
+
+    def _in_order(self) -> tuple[torch.Tensor, ...]:
+        """Of all panels in the order of sums, that of their blocks' nodes: the panels, their turns, the ranges of nodes of their blocks, their shares
+        of the destinations (in 2^-16 nodes), the ranges of output rows."""
+        found = [self._panels(k, backward_panel(self.rows[k])) for k in self.active]
+        panels, blocks = self._all(found), []
+        for k, mine in zip(self.active, found, strict=True):
+            r = self.rows[k]
+            nodes = (min(r.src, r.dst), max(r.src + r.n_src, r.dst + r.n_dst))
+            blocks.append([self.turns[k], *nodes, (r.n_dst << 16) * r.copies // max(1, len(mine)), r.out, r.out + r.n_dst, r.node_stride, r.out_stride])
+        turn, first, last, new, row, end, stride, row_stride = torch.tensor(blocks, dtype=torch.int64, device=self.device).reshape(-1, 8)[panels[:, 0]].T
+        node, place = panels[:, 1] * stride, panels[:, 1] * row_stride
+        order = (first + node).argsort(stable=True)
+        return tuple(t[order] for t in (panels, turn, first + node, last + node, new, row + place, end + place))
+
+    def _backward(self, part: torch.Tensor, turn: torch.Tensor, nodes: tuple[int, int], rows: tuple[int, int]) -> Chunk:
         tall, wide, slots = part[:, 6].clone(), part[:, 7].clone(), part[:, 8].clone()
         part[:, 6] = (tall + wide).cumsum(0) - tall - wide
         part[:, 7] = part[:, 6] + tall
         part[:, 8] = slots.cumsum(0) - slots
-        keys = part.new_empty(int((tall + wide).sum()))
-        keys[_runs(part[:, 6], tall)] = self._keys(part, tall, "dst", "node_stride", False)[0]
-        found = self._keys(part, wide, "src", "node_stride", True)[0]
-        keys[_runs(part[:, 7], wide)] = torch.where(found >= 0, nodes + found, -1)
-        launch = self._launch(part, keys, keys.new_empty(0), int(slots.sum()))
-        return launch._replace(sums=launch.sums[0].in_two())
+        keys, (begin, end) = part.new_empty(int((tall + wide).sum())), nodes
+        for first, count, of, shift, sources in ((part[:, 6], tall, "dst", begin, False), (part[:, 7], wide, "src", 2 * begin - end, True)):
+            found = self._keys(part, count, of, "node_stride", sources)[0]
+            keys[_runs(first, count)] = torch.where(found >= 0, found - shift, -1)
+        launches = [part[turn == k].contiguous() for k in turn.unique().tolist()]
+        return Chunk(launches, len(keys), int(slots.sum()), self._sums(keys).in_two(), keys.new_empty(0), nodes, rows)
 
     def _keys(self, panels: torch.Tensor, count: torch.Tensor, first: str, stride: str, sources: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Of `count` partial rows of each panel, of its destinations or `sources`: the nodes or output rows that they belong to (-1: none),
@@ -288,14 +310,14 @@ class Work:
                 place[mine], messages[mine] = listed.found[listed.starts[panel] + within[mine]].T
         return torch.where(place >= 0, start[owner, 0] + panels[owner, 1] * start[owner, 1] + place, -1), messages
 
-    def _launch(self, panels: torch.Tensor, keys: torch.Tensor, messages: torch.Tensor, slots: int) -> Launch:
+    @staticmethod
+    def _sums(keys: torch.Tensor) -> Sums:
         if len(keys) >= 1 << 31:
             raise Unsupported(f"{len(keys)} partial rows, 2^31 or more")
         order = keys.argsort(stable=True)
         order = order[keys[order] >= 0]
         found, count = keys[order].unique_consecutive(return_counts=True)
-        starts = torch.cat([count.new_zeros(1), count.cumsum(0)])
-        return Launch(panels.contiguous(), len(panels), len(keys), slots, [Sums(found, starts, order.int())], messages)
+        return Sums(found, torch.cat([count.new_zeros(1), count.cumsum(0)]), order.int())
 
 
 def _within(count: torch.Tensor) -> torch.Tensor:

@@ -158,7 +158,7 @@ def forward(call: Call, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor
     work = call.cut(REDUCE)
     if not work.tiles or not out.numel():
         return
-    tiles, segments, ranges, entries, (chunk,) = work.chunks(0, 0, 0, 1)
+    tiles, segments, ranges, entries, (chunk,) = work.chunks(0, 0, 0, 0, 1)
     planes = PLANES.value
     partial = call.params.new_empty(chunk.partials, planes, low.width)
     nodes = call.project()

@@ -107,7 +107,7 @@ def forward(call: Call, attending: Attending, out: torch.Tensor, sums: torch.Ten
     totals = torch.zeros_like(lse)
     work = call.cut(ATTEND)
     row_bytes = h.width * out.element_size()
-    tiles, *tables, chunks = work.chunks(row_bytes, 0, 0, max(1, launch.BUDGET))
+    tiles, *tables, chunks = work.chunks(row_bytes, 0, 0, 0, max(1, launch.BUDGET))
     nodes = call.project()
     for chunk in chunks:
         partial = out.new_zeros(chunk.partials, h.width)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..edge_index import read_lists
-from ..topology import COLUMNS, DIAGONAL, KINDS, PARTNER, SAME, SPARSE, SPARSE_RAW, TRIANGLE
+from ..topology import COLUMNS, DIAGONAL, KINDS, PARTNER, SAME, SPARSE, SPARSE_RAW, TRIANGLE, lists_of
 
 POINTERS = 8  # edge tensors that one launch can name
 
@@ -98,7 +98,7 @@ class Lines(NamedTuple):
 
     @classmethod
     def of(cls, row: Row, topology: torch.Tensor) -> Lines:
-        dst, src, number, partner = (t.numpy() for t in read_lists(topology[row.lists :], row.count))
+        dst, src, number, partner = (t.numpy() for t in read_lists(lists_of(topology, row.lists).cpu(), row.count))
         begins = np.flatnonzero(np.diff(dst, prepend=-1))
         degree = np.diff(begins, append=len(dst))
         width = 16 if degree.mean() > 6 else 4
@@ -155,21 +155,26 @@ def panel(row: Row, lines: Lines | None, shape: tuple[int, int], reduce: bool) -
 
 
 def grouped(rows: Sequence[Row], lines: dict[int, Lines], active: Sequence[int], dtypes: Sequence[int], size: int, reduce: bool, in_turn: bool) -> list[Group]:
-    """The launches; `in_turn`: blocks that share weights come one launch after the other."""
-    seen: dict[tuple, int] = {}
+    """The launches; `in_turn`: blocks that write gradients of the same weights, as edges or as partners, come one launch after the other, in
+    the order of their nodes: that of sums (plan.py)."""
+    seen: tuple[dict, dict] = ({}, {})
     classes: dict[tuple, list[int]] = {}
-    for k in active:
-        row = rows[k]
-        turn = seen.get((row.weight, row.offset), 0) if in_turn and row.weight >= 0 else 0
-        seen[row.weight, row.offset] = turn + 1
+    for k in sorted(active, key=lambda k: min(rows[k].src, rows[k].dst)):
+        row, turn, later = rows[k], 0, False
+        if in_turn:
+            reads = ((row.weight, row.offset), (row.partner, row.partner_offset))
+            turn = max(found.get(read, 0) if read[0] >= 0 else 0 for found, read in zip(seen, reads, strict=True))
+            later = row.weight >= 0 and reads[0] in seen[0]
+            for found, read in zip(seen, reads, strict=True):
+                found[read] = turn + 1
         types = tuple(dtypes[max(w, 0)] if dtypes else 0 for w in (row.weight, row.partner))
-        classes.setdefault((turn, tile_shape(row, lines.get(k), size), types, row.both, row.sparse, row.adds_to_partner), []).append(k)
+        classes.setdefault((turn, tile_shape(row, lines.get(k), size), types, later, row.both, row.sparse, row.adds_to_partner), []).append(k)
     out = []
-    for (turn, shape, _, *kind), members in sorted(classes.items()):
+    for (_, shape, _, *kind), members in sorted(classes.items()):
         limit = len(members) if rows[members[0]].emit_offset >= 0 else POINTERS
         for k in range(0, len(members), limit):
             some = tuple(members[k : k + limit])
-            out.append(Group(some, shape, tuple(panel(rows[m], lines.get(m), shape, reduce) for m in some), turn > 0, *kind))
+            out.append(Group(some, shape, tuple(panel(rows[m], lines.get(m), shape, reduce) for m in some), *kind))
     return out
 
 

@@ -67,8 +67,9 @@ class Call:
             active = tuple(k for k in self.plan.active if any(self.tensors.of("values", k, partner) is not None for partner in (False, True)))
         return self.plan.cut(active, tuple(DTYPES.index(w.dtype) for w in self.weights), self.size, self.n_nodes, work, self.low.paired)
 
-    def project(self) -> torch.Tensor:
-        return nodes.project(self.low, self.xs, self.params, self.node_precision)
+    def project(self, first: int = 0, end: int | None = None) -> torch.Tensor:
+        """Node terms of the nodes `first` to `end`."""
+        return nodes.project(self.low, [x[first:end] for x in self.xs], self.params, self.node_precision)
 
     @property
     def node_precision(self) -> str:

@@ -53,7 +53,7 @@ def forward(call: Call, values: Sequence[torch.Tensor]) -> None:
     work = call.cut(NODES)
     if not work.tiles:
         return
-    tiles, _, _, _, (chunk,) = work.chunks(0, 0, 0, 1)
+    tiles, _, _, _, (chunk,) = work.chunks(0, 0, 0, 0, 1)
     nodes = call.project()
     for number, first, last in chunk.launches:
         group = work.groups[number]

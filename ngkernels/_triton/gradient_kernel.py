@@ -96,16 +96,18 @@ def attended_back(regs, others, at, to, pair_at, pair_to, nodes, saved, seed, ro
         backpropagate(regs, others, g, h, at, to, pair_at, pair_to, same, table, table_nodes, BACK, LIVE, STEPS, CHUNKS, NEED, SUMS, PRECISION, BI, BJ, SPARSE)
 
 
-@triton.jit(do_not_specialize=["first", "chunk_first", "n_nodes", "table_nodes", "seed_low", "seed_high"])
+@triton.jit(do_not_specialize=["first", "chunk_first", "first_node", "n_nodes", "table_nodes", "seed_low", "seed_high"])
 def gradient_kernel(
     tiles, blocks, lists, first, chunk_first, weights, grad_weights, values, carriers, pair_weights, pair_grad_weights, pair_values, pair_carriers,
-    saved, attended, seed_low, seed_high, nodes, n_nodes, params, table, table_nodes, grad_params, partial, cells, places, curves,
+    saved, attended, seed_low, seed_high, nodes, first_node, n_nodes, params, table, table_nodes, grad_params, partial, cells, places, curves,
     STEPS: tl.constexpr, LIVE: tl.constexpr, PAIRED: tl.constexpr, CHUNKS: tl.constexpr, VALUE: tl.constexpr, COLUMNS: tl.constexpr, SUMS: tl.constexpr,
     EDGE: tl.constexpr, QUERY: tl.constexpr, N: tl.constexpr, COMBINE: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, SHAPE: tl.constexpr,
     SCALE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, POINTERS: tl.constexpr, N_PARAMS: tl.constexpr, EDGE_BACK: tl.constexpr,
     QUERY_BACK: tl.constexpr, NEED: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr, SPARSE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients through the edges of one panel. Its partial rows: destinations, sources; of partners: destinations (the sources), sources."""
+    """Gradients through the edges of one panel, with node terms [2, n_nodes, COLUMNS] of the nodes from first_node on. Its partial rows:
+    destinations, sources; of partners: destinations (the sources), sources."""
+    nodes -= first_node.to(tl.int64) * COLUMNS
     number = (first + tl.program_id(0)).to(tl.int64)
     row, local, copy, i0, j0, i1, j1, rows, slot = panel(tiles, number, blocks)
     T: tl.constexpr = params.dtype.element_ty

@@ -1,7 +1,8 @@
 """The backward pass of all ops in Triton.
 
-A launch covers as many tiles as fit into the memory for partial results; then these are added up, in the order of the tiles, and the
-next tiles follow. Nothing depends on where the cuts between launches fall but the parameters' own sums.
+A chunk has as many tiles as fit into the memory for partial results; then these are added up, in the order of sums, and the next tiles
+follow. Node terms, and the sums of their gradients, are there for the nodes of one chunk at a time: it goes through the networks in the order
+of their nodes, so that this window slides. Nothing depends on where chunks end but the parameters' own sums.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .gradient_kernel import gradient_kernel
 from .lower import backward
 from .messages import slots_of
 from .nodes import node_gradients, parameter_gradients
-from .plan import NODES, Cut
+from .plan import NODES, Chunk, Cut
 
 
 class Wanted:
@@ -88,31 +89,44 @@ def backward_pass(call: Call, saved: Saved) -> None:
     item = call.params.element_size()
     curve = wanted.table_step.n_out if wanted.table else 0
     columns = wanted.columns
-    sizes = (columns * item, low.n_params * item if wanted.params else 0, tab.slot_bytes(curve, item) if curve else 0)
+    of_node = 2 * (low.columns + 2 * columns) * item  # terms; sums of their gradients, and a copy of those that are done
+    sizes = (columns * item, low.n_params * item if wanted.params else 0, tab.slot_bytes(curve, item) if curve else 0, of_node)
     *tables, chunks = work.chunks(*sizes, max(1, launch.BUDGET, launch.MOST_TILES * sizes[1]))
-    nodes = call.project()
-    node_sums = call.params.new_zeros(2 * call.n_nodes, columns) if columns else call.params
-    for chunk in chunks:
+    node_sums = call.params.new_empty(2, 0, columns)
+    for chunk, following in zip(chunks, [*chunks[1:], None]):
+        first, end = chunk.nodes
+        nodes = call.project(first, end)
+        node_sums = _from(node_sums, end - first)
         partial = call.params.new_zeros(chunk.partials, columns) if columns else call.params
         sums = call.params.new_zeros(chunk.tiles, low.n_params) if wanted.params else call.params
         slots = tab.new_slots(chunk.slots, curve, call.params) if curve else tab.Slots(call.params, call.params, call.params)
-        for number, first, last in chunk.launches:
-            launch_group(call, wanted, work, number, first, last, chunk.first, tables[0], nodes, saved, columns, sums, partial, slots)
+        for number, lo, hi in chunk.launches:
+            launch_group(call, wanted, work, number, lo, hi, chunk, tables[0], nodes, saved, columns, sums, partial, slots)
         if columns:
             fold(node_sums, partial, tuple(tables[1:]), chunk, columns, work.segment)
         if wanted.params:
             call.grad_params += sums.sum(0)
         if curve:
             tab.add_table_gradient(call.grad_table, slots)
+        del nodes, partial, sums, slots
+        done = end if following is None else min(end, following.nodes[0])
+        if columns and done > first:
+            finish_nodes(call, wanted, saved, node_sums[:, : done - first].contiguous(), first)
+        node_sums = node_sums[:, done - first :]
     for k, t in enumerate(call.others):
         if t is not None:
             call.grad_weights[k] += t
-    if columns:
-        finish_nodes(call, wanted, saved, node_sums.view(2, call.n_nodes, columns))
+
+
+def _from(sums: torch.Tensor, count: int) -> torch.Tensor:
+    """The sums of a window of `count` nodes, which begin with those of the window before that are not done."""
+    out = sums.new_zeros(2, count, sums.shape[2])
+    out[:, : sums.shape[1]] = sums
+    return out
 
 
 def launch_group(
-    call: Call, wanted: Wanted, work: Cut, number: int, first: int, last: int, chunk_first: int, tiles, nodes, saved: Saved, columns: int, sums, partial, slots: tab.Slots
+    call: Call, wanted: Wanted, work: Cut, number: int, first: int, last: int, chunk: Chunk, tiles, nodes, saved: Saved, columns: int, sums, partial, slots: tab.Slots
 ) -> None:
     low, tensors, group, attending = call.low, call.tensors, work.groups[number], saved.attending
     pointers = [tensors.pointers(group, name, call.params, partner) for partner in (False, True) for name in ("raw", "grad_raw", "values", "carriers")]
@@ -122,8 +136,8 @@ def launch_group(
     scale, dropout, seed = (0.0, 0.0, (0, 0)) if attending is None else attending[1:]
     launch.run(
         gradient_kernel, (last - first,),
-        tiles, tensors.table(work, number), call.plan.lists, first, chunk_first, *pointers, kept, (call.params,) * 3 if attending is None else attending.nodes,
-        *seed, nodes, call.n_nodes, call.params, call.table, call.table_nodes, sums, partial, *slots,
+        tiles, tensors.table(work, number), call.plan.lists, first, chunk.first, *pointers, kept, (call.params,) * 3 if attending is None else attending.nodes,
+        *seed, nodes, chunk.nodes[0], chunk.nodes[1] - chunk.nodes[0], call.params, call.table, call.table_nodes, sums, partial, *slots,
         call.steps, low.live(group.both), low.paired, call.chunks, call.message_chunks, low.columns, columns, low.edge, low.message, low.count, low.combine,
         low.width, launch.constants(slots_of(low.mask)), call.heads, scale, dropout, call.precision, len(pointers[0]), low.n_params,
         launch.constants(wanted.edge), launch.constants(wanted.query), launch.constants(wanted.need(group.later)), *group.shape, group.sparse,
@@ -131,16 +145,17 @@ def launch_group(
     )  # fmt: skip
 
 
-def finish_nodes(call: Call, wanted: Wanted, saved: Saved, sums: torch.Tensor) -> None:
-    """From the gradients of the node terms, [2, N, columns], to those of node states and projections; behind them stand those of q, and
-    of k and v."""
-    with prog.full_precision(sums.device):
-        if wanted.params:
-            parameter_gradients(sums, call.low.terms, call.xs, call.grad_params)
+def finish_nodes(call: Call, wanted: Wanted, saved: Saved, sums: torch.Tensor, begin: int) -> None:
+    """From the gradients of the node terms of nodes from `begin` on, [2, nodes, columns], to those of node states and projections; behind
+    them stand those of q, and of k and v."""
+    nodes = slice(begin, begin + sums.shape[1])
+    if wanted.params:
+        with prog.full_precision(sums.device):
+            parameter_gradients(sums, call.low.terms, [x[nodes] for x in call.xs], call.grad_params)
     if wanted.terms:
-        node_gradients(sums, call.low, call.params, call.grad_xs, call.node_precision)
+        node_gradients(sums, call.low, call.params, [g[nodes] for g in call.grad_xs], call.node_precision)
     if saved.grads:
         first, d = call.low.columns, call.low.attention.heads * call.low.attention.dk
         for t, side, start in zip(saved.grads, (0, 1, 1), (first, first, first + d), strict=True):
             if t.numel():
-                t.copy_(sums[side, :, start : start + t.shape[1]])
+                t[nodes].copy_(sums[side, :, start : start + t.shape[1]])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..kept import OfTopology, Recent
-from ..topology import COLUMNS
+from ..topology import rows_of
 from .blocks import Group, Lines, Row, coverage, grouped
 
 TILE = ("row", "copy", "i0", "j0", "partial", "slot")  # columns of the tile table; row: of its group
@@ -28,6 +28,7 @@ class Chunk(NamedTuple):
     partials: int  # rows of partial results
     slots: int  # places for edges
     segments: tuple[int, int]  # range of segments
+    nodes: tuple[int, int]  # NODES: the range of nodes that are in memory; earlier ones are done, later ones not begun
 
     @property
     def first(self) -> int:
@@ -71,8 +72,10 @@ class Cut:
         self.groups = grouped(rows, plan.lines, active, dtypes, size, work == REDUCE, work == NODES)
         pieces = [[self._tiles(rows[k], local, g) for local, k in enumerate(g.rows)] for g in self.groups]
         self.ends = np.cumsum([0, *(sum(p.shape[1] for p in group) for group in pieces)]).tolist()
-        columns = np.concatenate([np.zeros((7, 0), np.int64), *(p for group in pieces for p in group)], 1)
-        self.local, self.copy, self.i0, self.j0, self.rows_i, self.rows_j, self.slots = columns
+        columns = np.concatenate([np.zeros((10, 0), np.int64), *(p for group in pieces for p in group)], 1)
+        self.local, self.copy, self.i0, self.j0, self.rows_i, self.rows_j, self.slots, self.first_node, self.last_node, self.new_nodes = columns
+        self.rank = np.empty(self.tiles, np.int64)  # of each tile in the order of sums: network by network, from the first layer on
+        self.rank[np.argsort(self.first_node, kind="stable")] = np.arange(self.tiles)
         self.row_tables, self._chunks = Recent(max(64, 4 * len(self.groups))), Recent(64)  # tables: of several layouts of tensors
 
     @property
@@ -80,7 +83,8 @@ class Cut:
         return self.ends[-1]
 
     def _tiles(self, row: Row, local: int, group: Group) -> np.ndarray:
-        """[7, tiles]: row, copy, first destination and source, their numbers, slots for edges. Of a sparse block: lines, edges."""
+        """[10, tiles]: row, copy, first destination and source, their numbers, slots for edges; of its block's copy: the range of nodes; its
+        share of the destinations, in 2^-16 nodes. Of a sparse block: lines, edges."""
         (bi, bj), (tall, wide) = group.shape, group.panels[local]
         lines = self.plan.lines.get(group.rows[local])
         n_dst, n_src = (row.n_dst, row.n_src) if lines is None else (len(lines.dst), bj)
@@ -93,7 +97,10 @@ class Cut:
         rows_i, rows_j = np.minimum(tall, n_dst - i), np.minimum(wide, n_src - j)
         across = max(1, bi // bj) if row.diagonal else -(-rows_j // bj)  # of a diagonal block: tiles that meet the diagonal
         slots = -(-rows_i // bi) * across * bi * bj * (2 if self.paired else 1)
-        return np.stack([np.full_like(i, local), copy, i, j, rows_i, bi * bj + 0 * rows_j if group.sparse else rows_j, slots]).astype(np.int64)
+        first, last = (copy * row.node_stride + n for n in (min(row.src, row.dst), max(row.src + row.n_src, row.dst + row.n_dst)))
+        rows_j = bi * bj + 0 * rows_j if group.sparse else rows_j
+        share = np.full_like(i, (row.n_dst << 16) * row.copies // max(1, len(i)))
+        return np.stack([np.full_like(i, local), copy, i, j, rows_i, rows_j, slots, first, last, share]).astype(np.int64)
 
     # ---- partial results ----
     def _sizes(self) -> list[np.ndarray]:
@@ -148,45 +155,63 @@ class Cut:
         offset = node % self.segment
         return Section(tile[at], before[tile[at]] + place, base[at] + node - offset, offset, np.ones_like(node), lines.count[line])
 
-    def chunks(self, partial_bytes: int, tile_bytes: int, slot_bytes: int, budget: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[Chunk]]:
-        """(tiles [n, 6], segments [s, 2], entry ranges [s + 1], entries [m, 4], chunks): partial results up to about `budget` bytes each.
+    def chunks(
+        self, partial_bytes: int, tile_bytes: int, slot_bytes: int, node_bytes: int, budget: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[Chunk]]:
+        """(tiles [n, 6], segments [s, 2], entry ranges [s + 1], entries [m, 4], chunks): what a chunk needs takes up to about `budget` bytes.
 
-        A segment is (first key, nodes).
+        A segment is (first key, nodes); keys of NODES count from the first node of their chunk.
 
         Args:
-            partial_bytes, tile_bytes, slot_bytes: what a row of partial results, a tile and an edge take.
+            partial_bytes, tile_bytes, slot_bytes, node_bytes: what a row of partial results, a tile, an edge and a node take.
         """
-        key = (partial_bytes, tile_bytes, slot_bytes, budget)
+        key = (partial_bytes, tile_bytes, slot_bytes, node_bytes, budget)
         return self._chunks.get(key, lambda: self._chunked(*key))
 
-    def _chunked(self, partial_bytes: int, tile_bytes: int, slot_bytes: int, budget: int):
+    def _chunked(self, partial_bytes: int, tile_bytes: int, slot_bytes: int, node_bytes: int, budget: int):
+        """Tiles are cut into chunks in the order of sums; in a chunk they stand by group."""
         partial_rows = sum(self._sizes())
-        size = partial_rows * partial_bytes + self.slots * slot_bytes + tile_bytes
+        size = (partial_rows * partial_bytes + self.slots * slot_bytes + tile_bytes + (self.new_nodes * node_bytes >> 16))[np.argsort(self.rank)]
         number = (np.cumsum(size) - size) // budget
-        number = np.unique(number, return_inverse=True)[1] if len(number) else number  # consecutive
-        starts = np.concatenate([np.flatnonzero(np.diff(number, prepend=-1)), [self.tiles]])
-        partial = _running(partial_rows, starts)
-        slot = _running(self.slots, starts)
-        tiles = np.stack([self.local, self.copy, self.i0, self.j0, partial, slot], 1)
-        segments, ranges, entries, chunk_of = self._segments(number, partial)
+        number = np.unique(number, return_inverse=True)[1][self.rank] if len(number) else number  # consecutive
+        order = np.argsort(number, kind="stable")
+        starts = np.concatenate([np.flatnonzero(np.diff(number[order], prepend=-1)), [self.tiles]])
+        partial, slot = np.empty_like(partial_rows), np.empty_like(self.slots)
+        partial[order], slot[order] = _running(partial_rows[order], starts), _running(self.slots[order], starts)
+        tiles = np.stack([self.local, self.copy, self.i0, self.j0, partial, slot], 1)[order]
+        group = np.repeat(np.arange(len(self.groups)), np.diff(self.ends))[order]
+        ranges_of_nodes = self._ranges(number, len(starts) - 1)
+        segments, ranges, entries, chunk_of = self._segments(number, partial, ranges_of_nodes)
         chunks = []
         for c, (a, b) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
-            launches = tuple((g, max(a, lo), min(b, hi)) for g, (lo, hi) in enumerate(zip(self.ends[:-1], self.ends[1:], strict=True)) if max(a, lo) < min(b, hi))
+            cuts = [a, *(a + 1 + np.flatnonzero(np.diff(group[a:b]))).tolist(), b]
+            launches = tuple((int(group[lo]), lo, hi) for lo, hi in zip(cuts, cuts[1:]))
             first, last = np.searchsorted(chunk_of, [c, c + 1]).tolist()
-            chunks.append(Chunk(launches, int(partial_rows[a:b].sum()), int(self.slots[a:b].sum()), (first, last)))
+            chunks.append(Chunk(launches, int(partial_rows[order[a:b]].sum()), int(self.slots[order[a:b]].sum()), (first, last), tuple(ranges_of_nodes[c].tolist())))
         return (*(torch.from_numpy(np.ascontiguousarray(t)).to(self.plan.device) for t in (tiles, segments, ranges, entries)), chunks)
 
-    def _segments(self, chunk: np.ndarray, partial: np.ndarray):
-        """Segments, entry ranges, entries and chunks of the segments, sorted by chunk and key; entries in the order of the tiles."""
+    def _ranges(self, chunk: np.ndarray, n: int) -> np.ndarray:
+        """[n, 2]: of each chunk the first node that it or a later one reaches, and the end of those that it or an earlier one does."""
+        found = np.stack([np.full(n, self.nodes), np.zeros(n, np.int64)], 1)
+        np.minimum.at(found[:, 0], chunk, self.first_node)
+        np.maximum.at(found[:, 1], chunk, self.last_node)
+        return np.stack([np.minimum.accumulate(found[::-1, 0])[::-1], np.maximum.accumulate(found[:, 1])], 1)
+
+    def _segments(self, chunk: np.ndarray, partial: np.ndarray, ranges: np.ndarray):
+        """Segments, entry ranges, entries and chunks of the segments, sorted by chunk and key; entries in the order of sums."""
         none = np.zeros(0, np.int64)
         found = Section(*(np.concatenate([none, *columns]) for columns in zip(*self._sections(), strict=True))) if self.tiles else Section(*[none] * 6)
         owner = chunk[found.tile]
-        sort = np.lexsort((found.place, found.tile, found.key, owner))
+        sort = np.lexsort((found.place, self.rank[found.tile], found.key, owner))
         keys, owner = found.key[sort], owner[sort]
         first = np.flatnonzero((np.diff(keys, prepend=-1) != 0) | (np.diff(owner, prepend=-1) != 0))
         entries = np.stack([partial[found.tile] + found.place, found.offset, found.rows, found.messages], 1)[sort].reshape(-1, 4)
         size = np.maximum.reduceat(entries[:, 1] + entries[:, 2], first) if len(first) else first
-        return np.stack([keys[first], size], 1), np.concatenate([first, [len(keys)]]), entries, owner[first]
+        keys, owner = keys[first], owner[first]
+        if self.work == NODES:
+            begin, end = ranges[owner].T
+            keys = keys - begin - np.where(keys < self.nodes, 0, self.nodes - (end - begin))
+        return np.stack([keys, size], 1), np.concatenate([first, [len(sort)]]), entries, owner
 
 
 def _running(counts: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -199,7 +224,7 @@ class Plan:
     """What is known of a topology table on one device."""
 
     def __init__(self, topology: torch.Tensor, device: torch.device):
-        self.rows = [Row(*r) for r in topology[1 : 1 + int(topology[0]) * len(COLUMNS)].reshape(-1, len(COLUMNS)).tolist()]
+        self.rows = [Row(*r) for r in rows_of(topology).tolist()]
         self.device = device
         self.packed = bool(self.rows) and self.rows[0].emit_offset >= 0
         self.active = tuple(k for k, r in enumerate(self.rows) if r.copies and r.edges)

@@ -17,6 +17,7 @@ from .autograd import register
 FUNCTIONS = reference.ACTIVATIONS  # of torch, by name
 # unit: 1 for each factor that is 1, and that `factors` leaves out; affine: weight and bias of the norm; bounds: of segments, see After
 _ARGUMENTS = "Tensor x, Tensor reduced, Tensor[] maps, Tensor[] factors, int[] unit, Tensor[] affine, Tensor bounds, int[] form, float eps, int compute"
+ROWS = 1 << 16  # that plain operations take at a time
 ex.define(f"node_map({_ARGUMENTS}) -> (Tensor, Tensor)")
 ex.define(f"node_map_backward(Tensor grad, Tensor stats, {_ARGUMENTS}, bool[] need) -> Tensor[]")
 
@@ -81,13 +82,25 @@ def _backward(grad, stats, x, reduced, maps, factors, unit, affine, bounds, form
     if ex.backend_of(compute) == "triton":
         _triton.node_map_backward(grad, stats, x, reduced, maps, factors, unit, affine, bounds, form, eps, grads)
         return grads
-    with ex.autograd_enabled():
-        leaves = [t.detach().requires_grad_(n) for t, n in zip([x, reduced, *maps, *affine], need, strict=True)]
-        found = _differentiate(grad, leaves, need, factors, unit, bounds, form, eps) if any(need) else grads
-    for to, g, n in zip(grads, found, need, strict=True):
-        if n:
-            to.zero_() if g is None else to.copy_(g)
+    for to in grads[2:]:
+        to.zero_()
+    for rows in _pieces(x.shape[0], form) if any(need) else ():
+        with ex.autograd_enabled():
+            leaves = [t.detach().requires_grad_(n) for t, n in zip([x[rows], reduced[rows], *maps, *affine], need, strict=True)]
+            found = _differentiate(grad[rows], leaves, need, [f[rows] for f in factors], unit, bounds, form, eps)
+        for k, (to, g) in enumerate(zip(grads, found, strict=True)):
+            if k < 2 and need[k]:
+                to[rows].zero_() if g is None else to[rows].copy_(g)
+            elif g is not None:
+                to += g
+        del leaves, found
     return grads
+
+
+def _pieces(rows: int, form) -> list[slice]:
+    """Rows that the plain operations take at a time: they keep several tensors of [rows, C]. All, where a norm joins them."""
+    step = rows if reference.NORMS[form[0]] == "graph" else ROWS
+    return [slice(first, first + step) for first in range(0, rows, max(1, step))] or [slice(0, 0)]
 
 
 def _setup(ctx, inputs, output):
