@@ -59,13 +59,14 @@ FORWARD, PARTNER, TOKEN, SAME, SPARSE_RAW = 1, 2, 4, 8, 16
 
 class Topology(NamedTuple):
     """One int64 tensor on the host (number of rows | rows [rows, len(COLUMNS)] | lists of the sparse ones), the weight tensors and blocks
-    that it names, and the number of output rows. Lists that were made on a GPU stay there: instead of them, the tensor ends with a number
-    that stands for them (lists_of)."""
+    that it names, and the number of output rows. Lists that were made on a GPU stay there (`apart`): instead of them, the tensor ends with
+    a number that stands for them (lists_of)."""
 
     table: torch.Tensor
     used_weights: tuple[int, ...]
     used_blocks: tuple[int, ...]
     num_rows: int
+    apart: bool = False
 
     @property
     def rows(self) -> torch.Tensor:
@@ -74,7 +75,7 @@ class Topology(NamedTuple):
 
     def on(self, device: torch.device) -> torch.Tensor:
         """The table for ops on a device: on a CPU, with its lists."""
-        return self.table if stays(device) or not _apart(self.table) else _whole(self.table)
+        return _whole(self.table) if self.apart and not stays(device) else self.table
 
 
 class Lists:
@@ -99,18 +100,13 @@ def rows_of(table: torch.Tensor) -> torch.Tensor:
     return table[1 : 1 + int(table[0]) * len(COLUMNS)].reshape(-1, len(COLUMNS))
 
 
-def _apart(table: torch.Tensor) -> bool:
-    """Whether a table ends with a number instead of lists; those are longer."""
-    return len(table) == 2 + int(table[0]) * len(COLUMNS)
-
-
 def lists_of(table: torch.Tensor, first: int) -> torch.Tensor:
     """The lists that begin at `first`, a row's column "lists", wherever they are.
 
     Raises:
         RuntimeError: a copy of a table whose graph is gone.
     """
-    if not _apart(table):
+    if len(table) != 2 + int(table[0]) * len(COLUMNS):  # lists of its own are longer than a number
         return table[first:]
     if (found := _by_number.get(int(table[-1]))) is None:
         raise RuntimeError("ngkernels: expected the lists of a sparse graph where they were made, found that graph gone; keep it while its results are in use")
@@ -354,7 +350,7 @@ class _PartTable:
         return Row(row, make_lists(pairs, self.part.layers[block.src]))
 
 
-def _finish(graph: NeuralGraph, rows: list[Row], numbers: list[_Numbers]) -> Topology:
+def _finish(graph: NeuralGraph, rows: list[Row]) -> Topology:
     """A restricted graph names only the weight tensors and blocks it reads, so gradients of the others do not exist."""
     table, lists = [r.columns for r in rows], []
     used = [_renumber(table, "weight", "partner"), _renumber(table, "block", "partner_block")]
@@ -365,14 +361,14 @@ def _finish(graph: NeuralGraph, rows: list[Row], numbers: list[_Numbers]) -> Top
             row.columns[COLUMNS.index("lists")] = at
             lists.append(row.lists.to(apart or "cpu"))
             at += len(row.lists)
-    numbers = [len(table), *(v for row in table for v in row)]
+    head = [len(table), *(v for row in table for v in row)]
     if apart is None:
-        head = torch.tensor(numbers, dtype=torch.int64, device="cpu")
-        return Topology(torch.cat([head, *lists]) if lists else head, *used, num_rows(graph))
+        found = torch.tensor(head, dtype=torch.int64, device="cpu")
+        return Topology(torch.cat([found, *lists]) if lists else found, *used, num_rows(graph))
     number = next(_numbers_of_lists)
-    head = torch.tensor([*numbers, number], dtype=torch.int64, device="cpu")
-    _kept_by[head] = _by_number[number] = Lists(torch.cat(lists))
-    return Topology(head, *used, num_rows(graph))
+    found = torch.tensor([*head, number], dtype=torch.int64, device="cpu")
+    _kept_by[found] = _by_number[number] = Lists(torch.cat(lists))
+    return Topology(found, *used, num_rows(graph), apart=True)
 
 
 def _renumber(table: list[list[int]], *columns: str) -> tuple[int, ...]:
@@ -390,11 +386,11 @@ def edge_topology(graph: NeuralGraph, paired: bool, reciprocal: bool, messages: 
     """One row for each block; `paired`: partners too (an expression with a pair update); `messages`: of edges only."""
     numbers = _numbers(graph)
     table = [r for p, at in zip(graph.parts, numbers, strict=True) for r in _PartTable(graph, p, at).edge_rows(paired, reciprocal, messages)]
-    return _finish(graph, table, numbers)
+    return _finish(graph, table)
 
 
 def pair_topology(graph: NeuralGraph, over: str, include_self: bool) -> Topology:
     """One row for each pair of opposite blocks of a closed graph: both directions are evaluated together."""
     numbers = _numbers(graph)
     table = [r for p, at in zip(graph.parts, numbers, strict=True) for r in _PartTable(graph, p, at).pair_rows(over, include_self)]
-    return _finish(graph, table, numbers)
+    return _finish(graph, table)

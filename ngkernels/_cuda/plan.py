@@ -246,7 +246,7 @@ class Work:
         return self._chunks.get(key, lambda: self._chunked(*key))
 
     def _chunked(self, row_bytes: int, slot_bytes: int, block_bytes: int, node_bytes: int, budget: int) -> list[Chunk]:
-        panels, turn, first, last, new, row, end = self._chunks.get("order", self._in_order)
+        panels, turn, first, last, new, row, end = self._in_order()
         if not len(panels):
             return []
         size = (panels[:, 6] + panels[:, 7]) * row_bytes + panels[:, 8] * slot_bytes + block_bytes // WARPS + (new * node_bytes >> 16)
