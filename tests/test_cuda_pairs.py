@@ -9,12 +9,12 @@ import emulation
 import pair_samples
 import pytest
 import torch
-from compare import assert_close
+from compare import assert_bitwise, assert_close
 from emulation import AHEAD, BACKWARDS, emulated, order  # noqa: F401  a fixture
 from oracle import Network, mlp
 from pair_list import GRID, LOW_PRECISION, OPTIONS, PLAIN, TABLES
-from pair_samples import PairSample, attend, leaves, pair_state, run_engine
-from samples import cast, named, run
+from pair_samples import PairSample, attend, engine, leaves, pair_state, run_engine
+from samples import Tensors, cast, named, run
 from test_attend import assert_budget_of_pairs
 
 import ngkernels as ngk
@@ -118,6 +118,33 @@ def test_the_order_of_threads_does_not_matter(sample: PairSample, autocast: torc
     checks.any_order_of_threads(pair_samples, sample, autocast)
 
 
+LAYOUTS = {
+    "by source": lambda w: w.transpose(1, 2).contiguous().transpose(1, 2),
+    "apart": lambda w: torch.stack([w, w], -1)[..., 0],
+    "shifted": lambda w: torch.cat([w.flatten()[:1], w.flatten()])[1:].view_as(w),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["exact", "bf16"])
+@pytest.mark.parametrize("sample", **named((PLAIN.but("attention", networks=(mlp(18, 5, 3),), over="edges"), PLAIN.but("messages", networks=(mlp(18, 5, 3),), over=None, reduce=("mean", "max"), features=5))))
+def test_how_weights_lie_in_memory_does_not_matter(sample: PairSample, autocast: torch.dtype | None, dtype: torch.dtype):
+    t = cast(leaves(sample), torch.float32, dtype)
+
+    def results(change) -> Tensors:
+        def forward(live: Tensors) -> list[torch.Tensor]:
+            changed = {n: change(v) if n.startswith("weights.") else v for n, v in live.items()}
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                return engine(sample, changed)
+
+        with ngk.use_backend("cuda"):
+            return run(forward, t)
+
+    wanted = results(lambda w: w)
+    for change in LAYOUTS.values():
+        assert_bitwise(results(change), wanted)
+
+
 @pytest.mark.parametrize(("sample", "shared"), [*((s, 60_000) for s in BITWISE), *((s, limit) for s in WIDEST for limit in (166_912, 101_376))], ids=lambda x: getattr(x, "name", x))
 def test_working_memory_outside_of_shared_memory(sample: PairSample, shared: int, monkeypatch):
     """As an A100 and a GeForce RTX 4090 have it, too: there the rows that the widest registers stage lie outside."""
@@ -179,6 +206,8 @@ def passes(library: Path) -> bool:
                 check(SAMPLES[name])
             check(WIDE)
             test_dropout_drops_what_every_backend_drops(0.3)
+            for autocast in (None, torch.bfloat16):
+                test_how_weights_lie_in_memory_does_not_matter(PLAIN.but("attention", networks=(mlp(18, 5, 3),), over="edges"), autocast, torch.bfloat16)
             with order(BACKWARDS):
                 check(SAMPLES["pair-update-first"])
         except AssertionError:

@@ -37,7 +37,7 @@ NGK_DEVICE bool in_a_row(const Values& v, int64_t channels) { return v.src == ch
 NGK_DEVICE int before(const char* p) { return static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16); }
 
 // WORDS: values of 2 bytes come in the word of 4 that they are in, as less cannot be copied on the side, and it is written down where edges
-// start. Else they are copied at once: kernels with all options have no register left for the rest.
+// start. Else they are copied at once: exact kernels with all options have no register left for the rest (one spilled 156 bytes).
 
 // Copies the values of sources from `first` on, `edges` of them, by whole lines of 16 bytes: all lanes together.
 template <bool WORDS>

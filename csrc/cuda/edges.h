@@ -104,7 +104,7 @@ struct Edges : Inputs<P, D, FULL> {
       for (int x = 0; x < this->sides(); ++x) {
         turn(x);
         const Values& raw = this->raw(x);
-        const int skipped = FULL && by_lines(raw) ? before(element_of(raw, panel.copy, e.destination, j, 0)) : 0;
+        const int skipped = !Base::WORDS && by_lines(raw) ? before(element_of(raw, panel.copy, e.destination, j, 0)) : 0;
         this->take_features(this->arrival(fetched - AHEAD, x) + skipped, has_raw);
       }
       turn(0);
@@ -162,13 +162,13 @@ struct Edges : Inputs<P, D, FULL> {
       if (!coming.there || !raw.data) continue;
       if (by_lines(raw)) {
         const int64_t edges = panel.j1 - coming.j;
-        fetch_row<!FULL>(raw, panel.copy, coming.i, coming.j, static_cast<int>(edges < 16 ? edges : 16), g.channels, to);
+        fetch_row<Base::WORDS>(raw, panel.copy, coming.i, coming.j, static_cast<int>(edges < 16 ? edges : 16), g.channels, to);
       } else if (lane() < 16 && block->edges) {
         const int64_t number = x ? listed[1] : listed[0];
-        if (number >= 0) fetch_edge<!FULL>(raw, panel.copy, 0, number, lane(), g.channels, to);
+        if (number >= 0) fetch_edge<Base::WORDS>(raw, panel.copy, 0, number, lane(), g.channels, to);
       } else if (lane() < 16) {
         const Edge e = edge(panel, coming.i, coming.j, lane());
-        if (e.ok) fetch_edge<!FULL>(raw, panel.copy, e.destination, e.source, lane(), g.channels, to);
+        if (e.ok) fetch_edge<Base::WORDS>(raw, panel.copy, e.destination, e.source, lane(), g.channels, to);
       }
     }
     copies_end();

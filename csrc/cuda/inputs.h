@@ -44,6 +44,7 @@ template <class P, int D, bool FULL>
 struct Inputs {
   static constexpr int KB = D / 16, FRAGMENTS = 256;  // fragments of a row of a register; numbers of a fragment
   using Element = typename P::Element;
+  static constexpr bool WORDS = !FULL || !P::SPLIT;  // see arrivals.h
 
   const Args& g;
   const Element* matrices;
@@ -93,14 +94,14 @@ struct Inputs {
     const int64_t affine = side() ? block->partner_affine : block->affine;
     const Values& values = raw(side());
     const Dtype dtype = static_cast<Dtype>(values.dtype);
-    const int start = FULL ? 0 : starts_of(from, g.channels)[lane()];
+    const int start = !WORDS ? 0 : starts_of(from, g.channels)[lane()];
     NGK_ROLLED
     for (int c = 0; c < g.channels; ++c) {
       float x = 0;
       if (there && values.data) {
         const int64_t place = lane() * g.channels + c;
         const int word = static_cast<int>(c * values.channel) * dtype_size(dtype) - 1 - start;
-        x = read_value<float>(from + (FULL || start >= 0 ? start + place * dtype_size(dtype) : place * 4 + (word & 3)), dtype);
+        x = read_value<float>(from + (!WORDS || start >= 0 ? start + place * dtype_size(dtype) : place * 4 + (word & 3)), dtype);
         if (affine >= 0) x = fmaf(x, constants[affine], constants[affine + 1]);
       }
       features[lane() * g.channels + c] = x;

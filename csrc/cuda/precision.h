@@ -13,6 +13,7 @@ namespace ngk::cuda {
 struct Bf16 {
   using Element = uint16_t;            // of packed matrices and of staged rows
   static constexpr bool SHORT = true;  // a row of operands fits into registers
+  static constexpr bool SPLIT = false;
   struct alignas(16) Left {
     uint32_t r[4];
   };
@@ -83,6 +84,7 @@ template <bool EXACT>
 struct Tf32 {
   using Element = float;
   static constexpr bool SHORT = false;
+  static constexpr bool SPLIT = EXACT;  // operands in two parts
   struct Left {
     float r[8];
   };
