@@ -115,6 +115,15 @@ def test_every_variant_was_compiled_for_every_architecture(variant: str, recorde
 
 
 @needs_triton
+def test_what_kernels_are_known_by():
+    """Their code and that of all that they call, with the numbers that they name; not what is said about it."""
+    script = "from aot import code_of; from ngkernels._triton.gradient_kernel import gradient_kernel; print(code_of(gradient_kernel))"
+    text = "\n".join(output_of("-c", script))
+    assert all(part in text for part in ("def gradient_kernel", "def backpropagate", "def hermite", "NODE_STRIDE = 9", "tl.debug_barrier()"))
+    assert "Gradients through the edges of one panel" not in text and "#" not in text
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", SLOW)
 def test_every_variant_compiles_for_every_architecture(variant: str):

@@ -70,7 +70,8 @@ class Backward:
         for chunk, following in zip(chunks, [*chunks[1:], None]):
             first, end = chunk.nodes
             before, sums = sums, call.params.new_zeros(2, end - first, self.columns)
-            sums[:, : before.shape[1]] = before  # of nodes that were begun
+            if before.shape[1]:  # of nodes that were begun
+                sums[:, : before.shape[1]] = before
             del before
             terms = call.project(first, end)
             now = fields | call.nodes(terms, first)

@@ -121,7 +121,8 @@ def backward_pass(call: Call, saved: Saved) -> None:
 def _from(sums: torch.Tensor, count: int) -> torch.Tensor:
     """The sums of a window of `count` nodes, which begin with those of the window before that are not done."""
     out = sums.new_zeros(2, count, sums.shape[2])
-    out[:, : sums.shape[1]] = sums
+    if sums.shape[1]:
+        out[:, : sums.shape[1]] = sums
     return out
 
 
