@@ -102,6 +102,7 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path, monkeypatch):
 
 def test_ctrl_c_leaves_a_state_that_continues(tmp_path):
     code = (
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # processes in the background begin without it
         "from neural_graphs.data import *\n"
         f"digit_inrs(DigitConfig(images=200, per_image=3, chunk=8, siren=SirenConfig(steps=30)), {str(tmp_path)!r}, workers=1)\n"
     )

@@ -101,12 +101,8 @@ def recorded() -> list[dict]:
     return [k | ({"missing": True} if row is None else dict(zip(known["columns"], row, strict=True))) for k, row in zip(launches, rows, strict=True)]
 
 
-# Not written down yet: kernels of minutes each, which make test-full compiles.
-UNRECORDED = ("width-130-exact", "width-256", "attend", "attend-edges-table", "attend-exact", "attend-odd", "attend-dropout", "attend-layer", "attend-layer-exact", "checkpoint-layer", "attend-sparse")
-
-
 @needs_triton
-@pytest.mark.parametrize("variant", [v for v in SLOW if v not in UNRECORDED])
+@pytest.mark.parametrize("variant", SLOW)
 def test_every_variant_was_compiled_for_every_architecture(variant: str, recorded: list[dict]):
     """All kernels are those that were compiled, within the same limits, and written down (tests/aot.py)."""
     missing = sorted({k["kernel"] for k in recorded if variant in k["variants"] and "missing" in k})
