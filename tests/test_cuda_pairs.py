@@ -125,7 +125,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["exact", "bf16"])
 @pytest.mark.parametrize("sample", **named((PLAIN.but("attention", networks=(mlp(18, 5, 3),), over="edges"), PLAIN.but("messages", networks=(mlp(18, 5, 3),), over=None, reduce=("mean", "max"), features=5))))
 def test_how_weights_lie_in_memory_does_not_matter(sample: PairSample, autocast: torch.dtype | None, dtype: torch.dtype):
