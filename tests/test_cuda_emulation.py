@@ -308,7 +308,7 @@ PATCHES = (
     ("features-read-before-they-arrive", "edges.h", "wait_for_copies<AHEAD - 1>();", ""),
     ("all-tiles-arrive-at-one-place", "inputs.h", "number % AHEAD * sides()", "number % 1 * sides()"),
     ("alignment-forgotten", "inputs.h", "start + place * dtype_size", "place * dtype_size"),
-    ("half-of-a-word-forgotten", "inputs.h", "place * 4 + (word & 3)", "place * 4"),
+    ("half-of-a-word-forgotten", "inputs.h", "place * 4 + (word & 3)", "place * 4 + (word & 0)"),
     ("message-overwrites-the-state", "evaluator.h", "odd ? 2 : 1 - g.edge_stages % 2", "odd ? 2 : g.edge_stages % 2"),
     ("residual-gradient-lost", "backprop.h", "if (stage.add >= 0 || (FULL && stage.source == FROM_NORM)) store8(", "if (FULL && stage.source == FROM_NORM) store8("),
     ("second-half-forgotten", "backprop.h", "h < upper.halves; ++h) add_product", "h < 1; ++h) add_product"),

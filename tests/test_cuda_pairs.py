@@ -180,7 +180,7 @@ PATCHES = (
     ("diagonal-features-everywhere", "edges.h", "!(FULL && block->diagonal && e.source != e.destination)", "true"),
     ("gradient-of-the-reverse-matrix-lost", "backprop.h", "if (reverse) matrix_gradient(upper.reverse_gradient, up.own", "if (false) matrix_gradient(upper.reverse_gradient, up.own"),
     ("partners-add-what-only-edges-have", "backprop.h", "stage.held && !(FULL && side && stage.held > g.live)", "stage.held"),
-    ("norm-without-the-variances-gradient", "../message_math.h", "V::sub(V::sub(d, total), V::mul(y, along))", "V::sub(d, total)"),
+    ("norm-without-the-variances-gradient", "../message_math.h", "V::sub(V::sub(d, total), V::mul(y, along))", "V::sub(V::sub(d, total), V::mul(V::zero(), V::mul(y, along)))"),
     ("sums-not-scaled-with-the-largest-logit", "attend.h", "total[h] * shrink[h];", "total[h];"),
     ("values-not-scaled-with-the-largest-logit", "attend.h", "if (!run.begins) own.v[e] *=", "if (false) own.v[e] *="),
     ("runs-end-in-every-tile", "edges.h", "end < rows || closed});", "true});"),
@@ -192,7 +192,7 @@ PATCHES = (
     ("one-destinations-largest-logit", "attend.h", "to[h] = highest[run.first * heads + h];", "to[h] = highest[h];"),
     ("edges-that-are-none-have-a-share", "attend.h", "this->eval.has(row) ? expf(p[at] - base) : 0.0f", "expf(p[at] - base)"),
     ("panels-merged-without-their-tops", "softmax.h", "scale = expf(p[h] - base);\n      total", "scale = 1;\n      total"),
-    ("mask-in-the-normalisation", "../message_math.h", "weight * dot - p * delta", "weight * (dot - delta)"),
+    ("mask-in-the-normalisation", "../message_math.h", "weight * dot - p * delta", "weight * (dot - delta) + 0 * p"),
     ("gradient-of-the-states-sums-lost", "attend_back.h", "if (g.summed) state_gradients();", ""),
     ("no-barrier-before-the-logits", "attention.h", "put(c, a);\n    }\n    sync_warp();", "put(c, a);\n    }"),
 )  # fmt: skip
