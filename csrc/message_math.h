@@ -62,7 +62,7 @@ NGK_INLINE T deviation(T variance) {
 // S: where sum, mean, std and var lie in the results of a destination, in steps of F; -1: not there. inverse: 1 / number of messages.
 template <class T, class S>
 NGK_INLINE void slopes_of(const S& slots, const T* out, const T* grad, int64_t F, T inverse, T* constant, T* slope) {
-  T a = slots.sum >= 0 ? grad[slots.sum * F] : T(0), b = 0;
+  T a = slots.sum >= 0 ? grad[slots.sum * F] : T(0), b = 0;  // GCC 12 gets loops over *slope += .. wrong (-ftree-loop-distribution)
   if (slots.mean >= 0) a += grad[slots.mean * F] * inverse;
   if (slots.std >= 0 && out[slots.std * F] > 0) b = grad[slots.std * F] * inverse / out[slots.std * F];
   if (slots.var >= 0) b += T(2) * grad[slots.var * F] * inverse;

@@ -79,16 +79,16 @@ class Topology(NamedTuple):
 
 
 class Lists:
-    """The lists of a table, where they were made."""
+    """The lists of a table, where they were made. whole: the table with them, on the host, once it was wanted."""
 
     def __init__(self, tensor: torch.Tensor):
         self.tensor = tensor
+        self.whole: torch.Tensor | None = None
 
 
 _numbers_of_lists = itertools.count()
 _by_number: weakref.WeakValueDictionary[int, Lists] = weakref.WeakValueDictionary()
 _kept_by: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Lists by their table, which they live as long as
-_whole_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def stays(device: torch.device) -> bool:
@@ -114,13 +114,14 @@ def lists_of(table: torch.Tensor, first: int) -> torch.Tensor:
 
 
 def _whole(table: torch.Tensor) -> torch.Tensor:
-    """A table with its lists, on the host; kept with it."""
-    if (found := _whole_of.get(table)) is None:
-        head, lists = table[:-1].clone(), lists_of(table, 0).cpu()
+    """A table with its lists, on the host."""
+    lists = _kept_by[table]
+    if lists.whole is None:
+        head = table[:-1].clone()
         at = rows_of(head)[:, COLUMNS.index("lists")]
         at[at >= 0] += len(head)
-        found = _whole_of[table] = torch.cat([head, lists])
-    return found
+        lists.whole = torch.cat([head, lists.tensor.cpu()])
+    return lists.whole
 
 
 class Row(NamedTuple):

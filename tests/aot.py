@@ -65,12 +65,6 @@ class Launch:
     options: tuple[tuple[str, object], ...]
 
     @property
-    def key(self) -> str:
-        """The same for launches of the same code."""
-        parts = (triton.__version__, self.kernel.cache_key, self.signature, self.constants, self.warps, self.options)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-    @property
     def fingerprint(self) -> str:
         """The same for launches of the same code, wherever it stands and however it is laid out."""
         options = (self.signature, [(name, plain(value)) for name, value in self.constants], self.warps, self.options)
@@ -171,7 +165,7 @@ def launches_of(variant: Variant, capability: int | None = None) -> list[Launch]
     with recorded() as launches, ngk.use_backend("triton"), pretended(compute), forced:
         out, live = outputs_of(variant)
         torch.autograd.grad(sum(o.sum() for o in out), [v for v in live.values() if v.requires_grad], allow_unused=True)
-    return list({x.key: x for x in launches}.values())
+    return list({x.fingerprint: x for x in launches}.values())
 
 
 @contextlib.contextmanager
@@ -246,7 +240,7 @@ def compile_for(launches: dict[int, Launch]) -> list[Compiled]:
 
 def kept(launch: Launch, capability: int) -> Path:
     """Where the result for an architecture lies between runs; how it is read from a kernel is part of the name."""
-    return KEPT / hashlib.sha256(f"{launch.key} {capability} {READ}".encode()).hexdigest()
+    return KEPT / hashlib.sha256(f"{launch.fingerprint} {triton.__version__} {capability} {READ}".encode()).hexdigest()
 
 
 READ = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in ("aot.py", "addresses.py", "aot_features.py"))).hexdigest()

@@ -20,6 +20,7 @@ from aot_list import QUICK, SLOW
 ROOT = Path(__file__).resolve().parent.parent
 HAVE_TRITON = find_spec("triton") is not None
 OLD = os.environ.get("NGKERNELS_AOT_PYTHON")  # the Python of another Triton, whose kernels are as right, and spill as they may
+RECORD = json.loads((ROOT / "tests" / "triton_resources.json").read_text())
 needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed, and this run does not declare its backend")
 
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a program may use
@@ -93,15 +94,13 @@ def test_all_that_kernels_are_made_of_is_compiled(capability: int, quick: list[d
 @pytest.fixture(scope="module")
 def recorded() -> list[dict]:
     """What came of the launches of the slow variants when they were compiled; those that have changed since are missing."""
-    known = json.loads((ROOT / "tests" / "triton_resources.json").read_text())
-    if OLD or version("triton") != known["triton"]:
-        pytest.skip(f"kernels were written down for Triton {known['triton']}: make test-full compiles them")
     launches = [json.loads(line) for line in output_of("tests/aot.py", "--capabilities", *map(str, SHARED), "--list", "--", "SLOW")]
-    rows = [known["kernels"].get(f"{k['fingerprint']} {k['capability']}") for k in launches]
-    return [k | ({"missing": True} if row is None else dict(zip(known["columns"], row, strict=True))) for k, row in zip(launches, rows, strict=True)]
+    rows = [RECORD["kernels"].get(f"{k['fingerprint']} {k['capability']}") for k in launches]
+    return [k | ({"missing": True} if row is None else dict(zip(RECORD["columns"], row, strict=True))) for k, row in zip(launches, rows, strict=True)]
 
 
 @needs_triton
+@pytest.mark.skipif(bool(OLD) or (HAVE_TRITON and version("triton") != RECORD["triton"]), reason="kernels were written down for another Triton: make test-full compiles them")
 @pytest.mark.parametrize("variant", SLOW)
 def test_every_variant_was_compiled_for_every_architecture(variant: str, recorded: list[dict]):
     """All kernels are those that were compiled, within the same limits, and written down (tests/aot.py)."""

@@ -9,6 +9,7 @@ import torch
 
 from .. import program as prog
 from ..topology import DENSE, DIAGONAL, KINDS, SPARSE_RAW
+from ..window import sliding
 from . import launch
 from .call import Call
 from .launch import simple
@@ -23,7 +24,7 @@ class Backward:
     """One backward pass: writes the wanted gradients of the call, and of attend's q, k and v, `attended`; empty where not wanted.
 
     Node terms, and the sums of their gradients, are there for the nodes of one chunk at a time: chunks go through the networks in the order of
-    their nodes, so that this window slides. Nothing depends on where chunks end but the parameters' own sums.
+    their nodes. Nothing depends on where they end but the parameters' own sums.
     """
 
     def __init__(self, call: Call, attended: Sequence[torch.Tensor] = ()):
@@ -66,29 +67,19 @@ class Backward:
         chunks = call.work.gradients(*sizes, launch.BUDGET)
         fields = call.fields() | fields
         fields |= {f"need_{name}": int(value) for name, value in (("parameters", self.params), ("nodes", self.nodes), ("raw", self.raw), ("table", self.table))}
-        sums = call.params.new_empty(2, 0, self.columns)
-        for chunk, following in zip(chunks, [*chunks[1:], None]):
-            first, end = chunk.nodes
-            before, sums = sums, call.params.new_zeros(2, end - first, self.columns)
-            if before.shape[1]:  # of nodes that were begun
-                sums[:, : before.shape[1]] = before
-            del before
-            terms = call.project(first, end)
-            now = fields | call.nodes(terms, first)
-            if coefficients is not None:
-                of_rows = coefficients.of(*chunk.rows)
-                now |= {"coefficients": of_rows.data_ptr() - chunk.rows[0] * coefficients.row_bytes}
-            self.launch(now, chunk, sums)
-            del terms, now
-            of_rows = None
-            done = (end if following is None else min(end, following.nodes[0])) - first
-            if done > 0:
-                self.finish_nodes(sums[:, :done], first)
-            sums = sums[:, done:]
+        for chunk, sums, done in sliding(chunks, self.columns, call.params):
+            self.add_chunk(fields, coefficients, chunk, sums)
+            if done:
+                self.finish_nodes(sums[:, :done], chunk.nodes[0])
         call.add_others()
 
-    def launch(self, fields: dict, chunk: Chunk, sums: torch.Tensor) -> None:
-        """The launches of a chunk, and their partial results added to the sums."""
+    def add_chunk(self, fields: dict, coefficients: Coefficients | None, chunk: Chunk, sums: torch.Tensor) -> None:
+        """The launches of a chunk; their partial results are added to the sums of its nodes, the parameters and the table."""
+        terms = self.call.project(*chunk.nodes)
+        fields = fields | self.call.nodes(terms, chunk.nodes[0])
+        if coefficients is not None:
+            of_rows = coefficients.of(*chunk.rows)
+            fields |= {"coefficients": of_rows.data_ptr() - chunk.rows[0] * coefficients.row_bytes}
         call = self.call
         blocks = [-(-len(panels) // WARPS) for panels in chunk.launches]
         every = not (self.marked or call.low.live or call.low.attention)  # whether every number is written

@@ -1,17 +1,19 @@
 """The backward pass of all ops in Triton.
 
 A chunk has as many tiles as fit into the memory for partial results; then these are added up, in the order of sums, and the next tiles
-follow. Node terms, and the sums of their gradients, are there for the nodes of one chunk at a time: it goes through the networks in the order
-of their nodes, so that this window slides. Nothing depends on where chunks end but the parameters' own sums.
+follow. Node terms, and the sums of their gradients, are there for the nodes of one chunk at a time: chunks go through the networks in the
+order of their nodes. Nothing depends on where they end but the parameters' own sums.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from .. import program as prog
+from ..window import sliding
 from . import launch
 from . import table as tab
 from .attend import Attending
@@ -92,38 +94,30 @@ def backward_pass(call: Call, saved: Saved) -> None:
     of_node = 2 * (low.columns + 2 * columns) * item  # terms; sums of their gradients, and a copy of those that are done
     sizes = (columns * item, low.n_params * item if wanted.params else 0, tab.slot_bytes(curve, item) if curve else 0, of_node)
     *tables, chunks = work.chunks(*sizes, max(1, launch.BUDGET, launch.MOST_TILES * sizes[1]))
-    node_sums = call.params.new_empty(2, 0, columns)
-    for chunk, following in zip(chunks, [*chunks[1:], None]):
-        first, end = chunk.nodes
-        nodes = call.project(first, end)
-        node_sums = _from(node_sums, end - first)
-        partial = call.params.new_zeros(chunk.partials, columns) if columns else call.params
-        sums = call.params.new_zeros(chunk.tiles, low.n_params) if wanted.params else call.params
-        slots = tab.new_slots(chunk.slots, curve, call.params) if curve else tab.Slots(call.params, call.params, call.params)
-        for number, lo, hi in chunk.launches:
-            launch_group(call, wanted, work, number, lo, hi, chunk, tables[0], nodes, saved, columns, sums, partial, slots)
-        if columns:
-            fold(node_sums, partial, tuple(tables[1:]), chunk, columns, work.segment)
-        if wanted.params:
-            call.grad_params += sums.sum(0)
-        if curve:
-            tab.add_table_gradient(call.grad_table, slots)
-        del nodes, partial, sums, slots
-        done = end if following is None else min(end, following.nodes[0])
-        if columns and done > first:
-            finish_nodes(call, wanted, saved, node_sums[:, : done - first].contiguous(), first)
-        node_sums = node_sums[:, done - first :]
+    for chunk, sums, done in sliding(chunks, columns, call.params):
+        add_chunk(call, wanted, work, chunk, tables, saved, curve, sums)
+        if columns and done:
+            finish_nodes(call, wanted, saved, sums[:, :done].contiguous(), chunk.nodes[0])
     for k, t in enumerate(call.others):
         if t is not None:
             call.grad_weights[k] += t
 
 
-def _from(sums: torch.Tensor, count: int) -> torch.Tensor:
-    """The sums of a window of `count` nodes, which begin with those of the window before that are not done."""
-    out = sums.new_zeros(2, count, sums.shape[2])
-    if sums.shape[1]:
-        out[:, : sums.shape[1]] = sums
-    return out
+def add_chunk(call: Call, wanted: Wanted, work: Cut, chunk: Chunk, tables: Sequence[torch.Tensor], saved: Saved, curve: int, node_sums: torch.Tensor) -> None:
+    """The launches of a chunk; their partial results are added to the sums of its nodes [2, nodes, columns], the parameters and the table."""
+    columns, n_params = wanted.columns, call.low.n_params
+    nodes = call.project(*chunk.nodes)
+    partial = call.params.new_zeros(chunk.partials, columns) if columns else call.params
+    sums = call.params.new_zeros(chunk.tiles, n_params) if wanted.params else call.params
+    slots = tab.new_slots(chunk.slots, curve, call.params) if curve else tab.Slots(call.params, call.params, call.params)
+    for number, first, last in chunk.launches:
+        launch_group(call, wanted, work, number, first, last, chunk, tables[0], nodes, saved, columns, sums, partial, slots)
+    if columns:
+        fold(node_sums, partial, tuple(tables[1:]), chunk, columns, work.segment)
+    if wanted.params:
+        call.grad_params += sums.sum(0)
+    if curve:
+        tab.add_table_gradient(call.grad_table, slots)
 
 
 def launch_group(

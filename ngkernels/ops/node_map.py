@@ -99,8 +99,8 @@ def _backward(grad, stats, x, reduced, maps, factors, unit, affine, bounds, form
 
 def _pieces(rows: int, form) -> list[slice]:
     """Rows that the plain operations take at a time: they keep several tensors of [rows, C]. All, where a norm joins them."""
-    step = rows if reference.NORMS[form[0]] == "graph" else ROWS
-    return [slice(first, first + step) for first in range(0, rows, max(1, step))] or [slice(0, 0)]
+    step = max(1, rows) if reference.NORMS[form[0]] == "graph" else ROWS
+    return [slice(first, first + step) for first in range(0, max(1, rows), step)]
 
 
 def _setup(ctx, inputs, output):
