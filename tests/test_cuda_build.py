@@ -22,7 +22,7 @@ build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc")
 INSTANCES = {f"{way} {rounding}" for way in ("forward", "backward") for rounding in ("bf16", "tf32", "exact")}
-SIMPLE = {"Gather", "Project", "NodeGradient", "Fold", "SumBlocks", "Merge", "Coefficients", "SumCells", "MergeCells", "Softmax", "Delta", "Store"}
+SIMPLE = {"Gather", "Project", "NodeGradient", "Fold", "SumBlocks", "Merge", "Coefficients", "SumCells", "MergeCells", "Softmax", "Delta", "Store", "Arrange"}
 PURPOSES = {"width": "", "options": "options ", "attend": "attend "}
 
 

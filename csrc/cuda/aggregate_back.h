@@ -56,7 +56,7 @@ struct MessageBack : Backprop<P, D, FULL> {
         typename Evaluator<P, D, FULL>::Message m;
         eval.message(c, edge, query, &m);
         NGK_UNROLL
-        for (int k = 0; k < 8; k += 2) slopes(of[k / 2 % 2] + c * 16 + eval.column_of(k), stride, m.m + k, shift + k);
+        for (int h = 0; h < 2; ++h) slopes(of[h] + c * 16, stride, m.m + 2 * h, shift + 2 * h);
         NGK_UNROLL
         for (int x = 0; x < 8; ++x) {
           if (!eval.ok[x / 2 % 2]) shift[x] = 0;
@@ -81,17 +81,18 @@ struct MessageBack : Backprop<P, D, FULL> {
   NGK_DEVICE const float* coefficients(int h, int stride) const {
     return g.coefficients + eval.output_row(*panel, eval.destination[h]) * MESSAGE_PLANES * stride;
   }
-  // The gradients of two neighbouring columns of a message.
+  // The gradients of this lane's columns of a message, whose numbers m[number_of(k)] and d[..] are.
   NGK_DEVICE void slopes(const float* own, int stride, const float* m, float* d) const {
-    const Two constant = load2(own), slope = load2(own + stride), mean = load2(own + 2 * stride);
-    Two low{{0, 0}}, low_share{{0, 0}}, high{{0, 0}}, high_share{{0, 0}};
-    if (g.low) low = load2(own + 3 * stride), low_share = load2(own + 4 * stride);
-    if (g.high) high = load2(own + 5 * stride), high_share = load2(own + 6 * stride);
+    const Four constant = of_lane(own), slope = of_lane(own + stride), mean = of_lane(own + 2 * stride);
+    Four low{{0, 0, 0, 0}}, low_share = low, high = low, high_share = low;
+    if (g.low) low = of_lane(own + 3 * stride), low_share = of_lane(own + 4 * stride);
+    if (g.high) high = of_lane(own + 5 * stride), high_share = of_lane(own + 6 * stride);
     NGK_UNROLL
-    for (int p = 0; p < 2; ++p) {
-      d[p] = spread_back<Number>(m[p], constant.v[p], slope.v[p], mean.v[p]);
-      if (g.low) d[p] = extreme_back<Number>(m[p], low.v[p], low_share.v[p], d[p]);
-      if (g.high) d[p] = extreme_back<Number>(m[p], high.v[p], high_share.v[p], d[p]);
+    for (int e = 0; e < 4; ++e) {
+      const int k = e / 2 * 4 + e % 2;
+      d[k] = spread_back<Number>(m[k], constant.v[e], slope.v[e], mean.v[e]);
+      if (g.low) d[k] = extreme_back<Number>(m[k], low.v[e], low_share.v[e], d[k]);
+      if (g.high) d[k] = extreme_back<Number>(m[k], high.v[e], high_share.v[e], d[k]);
     }
   }
 };

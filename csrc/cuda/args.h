@@ -75,8 +75,9 @@ struct Args {
   const Rows* blocks;
   const Panel* panels;
   const void* matrices;  // packed for both ways
-  const float *constants, *nodes, *table;
-  const float* coefficients;  // backward, of each output row: MESSAGE_PLANES of padded columns
+  // in lanes' order: vectors and raw matrices among the constants, node terms, the table [directions, nodes, TABLE_LINES, halves, padded];
+  // backward, of each output row: MESSAGE_PLANES
+  const float *constants, *nodes, *table, *coefficients;
   float* partial;             // forward: statistics; backward: sums by node
   float *parameters, *curves, *places;
   int32_t* cells;
@@ -88,7 +89,8 @@ struct Args {
   int64_t n_slots, n_gradients, n_sums, message_buffer, free_buffers[2], inputs_buffer;
   // of kernels with all options: stages below `live` are evaluated for partners too; their staged rows
   int64_t live, partner_buffers[2], partner_inputs, sum_columns;  // sum_columns: of a partial row of the way back
-  // attend: q, k [n_nodes, heads dk], v [n_nodes, heads dv]; of each output row lse, delta [heads], gradients [heads dv], [heads de]
+  // attend: q, k [n_nodes, heads dk], v [n_nodes, heads dv] in lanes' order; of each output row lse, delta [heads], gradients [heads dv],
+  // [heads de]
   const float *q, *k, *v, *lse, *delta, *grad_out, *grad_sums;
   int64_t heads, dk, dv, de, multiply, summed, attention_columns;  // attention_columns: where q's, or k's and v's, stand in a partial row
   int64_t dropped_below, seed, scale, keep;                        // scale, keep: the bits of a float

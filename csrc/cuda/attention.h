@@ -55,13 +55,12 @@ struct Attention {
     eval.start(share(), which, c, v);
     eval.product(share().weight + which, c, e, v);
   }
-  // v += columns 16 c .. of x [n_nodes, width] at this lane's two nodes.
+  // v += columns 16 c .. of x at this lane's two nodes.
   static NGK_DEVICE void add_nodes(const float* x, int width, int64_t top, int64_t bottom, int c, float* v) {
+    const int64_t row = 16 * fragments(width);
+    const Four own[2] = {of_lane(x + top * row + c * 16), of_lane(x + bottom * row + c * 16)};
     NGK_UNROLL
-    for (int k = 0; k < 8; ++k) {
-      const int column = c * 16 + Eval::column_of(k);
-      if (column < width) v[k] += x[(k / 2 % 2 ? bottom : top) * width + column];
-    }
+    for (int k = 0; k < 8; ++k) v[k] += own[k / 2 % 2].v[number_of(k)];
   }
   NGK_DEVICE void query(int c, const Register& e, float* v) const {
     part(QUERY, c, e, v);

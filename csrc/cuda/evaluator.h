@@ -34,30 +34,23 @@ struct Evaluator : Edges<P, D, FULL> {
     if (FULL) stash += (to - this->turned) * g.n_slots * KB * FRAGMENTS;
     Base::turn(to);
   }
-  // Node terms of a node at this lane's columns, as destination (0) or as source (1); partners have them the other way about.
-  NGK_DEVICE const float* node_terms(int of, int role) const {
-    return g.nodes + ((role == side() ? 0 : g.n_nodes) + of) * g.columns + lane() % 4 * 2;
-  }
+  // Node terms of a node, as destination (0) or as source (1); partners have them the other way about.
+  NGK_DEVICE const float* node_terms(int of, int role) const { return g.nodes + ((role == side() ? 0 : g.n_nodes) + of) * g.columns; }
 
   // What the product of a stage is added to: columns 16 c .. of half h.
   NGK_DEVICE void start(const Stage& stage, int h, int c, float* v) const {
     const int at = h * D + c * 16;
-    const float* own[2] = {node_terms(node[0], 0), node_terms(node[1], 0)};
-    const float *top = node_terms(source_node[0], 1), *bottom = node_terms(source_node[1], 1);
-    NGK_UNROLL
-    for (int n = 0; n < 2; ++n) {
-      Two a{{0, 0}}, b{{0, 0}}, x{{0, 0}}, y{{0, 0}};
-      if (stage.node >= 0) {
-        a = load2(own[0] + stage.node + at + 8 * n);
-        b = own[1] == own[0] ? a : load2(own[1] + stage.node + at + 8 * n);
-        x = load2(top + stage.node + at + 8 * n);
-        y = load2(bottom + stage.node + at + 8 * n);
-      } else if (stage.bias >= 0) {
-        a = b = load2(constants + stage.bias + at + 8 * n + lane() % 4 * 2);
-      }
+    Four own[2] = {{{0, 0, 0, 0}}, {{0, 0, 0, 0}}}, other[2] = {{{0, 0, 0, 0}}, {{0, 0, 0, 0}}};
+    if (stage.node >= 0) {
+      own[0] = of_lane(node_terms(node[0], 0) + stage.node + at);
+      own[1] = node[1] == node[0] ? own[0] : of_lane(node_terms(node[1], 0) + stage.node + at);
       NGK_UNROLL
-      for (int p = 0; p < 2; ++p) v[4 * n + p] = a.v[p] + x.v[p], v[4 * n + 2 + p] = b.v[p] + y.v[p];
+      for (int r = 0; r < 2; ++r) other[r] = of_lane(node_terms(source_node[r], 1) + stage.node + at);
+    } else if (stage.bias >= 0) {
+      own[0] = own[1] = of_lane(constants + stage.bias + at);
     }
+    NGK_UNROLL
+    for (int k = 0; k < 8; ++k) v[k] = own[k / 2 % 2].v[number_of(k)] + other[k / 2 % 2].v[number_of(k)];
   }
 
   // Adds columns 16 c .. of a register times matrix number `matrix`.
@@ -137,8 +130,9 @@ struct Evaluator : Edges<P, D, FULL> {
   }
   // Columns 16 c .. of a vector among the constants, for both rows.
   NGK_DEVICE void by_column(int64_t place, int c, float* v) const {
+    const Four own = of_lane(constants + place + c * 16);
     NGK_UNROLL
-    for (int k = 0; k < 8; ++k) v[k] = constants[place + c * 16 + column_of(k)];
+    for (int k = 0; k < 8; ++k) v[k] = own.v[number_of(k)];
   }
   // Summed over the four lanes that hold a row.
   static NGK_DEVICE float over_row(float x) {

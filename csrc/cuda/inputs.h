@@ -111,22 +111,23 @@ struct Inputs {
     hermite_cells<Number>(features + lane(), 1, static_cast<float>(int64_t(1) << g.steps), g.table_nodes / 2, h + 12, h, h + 6, 1);
   }
 
-  // Of a stage FROM_RAW: where the weights of one channel begin.
-  NGK_DEVICE const float* raw_weights(const Stage& stage, int channel, int h, int c) const {
-    return constants + stage.weight + (direction() * g.channels + channel) * stage.halves * D + h * D + c * 16 + lane() % 4 * 2;
+  // Of a stage FROM_RAW: the weights of one channel.
+  NGK_DEVICE Four raw_weights(const Stage& stage, int channel, int h, int c) const {
+    return of_lane(constants + stage.weight + (direction() * g.channels + channel) * stage.halves * D + h * D + c * 16);
   }
   NGK_DEVICE void from_raw(const Stage& stage, int h, int c, float* v) const {
     for (int k = 0; k < g.channels; ++k) {
-      const float* w = raw_weights(stage, k, h, c);
+      const Four w = raw_weights(stage, k, h, c);
       const float x[2] = {features[lane() / 4 * g.channels + k], features[(lane() / 4 + 8) * g.channels + k]};
       NGK_UNROLL
-      for (int e = 0; e < 8; ++e) v[e] = fmaf(x[e / 2 % 2], w[e / 4 * 8 + e % 2], v[e]);
+      for (int e = 0; e < 8; ++e) v[e] = fmaf(x[e / 2 % 2], w.v[number_of(e)], v[e]);
     }
   }
 
-  // Lines k of the table, six of them, at this lane's columns.
-  NGK_DEVICE const float* table_line(const Stage& stage, int64_t cell, int h, int c) const {
-    return g.table + (direction() * g.table_nodes + cell) * TABLE_LINES * stage.width * stage.halves + h * stage.width + c * 16;
+  // This lane's columns of line k, of six, that the weights in a cell read.
+  NGK_DEVICE Four table_line(const Stage& stage, float cell, int k, int h, int c) const {
+    const int64_t first = (direction() * g.table_nodes + (cell < 0 ? 0 : static_cast<int64_t>(cell))) * TABLE_LINES;
+    return of_lane(g.table + ((first + k) * stage.halves + h) * D + c * 16);
   }
   // Whether any of `rows` edges, from those of this lane's warp or of all, has a weight beyond the table.
   NGK_DEVICE bool beyond(const float* hermite_rows, int rows, int64_t stride) const {
@@ -149,15 +150,11 @@ struct Inputs {
     for (int r = 0; r < 2; ++r) {
       const float* weights = hermite + (lane() / 4 + 8 * r) * HERMITE;
       const float cell = weights[12];
-      const float* line = table_line(stage, cell < 0 ? 0 : static_cast<int64_t>(cell), h, c);
       NGK_ROLLED
       for (int k = 0; k < 2 * TABLE_LINES; ++k) {
+        const Four line = table_line(stage, cell, k, h, c);
         NGK_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          const int column = e / 2 * 8 + lane() % 4 * 2 + e % 2;
-          if (c * 16 + column < stage.width)
-            v[e / 2 * 4 + r * 2 + e % 2] = fmaf(weights[k], line[k * stage.width * stage.halves + column], v[e / 2 * 4 + r * 2 + e % 2]);
-        }
+        for (int e = 0; e < 4; ++e) v[e / 2 * 4 + r * 2 + e % 2] = fmaf(weights[k], line.v[e], v[e / 2 * 4 + r * 2 + e % 2]);
       }
       NGK_UNROLL
       for (int e = 0; e < 4; ++e)

@@ -38,6 +38,8 @@ inline int launch_by_number(int kernel, const Launch& l) {
       return launch_simple<Store>(l);
     case 11:
       return launch_simple<MergeCells>(l);
+    case 12:
+      return launch_simple<Arrange>(l);
     default:
       break;
   }

@@ -49,7 +49,7 @@ struct Term {
   int64_t x, width, n_out, wd, ws, b, column;
 };
 
-// out [2, N, columns]: the terms of all nodes as destinations (with biases), as sources. weights [2, widest, columns]: their matrices, one below
+// out [2, N, columns]: the terms of all nodes as destinations (with biases), as sources, in lanes' order. weights [2, widest, columns]: their matrices, one below
 // the other, so that neighbouring threads read neighbours.
 struct Project {
   static constexpr bool TOGETHER = false;
@@ -71,7 +71,21 @@ struct Project {
       if (!side && t.b >= 0) total = g.params[t.b + column - t.column];
       for (int64_t i = 0; i < t.width; ++i) total = fmaf(x[i], w[i * g.columns], total);
     }
-    g.out[k] = total;
+    g.out[k - column + in_lanes_order(column)] = total;
+  }
+};
+
+// to [rows, padded] in lanes' order: from [rows, width] and zeros.
+struct Arrange {
+  static constexpr bool TOGETHER = false;
+  struct Args {
+    float* to;
+    const float* from;
+    int64_t rows, width, padded;
+  };
+  static NGK_DEVICE void run(const Args& g) {
+    const int64_t k = own_index(), row = k / g.padded, column = k % g.padded;
+    if (row < g.rows) g.to[row * g.padded + in_lanes_order(column)] = column < g.width ? g.from[row * g.width + column] : 0.0f;
   }
 };
 
@@ -209,8 +223,8 @@ struct Merge {
   }
 };
 
-// What turns a message of each output row into its gradient (message_math.h), [rows, MESSAGE_PLANES, padded]: constant, slope, mean, smallest,
-// its share, largest, its share.
+// What turns a message of each output row into its gradient (message_math.h), [rows, MESSAGE_PLANES, padded] in lanes' order: constant, slope,
+// mean, smallest, its share, largest, its share.
 struct Coefficients {
   static constexpr bool TOGETHER = false;
   struct Args {
@@ -225,7 +239,7 @@ struct Coefficients {
     const int64_t k = own_index();
     if (k >= g.rows * g.padded) return;
     const int64_t row = k / g.padded, c = k % g.padded;
-    float* to = g.to + row * MESSAGE_PLANES * g.padded + c;
+    float* to = g.to + row * MESSAGE_PLANES * g.padded + in_lanes_order(c);
     for (int p = 0; p < MESSAGE_PLANES; ++p) to[p * g.padded] = 0;
     if (c >= g.width) return;
     const float *out = g.out + row * g.slots.results * g.width + c, *grad = g.grad + row * g.slots.results * g.width + c;

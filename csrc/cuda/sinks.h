@@ -83,10 +83,10 @@ struct Sinks {
     if (stage.source == FROM_RAW && g.need_raw) {
       NGK_ROLLED
       for (int k = 0; k < g.channels; ++k) {
-        const float* w = eval.raw_weights(stage, k, h, c);
+        const Four w = eval.raw_weights(stage, k, h, c);
         float x[2] = {0, 0};
         NGK_UNROLL
-        for (int e = 0; e < 8; ++e) x[e / 2 % 2] = fmaf(v[e], w[e / 4 * 8 + e % 2], x[e / 2 % 2]);
+        for (int e = 0; e < 8; ++e) x[e / 2 % 2] = fmaf(v[e], w.v[number_of(e)], x[e / 2 % 2]);
         add_feature_gradients(k, x);
       }
     } else if (stage.source == FROM_TABLE) {
@@ -150,7 +150,6 @@ struct Sinks {
     for (int r = 0; r < 2; ++r) {
       const int edge = lane() / 4 + 8 * r;
       const float *rise = eval.hermite + edge * HERMITE + 6, cell = eval.hermite[edge * HERMITE + 12];
-      const float* line = eval.table_line(stage, cell < 0 ? 0 : static_cast<int64_t>(cell), h, c);
       const int64_t place = (panel->slot + number * 16 + edge) * eval.sides() + eval.side();
       if (active && g.need_table && h == 0 && c == 0 && lane() % 4 == 0) {
         g.cells[place] = eval.ok[r] && cell >= 0 ? static_cast<int32_t>(eval.direction() * g.table_nodes + static_cast<int64_t>(cell)) : -1;
@@ -160,14 +159,20 @@ struct Sinks {
       for (int e = 0; e < 4; ++e) {
         const int column = e / 2 * 8 + lane() % 4 * 2 + e % 2;
         if (c * 16 + column >= stage.width) continue;
-        const float gz = v[e / 2 * 4 + 2 * r + e % 2];
-        if (active && g.need_table) g.curves[place * total_width + h * stage.width + c * 16 + column] = gz;
-        if (!g.need_raw) continue;
-        float slope = 0;
-        NGK_ROLLED
-        for (int k = 0; k < 2 * TABLE_LINES; ++k) slope = fmaf(rise[k], line[k * total_width + column], slope);
-        x[r] = fmaf(gz, cell < 0 ? (stage.groups ? 0.0f : NAN) : slope * static_cast<float>(int64_t(1) << g.steps), x[r]);
+        if (active && g.need_table) g.curves[place * total_width + h * stage.width + c * 16 + column] = v[e / 2 * 4 + 2 * r + e % 2];
       }
+      if (!g.need_raw) continue;
+      Four slope{{0, 0, 0, 0}};
+      NGK_ROLLED
+      for (int k = 0; k < 2 * TABLE_LINES; ++k) {
+        const Four line = eval.table_line(stage, cell, k, h, c);
+        NGK_UNROLL
+        for (int e = 0; e < 4; ++e) slope.v[e] = fmaf(rise[k], line.v[e], slope.v[e]);
+      }
+      const float unit = static_cast<float>(int64_t(1) << g.steps);
+      NGK_UNROLL
+      for (int e = 0; e < 4; ++e)
+        x[r] = fmaf(v[e / 2 * 4 + 2 * r + e % 2], cell < 0 ? (stage.groups ? 0.0f : NAN) : slope.v[e] * unit, x[r]);
     }
     if (g.need_raw) add_feature_gradients(0, x);
   }

@@ -6,12 +6,9 @@ import torch
 
 from .backward import Backward
 from .call import Call, slots_of
-from .launch import simple
+from .launch import Some, padded, simple
 from .memory import MESSAGE_PLANES, STATISTIC_PLANES
-
-
-def padded(width: int) -> int:
-    return -(-width // 16) * 16
+from .plan import Chunk
 
 
 def forward(call: Call, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor) -> None:
@@ -21,9 +18,9 @@ def forward(call: Call, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor
     work = call.work.reduce()
     if not work.launches or not out.numel():
         return
-    width, nodes = padded(call.low.width), call.project()
+    width = padded(call.low.width)
     partial = call.params.new_empty(work.partials, STATISTIC_PLANES, width)
-    call.run(call.fields() | call.nodes(nodes) | {"partial": partial}, *work.launches)
+    call.run(call.fields() | call.project() | {"partial": partial}, *work.launches)
     (keys, starts, order), messages = work.sums[0], work.messages
     sizes = (keys.numel(), call.low.width, width, ties.element_size())
     simple("merge", keys.numel() * call.low.width, out, aux, ties, partial, keys, starts, order, messages, *sizes, *slots_of(call.low.mask))
@@ -34,22 +31,23 @@ class Coefficients:
 
     def __init__(self, call: Call, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor, grad: torch.Tensor):
         self.call, self.tensors, self.width = call, (out, aux, ties, grad), padded(call.low.width)
-        self.row_bytes = MESSAGE_PLANES * self.width * 4
+        self.node_bytes = MESSAGE_PLANES * self.width * 4
 
-    def of(self, first: int, end: int) -> torch.Tensor:
-        """[rows, MESSAGE_PLANES, F padded] of the rows `first` to `end`."""
+    def of(self, chunk: Chunk) -> dict[str, Some]:
+        """[rows, MESSAGE_PLANES F padded] of the output rows of a chunk."""
+        first, end = chunk.rows
         low, (out, aux, ties, grad) = self.call.low, (t[first:end] for t in self.tensors)
-        to = self.call.params.new_empty(end - first, MESSAGE_PLANES, self.width)
+        to = self.call.params.new_empty(end - first, MESSAGE_PLANES * self.width)
         sizes = (end - first, low.width, self.width, ties.element_size())
         simple("coefficients", (end - first) * self.width, to, out, aux, ties, grad, self.call.plan.degrees(len(self.tensors[0]))[first:end], *sizes, *slots_of(low.mask))
-        return to
+        return {"coefficients": Some(to, first)}
 
 
 def evaluate(call: Call) -> None:
     """Writes the values of every edge to the call's tensors."""
-    work, nodes = call.work.reduce(), call.project()
+    work = call.work.reduce()
     if work.launches:
-        call.run(call.fields() | call.nodes(nodes), *work.launches)
+        call.run(call.fields() | call.project(), *work.launches)
 
 
 def aggregate_backward(call: Call, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor, grad: torch.Tensor) -> None:

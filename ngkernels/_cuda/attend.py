@@ -10,8 +10,9 @@ import torch
 
 from .backward import Backward
 from .call import Call
-from .launch import simple
+from .launch import Some, arranged, padded, simple
 from .memory import sides
+from .plan import Chunk
 
 
 class Attending(NamedTuple):
@@ -22,10 +23,20 @@ class Attending(NamedTuple):
     dropout: float
     seed: int
 
-    def fields(self, call: Call) -> dict[str, int | torch.Tensor]:
+    @property
+    def node_bytes(self) -> int:
+        return sum(4 * padded(t.shape[1]) for t in self.nodes)
+
+    def between(self, first: int, end: int | None = None) -> dict[str, Some]:
+        """q, k and v of the nodes `first` to `end`."""
+        return {name: Some(arranged(t[first:end].contiguous(), padded(t.shape[1])), first) for name, t in zip("qkv", self.nodes, strict=True)}
+
+    def of(self, chunk: Chunk) -> dict[str, Some]:
+        return self.between(*chunk.nodes)
+
+    def fields(self, call: Call) -> dict[str, int]:
         a, low = call.low.attention, call.low
-        found = dict(zip("qkv", (t.contiguous() for t in self.nodes), strict=True))
-        found |= {"heads": a.heads, "dk": a.d // a.heads, "dv": a.d_v // a.heads, "de": low.de, "multiply": a.multiply, "summed": a.summed}
+        found = {"heads": a.heads, "dk": a.d // a.heads, "dv": a.d_v // a.heads, "de": low.de, "multiply": a.multiply, "summed": a.summed}
         found |= {"scale": bits(self.scale), "keep": bits(1 / (1 - self.dropout)), "dropped_below": int(self.dropout * 2**32), "seed": self.seed}
         return found | {"attention_columns": low.columns * sides(call.low)}
 
@@ -47,10 +58,10 @@ def forward(call: Call, attending: Attending, out: torch.Tensor, sums: torch.Ten
     work = call.work.reduce()
     if not work.launches or not out.numel():
         return
-    a, nodes = call.low.attention, call.project()
+    a = call.low.attention
     width = 2 * a.heads + a.d_v + a.heads * states(call)
     partial = call.params.new_empty(work.partials, width)
-    call.run(call.fields() | call.nodes(nodes) | attending.fields(call) | {"partial": partial, "width": width}, *work.launches)
+    call.run(call.fields() | call.project() | attending.between(0) | attending.fields(call) | {"partial": partial, "width": width}, *work.launches)
     keys, starts, order = work.sums[0]
     n = keys.numel()
     simple("softmax", n * (width - a.heads), out, sums, lse, partial, keys, starts, order, n, a.heads, a.d_v // a.heads, states(call))
@@ -70,4 +81,4 @@ def backward(call: Call, attending: Attending, saved: Sequence[torch.Tensor], gr
     a = call.low.attention
     delta = torch.empty_like(lse)
     simple("delta", delta.numel(), delta, out, grad, sums, grad_sums, delta.numel(), a.d_v // a.heads, states(call))
-    back.run(**attending.fields(call), lse=lse, delta=delta, grad_out=grad, grad_sums=grad_sums)
+    back.run(attending, **attending.fields(call), lse=lse, delta=delta, grad_out=grad, grad_sums=grad_sums)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
@@ -12,12 +12,17 @@ from ..topology import DENSE, DIAGONAL, KINDS, SPARSE_RAW
 from ..window import sliding
 from . import launch
 from .call import Call
-from .launch import simple
+from .launch import Some, simple
 from .memory import sides, sum_columns
 from .plan import WARPS, Chunk
 
-if TYPE_CHECKING:
-    from .aggregate import Coefficients
+
+class OfChunks(Protocol):
+    """What an op's kernel reads beside the node terms, for a chunk at a time."""
+
+    node_bytes: int  # about
+
+    def of(self, chunk: Chunk) -> dict[str, Some]: ...
 
 
 class Backward:
@@ -59,27 +64,22 @@ class Backward:
                 if g.numel() and covered.get((carrier, k), 0) * g.shape[-1] != g.numel():
                     g.zero_()
 
-    def run(self, coefficients: Coefficients | None = None, **fields: int | torch.Tensor | None) -> None:
-        """fields: arguments of the kernel that do not change; coefficients: of aggregate, those that change with the chunk."""
+    def run(self, read: OfChunks | None = None, **fields: int | torch.Tensor | None) -> None:
+        """fields: arguments of the kernel that do not change from chunk to chunk."""
         call = self.call
-        of_node = 8 * (call.low.columns + 2 * self.columns) + (0 if coefficients is None else coefficients.row_bytes)  # sums: and a copy of those that are done
+        of_node = 8 * (call.low.columns + 2 * self.columns) + (0 if read is None else read.node_bytes)  # sums: and a copy of those that are done
         sizes = (4 * self.columns, (4 * self.curve + 8) * sides(call.low) if self.table else 0, 4 * self.block_size, of_node)
         chunks = call.work.gradients(*sizes, launch.BUDGET)
         fields = call.fields() | fields
         fields |= {f"need_{name}": int(value) for name, value in (("parameters", self.params), ("nodes", self.nodes), ("raw", self.raw), ("table", self.table))}
         for chunk, sums, done in sliding(chunks, self.columns, call.params):
-            self.add_chunk(fields, coefficients, chunk, sums)
+            self.add_chunk(fields | call.project(*chunk.nodes) | ({} if read is None else read.of(chunk)), chunk, sums)
             if done:
                 self.finish_nodes(sums[:, :done], chunk.nodes[0])
         call.add_others()
 
-    def add_chunk(self, fields: dict, coefficients: Coefficients | None, chunk: Chunk, sums: torch.Tensor) -> None:
+    def add_chunk(self, fields: dict, chunk: Chunk, sums: torch.Tensor) -> None:
         """The launches of a chunk; their partial results are added to the sums of its nodes, the parameters and the table."""
-        terms = self.call.project(*chunk.nodes)
-        fields = fields | self.call.nodes(terms, chunk.nodes[0])
-        if coefficients is not None:
-            of_rows = coefficients.of(*chunk.rows)
-            fields |= {"coefficients": of_rows.data_ptr() - chunk.rows[0] * coefficients.row_bytes}
         call = self.call
         blocks = [-(-len(panels) // WARPS) for panels in chunk.launches]
         every = not (self.marked or call.low.live or call.low.attention)  # whether every number is written

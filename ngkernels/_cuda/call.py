@@ -13,8 +13,8 @@ from .. import program as prog
 from ..kept import Recent
 from ..topology import SAME
 from . import launch
-from .launch import simple
-from .lower import Attention, Lowered, Unsupported, lower
+from .launch import Some, simple
+from .lower import FROM_TABLE, Attention, Lowered, Unsupported, lower
 from .memory import PLACES, placed, sum_columns
 from .plan import WARPS, plan_of
 from .rows import DTYPES, of_block, table_of
@@ -103,35 +103,32 @@ class Call:
             simple("gather", where.numel(), self.params, where, to, where.numel(), int(rounded))
         return out
 
-    def project(self, first: int = 0, end: int | None = None) -> torch.Tensor:
-        """[2, nodes, columns]: the node terms of the nodes `first` to `end`, as destinations and as sources."""
+    def project(self, first: int = 0, end: int | None = None) -> dict[str, int | Some]:
+        """The arguments that tell of the node terms of the nodes `first` to `end`: [2, nodes, columns], as destinations and as sources."""
         n = (self.n_nodes if end is None else end) - first
         out, where = self.params.new_empty(2, n, self.low.columns), self.tables[6]
         if out.numel():
             weights, addresses = self.params.new_empty(where.shape), launch.numbers([x[first:].data_ptr() for x in self.xs], self.device)
             simple("gather", where.numel(), self.params, where, weights, where.numel(), 0)
             simple("project", out.numel(), out, addresses, self.tables[4], self.tables[3], weights, self.params, n, self.low.columns, where.shape[1])
-        return out
+        return {"nodes": Some(out, first), "n_nodes": n}
 
     # ---- launches ----
-    def fields(self) -> dict[str, int | torch.Tensor | None]:
+    def fields(self) -> dict[str, int | torch.Tensor | Some | None]:
         """The arguments that do not change from launch to launch."""
         low = self.low
         matrices, constants = self.packed()
         names = prog.reductions(low.mask)
         found = dict.fromkeys(FIELDS, 0)
         found |= {"stages": self.tables[0], "blocks": self.blocks, "matrices": matrices, "constants": constants, "columns": low.columns}
-        found |= {"table": self.table if low.steps >= 0 else None}
+        curve = next((s for s in low.stages if s.source == FROM_TABLE), None)
+        found |= {"table": None if curve is None else launch.arranged(self.table.view(*self.table.shape[:3], curve.halves, curve.width), low.d)}
         found |= {"table_nodes": self.table.shape[1] if low.steps >= 0 else 0, "edge_stages": low.edge_stages}
         found |= {"message_stages": len(low.stages) - low.edge_stages, "channels": low.channels, "combine": low.combine, "width": low.width, "carrier_width": low.carrier_width}
         found |= {"steps": max(low.steps, 0), "n_constants": constants.numel(), "spread": int("std" in names or "var" in names)}
         found |= {"low": int("min" in names), "high": int("max" in names), "n_slots": low.slots, "n_gradients": low.n_gradients, "n_sums": low.n_sums}
         found |= {"live": low.live, "sum_columns": sum_columns(self.low)}
         return found | dict(zip(("message_buffer", "free_0", "free_1", "inputs_buffer", "partner_0", "partner_1", "partner_inputs"), low.buffers, strict=True))
-
-    def nodes(self, terms: torch.Tensor, first: int = 0) -> dict[str, int]:
-        """The arguments that tell of the node terms of nodes from `first` on: where those of the first node of all would lie."""
-        return {"nodes": terms.data_ptr() - first * terms.stride(1) * terms.element_size(), "n_nodes": terms.shape[1]}
 
     def run(self, fields: dict, panels: torch.Tensor) -> None:
         """Launches the panels, in as many launches as memory that does not fit into shared memory asks for."""

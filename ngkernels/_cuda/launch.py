@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from .. import backends
 from .lower import WIDTHS
 
-KERNELS = ("gather", "project", "node_gradient", "fold", "sum_blocks", "merge", "coefficients", "sum_cells", "softmax", "delta", "store", "merge_cells")  # csrc/cuda/launcher.h
+KERNELS = ("gather", "project", "node_gradient", "fold", "sum_blocks", "merge", "coefficients", "sum_cells", "softmax", "delta", "store", "merge_cells", "arrange")  # csrc/cuda/launcher.h
 PURPOSES = ("messages", "options", "attend")
 PRECISIONS = ("bf16", "tf32", "exact")
 STORED = 254  # numbers that a launch of store takes: csrc/cuda/second_stage.h
@@ -79,5 +80,26 @@ def simple(name: str, threads: int, *args: int | torch.Tensor | None) -> None:
     run(KERNELS.index(name), [address(a) for a in args], -(-threads // THREADS), 0, device)
 
 
-def address(a: int | torch.Tensor | None) -> int:
+class Some(NamedTuple):
+    """Rows [.., rows, columns] from number `first` on of something that kernels count from its first row."""
+
+    rows: torch.Tensor
+    first: int
+
+
+def address(a: int | torch.Tensor | Some | None) -> int:
+    if isinstance(a, Some):
+        return a.rows.data_ptr() - a.first * a.rows.stride(-2) * a.rows.element_size()
     return 0 if a is None else a.data_ptr() if isinstance(a, torch.Tensor) else int(a)
+
+
+def arranged(x: torch.Tensor, columns: int) -> torch.Tensor:
+    """Rows [*, width] as kernels read them by column: [rows, columns] in lanes' order."""
+    width = x.shape[-1]
+    out = x.new_empty(x.numel() // width if width else 0, columns)
+    simple("arrange", out.numel(), out, x, len(out), width, columns)
+    return out
+
+
+def padded(width: int) -> int:
+    return -(-width // 16) * 16

@@ -33,11 +33,15 @@ class Matrix(NamedTuple):
         places[self.at + (self.row + o) * self.n_in + self.first + i] = (fragment * 32 + lane) * 8 + value
 
 
+LANES_ORDER = [8 * n + 2 * lane + p for lane in range(4) for n in range(2) for p in range(2)]  # columns: csrc/cuda/memory.h
+
+
 class Constants:
     """Biases, matrices of raw features, input statistics, for registers of d columns. parts: (first row, rows) of each."""
 
     def __init__(self, d: int):
         self.d, self.parts, self.size = d, [], 0
+        self.order = (16 * np.arange(d // 16)[:, None] + LANES_ORDER).reshape(-1)
 
     def put(self, part: np.ndarray) -> int:
         """Its place."""
@@ -48,20 +52,20 @@ class Constants:
         return at
 
     def rows(self, offset: int, parts: Sequence[tuple[int, int]]) -> int:
-        """A vector, its parts padded."""
+        """A vector, its parts padded and in lanes' order."""
         rows = np.full((len(parts), self.d), -1, np.int64)
         for h, (row, width) in enumerate(parts):
             rows[h, :width] = offset + row + np.arange(width)
-        return self.put(rows)
+        return self.put(rows[..., self.order])
 
     def raw(self, offset: int, parts: Sequence[tuple[int, int]], channels: int, directions: int, step: int) -> int:
-        """Matrices [directions, rows of the parts, channels], `step` from one to the next, as [directions, channels, parts d]."""
+        """Matrices [directions, rows of the parts, channels], `step` from one to the next, as [directions, channels, parts d] in lanes' order."""
         rows = np.full((directions, channels, len(parts), self.d), -1, np.int64)
         for h, (row, width) in enumerate(parts):
             found = offset + row * channels + np.arange(width * channels).reshape(width, channels).T
             for d in range(directions):
                 rows[d, :, h, :width] = found + d * step
-        return self.put(rows)
+        return self.put(rows[..., self.order])
 
     def map(self) -> np.ndarray:
         """The parameter of each constant, -1: 0."""
