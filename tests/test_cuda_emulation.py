@@ -17,8 +17,9 @@ import samples
 import torch
 from compare import assert_bitwise, assert_budget, assert_close
 from emulation import AHEAD, BACKWARDS, emulated, order  # noqa: F401  a fixture
+from layouts import LAYOUTS
 from oracle import Network, mlp
-from sample_list import LOW_PRECISION, PLAIN, SAMPLES
+from sample_list import LOW_PRECISION, PLAIN, SAMPLES, SPARSE_UNEQUAL
 from samples import Sample, cast, float32_oracle, leaves, named, run, run_engine, run_oracle
 from samples import oracle as oracle_of
 from test_determinism import alone
@@ -93,6 +94,13 @@ def test_many_partial_rows_of_a_hub_are_added_up_in_two_steps(monkeypatch):
             checks.exact(samples, sample, assert_budget)
         launches = [found for p in made for work in p._works._values.values() for found in work._parts._values.values()]
         assert {len(found.sums) for found in launches} == {2}
+
+
+@pytest.mark.parametrize("reduce", [("sum", "mean", "min", "max", "std", "var"), ("sum", "max")], ids="-".join)
+def test_many_partial_rows_of_a_hub_are_merged_in_two_steps(reduce: tuple[str, ...], monkeypatch):
+    monkeypatch.setattr(plan, "LONGEST", 2)
+    monkeypatch.setattr(plan, "_of_topology", kept.OfTopology(plan.Plan))
+    checks.exact(samples, PLAIN.but("wide", networks=(mlp(1300, 2, 3),), head=0, reduce=reduce), assert_budget)
 
 
 @pytest.mark.parametrize("count", [0, 1, launch.STORED, launch.STORED + 1, 1000])
@@ -221,10 +229,10 @@ def test_nan_stays_with_its_neuron():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_how_weights_lie_in_memory_does_not_matter(dtype: torch.dtype, channels: int):
-    """By source they come in lines of 16 bytes wherever a row begins, by destination one by one."""
+    """They come in lines of 16 bytes wherever these begin: those of sources that are neighbours, or those of destinations; nothing beyond them is read."""
     g = torch.Generator().manual_seed(0)
-    graph, width = ngk.NeuralGraph.mlp([37, 5, 19]), 17
-    weights = [torch.randn(1, a, b, channels, generator=g).to(dtype) for a, b in ((37, 5), (5, 19))]
+    graph, width = ngk.NeuralGraph.mlp([37, 21, 19]), 17
+    weights = [torch.randn(1, a, b, channels, generator=g).to(dtype) for a, b in ((37, 21), (21, 19))]
     x = torch.randn(graph.num_nodes, 4, generator=g)
     encoder = [torch.randn(*shape, generator=g).requires_grad_() for shape in ((width, channels), (width,))]
     message = [torch.randn(*shape, generator=g).requires_grad_() for shape in ((6, width), (6,), (6, 4), (6, 4))]
@@ -236,10 +244,18 @@ def test_how_weights_lie_in_memory_does_not_matter(dtype: torch.dtype, channels:
 
     with ngk.use_backend("cuda"):
         wanted = results(weights)
-        by_source = [w.transpose(1, 2).contiguous().transpose(1, 2) for w in weights]
-        apart = [torch.stack([w, w], -1)[..., 0] for w in by_source]
-        for found in (results(by_source), results(apart)):
-            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+        for change in LAYOUTS:
+            assert all(torch.equal(a, b) for a, b in zip(results([change(w) for w in weights]), wanted, strict=True))
+
+
+@pytest.mark.parametrize("width", [6, 12, 24])
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 2e-5), ("bfloat16", 2**-7), ("float16", 2**-10)])
+@pytest.mark.parametrize("networks", [(mlp(2, 19, 3, reverse=True), mlp(17, 2)), SPARSE_UNEQUAL], ids=["dense", "sparse"])
+def test_stored_states_of_any_width(networks: tuple[Network, ...], dtype: str, error: float, width: int):
+    """Where their rows are lines of 16 bytes, lanes exchange columns to write and read such."""
+    sample = PLAIN.but("stored", networks=networks, packed=True, memory=(dtype, dtype), width=width, head=width, scale=0.3)
+    t = cast(leaves(sample), torch.float32)
+    assert_close(run_engine(sample, t, "cuda"), run_engine(sample, t, "reference"), error)
 
 
 def test_what_is_kept_of_a_graph_is_not_where_its_weights_lie():
@@ -281,7 +297,7 @@ def test_plans_are_made_on_their_device():
             found = plan.Plan(topology, torch.device("cpu"))
             assert found.degrees(graph.num_nodes).device.type == "cpu"
             for work in (found.work().reduce(), *found.work().gradients(64, 8, 64, 64, 1 << 12)):
-                assert work.launches and all(t.device.type == "cpu" for t in (*work.launches, work.messages, *(t for sums in work.sums for t in sums)))
+                assert work.launches and all(t.device.type == "cpu" for t in (*work.launches, *work.messages, *(t for sums in work.sums for t in sums)))
 
 
 # ---- seeded bugs ----
@@ -306,9 +322,15 @@ PATCHES = (
     ("no-barrier-before-the-product", "backprop.h", "sync_block();\n        matrix_gradients(upper, up);", "matrix_gradients(upper, up);"),
     ("features-read-before-they-are-there", "edges.h", "turn(0);\n    }\n    sync_warp();", "turn(0);\n    }"),
     ("features-read-before-they-arrive", "edges.h", "wait_for_copies<AHEAD - 1>();", ""),
-    ("all-tiles-arrive-at-one-place", "inputs.h", "number % AHEAD * sides()", "number % 1 * sides()"),
-    ("alignment-forgotten", "inputs.h", "start + place * dtype_size", "place * dtype_size"),
-    ("half-of-a-word-forgotten", "inputs.h", "place * 4 + (word & 3)", "place * 4 + (word & 0)"),
+    ("all-tiles-arrive-at-one-place", "edges.h", "tile % AHEAD * this->sides()", "tile % 1 * this->sides()"),
+    ("alignment-forgotten", "edges.h", "r * size : 0)) + before(from)", "r * size : 0)) + 0 * before(from)"),
+    ("first-tile-of-a-band-for-all", "inputs.h", "(tile * g.channels + c)", "(0 * tile + c)"),
+    ("bands-counted-by-the-strip", "edges.h", "panel.i1 - panel.i0 + BAND - 1) / BAND", "panel.i1 - panel.i0) / BAND"),
+    ("bands-beyond-the-panel", "edges.h", "panel.i1 - coming.i < BAND ?", "panel.i1 - coming.i < 0 ?"),
+    ("halves-of-lines-not-exchanged", "lines.h", "exchange(pairs + 1, pairs + 3, 2);", ""),
+    ("rows-of-lines-not-exchanged", "lines.h", "exchange(x + k, x + 4 + k, 1);", "x[k] += 0;"),
+    ("many-features-of-one-row", "inputs.h", "starts_of(from, g.channels)[r]", "starts_of(from, g.channels)[0]"),
+    ("spread-lost-between-two-steps", "second_stage.h", "if (g.slots.spread()) to[g.padded] = squares;", "if (g.slots.spread()) to[g.padded] = 0;"),
     ("message-overwrites-the-state", "evaluator.h", "odd ? 2 : 1 - g.edge_stages % 2", "odd ? 2 : g.edge_stages % 2"),
     ("residual-gradient-lost", "backprop.h", "if (stage.add >= 0 || (FULL && stage.source == FROM_NORM)) store8(", "if (FULL && stage.source == FROM_NORM) store8("),
     ("second-half-forgotten", "backprop.h", "h < upper.halves; ++h) add_product", "h < 1; ++h) add_product"),
@@ -334,6 +356,10 @@ def passes(library: Path) -> bool:
             test_how_weights_lie_in_memory_does_not_matter(torch.float32, 1)
             test_how_weights_lie_in_memory_does_not_matter(torch.bfloat16, 3)
             test_tables_of_networks_whose_weights_are_mostly_0(0.3)
+            for dtype, error in (("float32", 2e-5), ("bfloat16", 2**-7)):
+                test_stored_states_of_any_width(SPARSE_UNEQUAL, dtype, error, 24)
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                test_many_partial_rows_of_a_hub_are_merged_in_two_steps(("mean", "std"), monkeypatch)
             t = cast(leaves(LOW[0]), torch.float32)
             wanted, plain = run_oracle(LOW[0], cast(t, torch.float64)), run_oracle(LOW[0], t, low=True)
             for of in (0, BACKWARDS, AHEAD):

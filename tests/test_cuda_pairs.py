@@ -11,6 +11,7 @@ import pytest
 import torch
 from compare import assert_bitwise, assert_close
 from emulation import AHEAD, BACKWARDS, emulated, order  # noqa: F401  a fixture
+from layouts import LAYOUTS, NETWORK
 from oracle import Network, mlp
 from pair_list import GRID, LOW_PRECISION, OPTIONS, PLAIN, TABLES
 from pair_samples import PairSample, attend, engine, leaves, pair_state, run_engine
@@ -18,7 +19,8 @@ from samples import Tensors, cast, named, run
 from test_attend import assert_budget_of_pairs
 
 import ngkernels as ngk
-from ngkernels import backends
+from ngkernels import backends, kept
+from ngkernels._cuda import plan
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "emulated"),
@@ -118,16 +120,9 @@ def test_the_order_of_threads_does_not_matter(sample: PairSample, autocast: torc
     checks.any_order_of_threads(pair_samples, sample, autocast)
 
 
-LAYOUTS = {
-    "by source": lambda w: w.transpose(1, 2).contiguous().transpose(1, 2),
-    "apart": lambda w: torch.stack([w, w], -1)[..., 0],
-    "shifted": lambda w: torch.cat([w.flatten()[:1], w.flatten()])[1:].view_as(w),
-}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["exact", "bf16"])
-@pytest.mark.parametrize("sample", **named((PLAIN.but("attention", networks=(mlp(18, 5, 3),), over="edges"), PLAIN.but("messages", networks=(mlp(18, 5, 3),), over=None, reduce=("mean", "max"), features=5))))
+@pytest.mark.parametrize("sample", **named((PLAIN.but("attention", networks=(NETWORK,)), PLAIN.but("messages", networks=(NETWORK,), over=None, reduce=("mean", "max"), features=5))))
 def test_how_weights_lie_in_memory_does_not_matter(sample: PairSample, autocast: torch.dtype | None, dtype: torch.dtype):
     t = cast(leaves(sample), torch.float32, dtype)
 
@@ -141,7 +136,7 @@ def test_how_weights_lie_in_memory_does_not_matter(sample: PairSample, autocast:
             return run(forward, t)
 
     wanted = results(lambda w: w)
-    for change in LAYOUTS.values():
+    for change in LAYOUTS:
         assert_bitwise(results(change), wanted)
 
 
@@ -165,8 +160,11 @@ def test_gradients_that_are_asked_for(wanted: set[str]):
     checks.gradients_that_are_asked_for(pair_samples, PLAIN, wanted)
 
 
-def test_split_rows_merge():
-    """Destinations with more sources than one panel has."""
+@pytest.mark.parametrize("longest", [plan.LONGEST, 1])
+def test_split_rows_merge(longest: int, monkeypatch):
+    """Destinations with more sources than one panel has; of a hub, in two steps."""
+    monkeypatch.setattr(plan, "LONGEST", longest)
+    monkeypatch.setattr(plan, "_of_topology", kept.OfTopology(plan.Plan))
     check(WIDE)
 
 
@@ -207,7 +205,7 @@ def passes(library: Path) -> bool:
             check(WIDE)
             test_dropout_drops_what_every_backend_drops(0.3)
             for autocast in (None, torch.bfloat16):
-                test_how_weights_lie_in_memory_does_not_matter(PLAIN.but("attention", networks=(mlp(18, 5, 3),), over="edges"), autocast, torch.bfloat16)
+                test_how_weights_lie_in_memory_does_not_matter(PLAIN.but("attention", networks=(NETWORK,)), autocast, torch.bfloat16)
             with order(BACKWARDS):
                 check(SAMPLES["pair-update-first"])
         except AssertionError:

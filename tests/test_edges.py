@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from compare import assert_bitwise, assert_close
+from layouts import LAYOUTS, NETWORK, guarded, shifted
 from oracle import mlp
 from sample_list import PLAIN, REVERSED
 from samples import cast, coefficients, edge_state, engine, leaves, message_of, run, run_engine
@@ -18,38 +19,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- any strides ----
-def transposed(w: torch.Tensor) -> torch.Tensor:
-    """As the (out, in) parameter of a Linear layer."""
-    return w.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def offset(w: torch.Tensor) -> torch.Tensor:
-    """A view into a larger buffer that starts in its middle."""
-    buffer = torch.full((w.numel() + 7,), torch.nan, dtype=w.dtype)
-    buffer[5 : 5 + w.numel()] = w.flatten()
-    return buffer[5 : 5 + w.numel()].view(w.shape)
-
-
-def sliced(w: torch.Tensor) -> torch.Tensor:
-    """Every second row and third column of a larger matrix."""
-    big = torch.full((w.shape[0], 2 * w.shape[1], 3 * w.shape[2], w.shape[3] + 1), torch.nan, dtype=w.dtype)
-    big[:, ::2, 1::3, :-1] = w
-    return big[:, ::2, 1::3, :-1]
-
-
-def channels_first(w: torch.Tensor) -> torch.Tensor:
-    """As a convolution's weight: channels in front."""
-    return w.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)
-
-
-LAYOUTS = (transposed, offset, sliced, channels_first)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"networks": REVERSED, "reciprocal": True}, {"memory": ("virtual", None)}, {"encoder": "fourier", "table": "auto"}],
-    ids=["plain", "reversed", "virtual", "table"],
+    [{}, {"networks": REVERSED, "reciprocal": True}, {"memory": ("virtual", None)}, {"encoder": "fourier", "table": "auto"}, {"networks": (NETWORK,)}],
+    ids=["plain", "reversed", "virtual", "table", "diagonal"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strided_weights_are_read_in_place(layout, changes: dict, dtype: torch.dtype, backend: str):
@@ -57,7 +31,7 @@ def test_strided_weights_are_read_in_place(layout, changes: dict, dtype: torch.d
     t = cast(leaves(sample), torch.float32, dtype)
     wanted = run_engine(sample, t, backend)
     strided = {name: layout(v) if name.startswith("weights.") else v for name, v in t.items()}
-    assert not strided["weights.1"].is_contiguous() or layout is offset
+    assert not strided["weights.1"].is_contiguous() or layout in (shifted, guarded)
     with ngk.use_backend(backend):
         live = {name: v.detach().requires_grad_() for name, v in strided.items()}
         assert all(live[n].data_ptr() == strided[n].data_ptr() for n in live)

@@ -9,16 +9,6 @@ namespace ngk::cuda {
 template <class P, int D, bool FULL>
 struct AggregateForward {
   static constexpr bool TOGETHER = true;  // threads work together
-  static NGK_DEVICE void emit(const Args& g, const Evaluator<P, D, FULL>& eval, const Panel& panel, int c, const float* v) {
-    const Values& to = eval.block->values;
-    NGK_UNROLL
-    for (int k = 0; k < 8; ++k) {
-      const int column = c * 16 + eval.column_of(k);
-      if (!eval.ok[k / 2 % 2] || column >= g.width) continue;
-      const auto e = eval.edge(panel, eval.row_of(k));
-      write_value<float>(element_of(to, panel.copy, e.destination, e.place, column), static_cast<Dtype>(to.dtype), v[k]);
-    }
-  }
 
   static NGK_DEVICE void run(const Args& g) {
     Evaluator<P, D, FULL> eval(g);
@@ -41,7 +31,7 @@ struct AggregateForward {
           typename Evaluator<P, D, FULL>::Message m;
           eval.message(c, edge, query, &m);
           if (g.combine == EMIT) {
-            emit(g, eval, panel, c, m.m);
+            eval.write_values(eval.block->values, panel, c, g.width, m.m, false);
             continue;
           }
           eval.by_destination([&](const Run& run) {

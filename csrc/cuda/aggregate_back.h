@@ -18,19 +18,10 @@ struct MessageBack : Backprop<P, D, FULL> {
   // The gradient of what was written out, to the last stage and its staged rows.
   NGK_DEVICE void from_values() const {
     const Stage& last = g.stages[g.edge_stages - 1];
-    const Values& from = eval.block->values;
     NGK_ROLLED
     for (int c = 0; c < KB; ++c) {
-      float e[8];
-      NGK_UNROLL
-      for (int k = 0; k < 8; ++k) {
-        const int column = c * 16 + eval.column_of(k);
-        const bool there = eval.ok[k / 2 % 2] && column < g.width && from.data;
-        const auto edge = eval.edge(*panel, eval.row_of(k));
-        e[k] = there
-                   ? read_value<float>(element_of(from, panel->copy, edge.destination, edge.place, column), static_cast<Dtype>(from.dtype))
-                   : 0.0f;
-      }
+      Eight values = eval.read_values(eval.block->values, *panel, c, g.width);
+      float* e = values.v;
       if (last.mark) {
         carry(c, e);
         continue;

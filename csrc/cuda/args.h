@@ -78,7 +78,7 @@ struct Args {
   // in lanes' order: vectors and raw matrices among the constants, node terms, the table [directions, nodes, TABLE_LINES, halves, padded];
   // backward, of each output row: MESSAGE_PLANES
   const float *constants, *nodes, *table, *coefficients;
-  float* partial;             // forward: statistics; backward: sums by node
+  float* partial;  // forward: statistics; backward: sums by node
   float *parameters, *curves, *places;
   int32_t* cells;
   int64_t n_panels, first_panel, n_nodes, columns, table_nodes;  // columns: of all node terms

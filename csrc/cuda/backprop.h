@@ -73,7 +73,7 @@ struct Backprop : Sinks<P, D, FULL> {
   NGK_DEVICE bool beyond_table() const {
     sync_block();
     const int64_t size = eval.features_of_warp();
-    return eval.beyond(eval.hermite - warp() * size, WARPS * 16, size);
+    return eval.beyond(eval.hermite_of(0) - warp() * size, WARPS * 16, size);
   }
   NGK_DEVICE bool stopped(int first, int last) const {
     for (int k = first; k < last; ++k)
@@ -143,8 +143,8 @@ struct Backprop : Sinks<P, D, FULL> {
       const bool wanted = g.need_parameters && !(FULL && upper.source == FROM_NORM);
       const int64_t inputs = side ? g.partner_inputs : g.inputs_buffer;
       if (stage.mark) {
-        carry(c, v);
         if (wanted) P::stage(rows(inputs) + c * 16, LD, x);
+        carry(c, v);
         continue;
       }
       if (stage.act >= 0) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "inputs.h"
+#include "lines.h"
 
 namespace ngk::cuda {
 
@@ -17,7 +18,7 @@ struct Run {
 template <class P, int D, bool FULL>
 struct Edges : Inputs<P, D, FULL> {
   using Base = Inputs<P, D, FULL>;
-  using Base::g, Base::block;
+  using Base::g, Base::block, Base::side;
 
   // of a tile
   int i = 0, j = 0;             // its first destination, or number; its first source
@@ -55,6 +56,17 @@ struct Edges : Inputs<P, D, FULL> {
   NGK_DEVICE int64_t output_row(const Panel& panel, int64_t of) const { return block->out + panel.copy * block->out_stride + of; }
   NGK_DEVICE bool has(int r) const { return present >> r & 1; }
 
+  // Columns 16 c .. of what every edge has of `width` values; `add`: to what is there.
+  NGK_DEVICE void write_values(const Values& to, const Panel& panel, int c, int64_t width, const float* v, bool add) const {
+    Eight x;
+    NGK_UNROLL
+    for (int k = 0; k < 8; ++k) x.v[k] = v[k];
+    cuda::write_values(to, c, static_cast<int>(width), row_of_values(to, panel, 0), row_of_values(to, panel, 8), x, add);
+  }
+  NGK_DEVICE Eight read_values(const Values& from, const Panel& panel, int c, int64_t width) const {
+    return cuda::read_values(from, c, static_cast<int>(width), row_of_values(from, panel, 0), row_of_values(from, panel, 8));
+  }
+
   // f(run) of each destination that the tile has edges of, in their order.
   template <class F>
   NGK_DEVICE void by_destination(F&& f) const {
@@ -75,7 +87,7 @@ struct Edges : Inputs<P, D, FULL> {
   // Begins the tiles of a panel (Tile); none if `some` is false.
   NGK_DEVICE void begin(const Panel& panel, bool some, bool strips) {
     block = g.blocks + panel.block;
-    coming = {panel.i0, panel.j0, some, strips};
+    coming = {static_cast<int>(panel.i0), static_cast<int>(panel.j0), some, strips};
     look_up(panel);
     NGK_ROLLED
     for (int k = 0; k < AHEAD; ++k) fetch(panel);
@@ -97,18 +109,14 @@ struct Edges : Inputs<P, D, FULL> {
     }
     wait_for_copies<AHEAD - 1>();
     sync_warp();  // the copies of all lanes are there, and the last tile's features are read
-    if (lane() < 16) {
-      const Edge e = edge(panel, lane());
-      const bool has_raw = has(lane()) && !(FULL && block->diagonal && e.source != e.destination);
-      NGK_ROLLED
-      for (int x = 0; x < this->sides(); ++x) {
-        turn(x);
-        const Values& raw = this->raw(x);
-        const int skipped = !Base::WORDS && by_lines(raw) ? before(element_of(raw, panel.copy, e.destination, j, 0)) : 0;
-        this->take_features(this->arrival(fetched - AHEAD, x) + skipped, has_raw);
-      }
-      turn(0);
+    const uint32_t real = FULL && block->diagonal ? present & equal(panel) : present;
+    NGK_ROLLED
+    for (int x = 0; x < this->sides(); ++x) {
+      turn(x);
+      const int tile = in_bands(this->raw(x)) ? (i - static_cast<int>(panel.i0)) % BAND : 0;
+      this->take_features(arrival(panel, i, j, fetched - AHEAD, x), tile, real);
     }
+    turn(0);
     sync_warp();
     fetch(panel);
   }
@@ -116,14 +124,26 @@ struct Edges : Inputs<P, D, FULL> {
   // What is evaluated from here on is of the edges (0) or of their partners (1).
   NGK_DEVICE void turn(int to) {
     if (!FULL || to == this->turned) return;
-    const int64_t by = (to - this->turned) * this->features_of_side();
+    this->features += (to - this->turned) * this->features_of_side();
     this->turned = to;
-    this->features += by;
-    this->feature_gradients += by;
-    this->hermite += by;
   }
 
  private:
+  // Where those of this lane's first row, or second, begin; null: it is no edge, or they are not there.
+  NGK_DEVICE char* row_of_values(const Values& v, const Panel& panel, int further) const {
+    const Edge e = edge(panel, lane() / 4 + further);
+    return ok[further / 8] && v.data ? element_of(v, panel.copy, e.destination, side() ? e.partner : e.place, 0) : nullptr;
+  }
+  // The rows whose source is their destination.
+  NGK_DEVICE uint32_t equal(const Panel& panel) const {
+    uint32_t found = 0;
+    NGK_ROLLED
+    for (int r = 0; r < 16; ++r) {
+      const Edge e = edge(panel, r);
+      found |= (e.source == e.destination ? 1u : 0u) << r;
+    }
+    return found;
+  }
   NGK_DEVICE void find_runs(const Panel& panel, bool there) {
     const auto first = [](int64_t n) { return n < 16 ? (1u << n) - 1 : 0xffffu; };  // rows
     uint32_t begins, sources = 0;
@@ -146,34 +166,65 @@ struct Edges : Inputs<P, D, FULL> {
     starts = block->edges || j == panel.j0 ? begins & first(rows) : 0;
   }
 
-  // Whether the sources of a tile come by whole lines.
-  NGK_DEVICE bool by_lines(const Values& raw) const { return !block->edges && block->log_rows == 4 && in_a_row(raw, g.channels); }
+  // Whether values come as one piece: of the sources of a tile; of a source, to the destinations of a band of tiles.
+  NGK_DEVICE bool one_piece(const Values& raw, int64_t stride) const {
+    const bool single = block->edges || (FULL && block->diagonal);
+    return !single && block->log_rows == 4 && stride == g.channels && (raw.channel == 1 || stride == 1);
+  }
+  NGK_DEVICE bool in_a_row(const Values& raw) const { return one_piece(raw, raw.src); }
+  NGK_DEVICE bool in_bands(const Values& raw) const {
+    return coming.strips && g.channels < BAND && one_piece(raw, raw.dst) && !in_a_row(raw);
+  }
+  // Where values of the tile at (i, j) arrive, which is number `tile` of its panel.
+  NGK_DEVICE char* arrival(const Panel& panel, int64_t i, int64_t j, int tile, int of) const {
+    if (in_bands(this->raw(of))) {
+      const int bands = static_cast<int>(panel.i1 - panel.i0 + BAND - 1) / BAND;
+      tile = static_cast<int>(j - panel.j0) / 16 * bands + static_cast<int>(i - panel.i0) / BAND;
+    }
+    return this->arrivals + (tile % AHEAD * this->sides() + of) * arrival_bytes(g.channels);
+  }
   NGK_DEVICE void look_up(const Panel& panel) {
     if (!block->edges) return;
     const Edge e = coming.there ? edge(panel, coming.i, coming.j, lane() % 16) : Edge{};
     listed[0] = e.ok ? e.raw(block->raw_by) : -1;
     listed[1] = e.ok ? e.raw(block->partner_raw_by) : -1;
   }
+  // The next tile's values of a side, or its band's, which begins with it.
+  NGK_DEVICE void fetch(const Panel& panel, const Values& raw, int of, char* to) {
+    const bool row = in_a_row(raw), bands = in_bands(raw);
+    const int64_t size = g.channels * dtype_size(static_cast<Dtype>(raw.dtype));
+    const int r = lane() % 16;
+    int64_t destination = coming.i, source = coming.j, values = size;
+    if (row) {
+      values *= panel.j1 - coming.j < 16 ? panel.j1 - coming.j : 16;
+    } else if (block->edges) {
+      destination = 0, source = of ? listed[1] : listed[0];
+      if (source < 0) return;
+    } else {
+      const Edge e = edge(panel, coming.i, coming.j, r);
+      if (!e.ok || (FULL && block->diagonal && e.source != e.destination) || (bands && (coming.i - panel.i0) % BAND)) return;
+      destination = e.destination, source = e.source;
+      if (bands) values *= panel.i1 - coming.i < BAND ? panel.i1 - coming.i : BAND;
+    }
+    const char* from = element_of(raw, panel.copy, destination, source, 0);
+    const int64_t piece = row ? 0 : r * piece_bytes(g.channels);
+    if (raw.channel == 1 || g.channels == 1) {
+      fetch_lines(from, values, to + piece, row);
+      if (lane() < 16) starts_of(to, g.channels)[r] = static_cast<int>(piece + (row ? r * size : 0)) + before(from);
+    } else if (lane() < 16) {
+      gather(raw, from, g.channels, to + piece);
+      starts_of(to, g.channels)[r] = static_cast<int>(piece);
+    }
+  }
   NGK_DEVICE void fetch(const Panel& panel) {
     NGK_ROLLED
     for (int x = 0; x < this->sides(); ++x) {
       const Values& raw = this->raw(x);
-      char* to = this->arrival(fetched, x);
-      if (!coming.there || !raw.data) continue;
-      if (by_lines(raw)) {
-        const int64_t edges = panel.j1 - coming.j;
-        fetch_row<Base::WORDS>(raw, panel.copy, coming.i, coming.j, static_cast<int>(edges < 16 ? edges : 16), g.channels, to);
-      } else if (lane() < 16 && block->edges) {
-        const int64_t number = x ? listed[1] : listed[0];
-        if (number >= 0) fetch_edge<Base::WORDS>(raw, panel.copy, 0, number, lane(), g.channels, to);
-      } else if (lane() < 16) {
-        const Edge e = edge(panel, coming.i, coming.j, lane());
-        if (e.ok) fetch_edge<Base::WORDS>(raw, panel.copy, e.destination, e.source, lane(), g.channels, to);
-      }
+      if (coming.there && raw.data) fetch(panel, raw, x, arrival(panel, coming.i, coming.j, fetched, x));
     }
     copies_end();
     ++fetched;
-    coming.next(panel, block->step());
+    coming.next(panel, static_cast<int>(block->step()));
     look_up(panel);
   }
 };

@@ -1,8 +1,8 @@
 // A GPU on the host: the threads of a block are fibers that run one after the other up to what they do together. For tests; slow.
 //
 // What lanes of a warp do together counts their arrivals: lanes that meet at different instructions, or leave while others wait, are an
-// error. Shared memory starts as NaN. Products truncate. Where a barrier is missing, results differ between the orders in which threads run: `backwards`, and
-// `ahead`: each warp goes as far as it can before the next one.
+// error. Shared memory starts as NaN. Products truncate. Where a barrier is missing, results differ between the orders in which threads
+// run: `backwards`, and `ahead`: each warp goes as far as it can before the next one.
 #pragma once
 
 #include <setjmp.h>
@@ -17,15 +17,15 @@
 
 namespace ngk::cuda {
 
-// Into shared memory, `there` bytes of n and zeros. It happens when its thread waits for it or, with `backwards`, at once.
+// Into shared memory, `there` bytes of 16 and zeros. It happens when its thread waits for it or, with `backwards`, at once.
 struct Copy {
   char* to;
   const char* from;
-  int n, there;
+  int there;
 
   void happen() const {
     std::memcpy(to, from, static_cast<size_t>(there));
-    std::memset(to + there, 0, static_cast<size_t>(n - there));
+    std::memset(to + there, 0, static_cast<size_t>(16 - there));
   }
 };
 struct Fiber {
@@ -162,17 +162,14 @@ inline Meeting& own_warp() { return machine().warps[static_cast<size_t>(thread()
 inline void sync_warp() {
   meet(own_warp(), "sync_warp", [] {});
 }
-inline void copy_async(char* to, const char* from, int n, int there) {
+inline void copy_async16(char* to, const char* from, int there, bool) {
   const auto shared = reinterpret_cast<uintptr_t>(machine().memory.get()), at = reinterpret_cast<uintptr_t>(to);
-  if (at % static_cast<uintptr_t>(n) || reinterpret_cast<uintptr_t>(from) % static_cast<uintptr_t>(n))
-    broken("a copy between misaligned addresses");
-  if (at < shared || at + static_cast<uintptr_t>(n) > shared + machine().bytes) broken("a copy to what is no shared memory");
-  const Copy copy{to, from, n, there};
+  if (at % 16 || reinterpret_cast<uintptr_t>(from) % 16) broken("a copy between misaligned addresses");
+  if (at < shared || at + 16 > shared + machine().bytes) broken("a copy to what is no shared memory");
+  const Copy copy{to, from, there};
   if (machine().backwards) return copy.happen();
   machine().fibers[static_cast<size_t>(thread())].copies.back().push_back(copy);
 }
-inline void copy_async16(char* to, const char* from, int bytes) { copy_async(to, from, 16, bytes); }
-inline void copy_async4(char* to, const char* from, int bytes) { copy_async(to, from, 4, bytes); }
 inline void copies_end() { machine().fibers[static_cast<size_t>(thread())].copies.emplace_back(); }
 template <int N>
 inline void wait_for_copies() {

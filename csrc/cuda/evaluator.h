@@ -12,7 +12,7 @@ template <class P, int D, bool FULL>
 struct Evaluator : Edges<P, D, FULL> {
   using Base = Edges<P, D, FULL>;
   using Base::column_of, Base::row_of, Base::side, Base::node, Base::source_node;
-  using Base::KB, Base::FRAGMENTS, Base::g, Base::block, Base::constants, Base::features, Base::hermite, Base::matrices;
+  using Base::KB, Base::FRAGMENTS, Base::g, Base::block, Base::constants, Base::features, Base::matrices;
   using typename Base::Element;
   using Left = typename P::Left;
   using Register = cuda::Register<Left>;
@@ -78,7 +78,7 @@ struct Evaluator : Edges<P, D, FULL> {
       NGK_UNROLL
       for (int k = 0; k < 8; ++k) {
         const int column = c * 16 + column_of(k);
-        if (column < g.channels) v[k] = features[row_of(k) * g.channels + column];
+        if (column < g.channels) v[k] = this->features_of(row_of(k))[column];
       }
     } else if (FULL && stage.source == FROM_NORM) {
       float y[8], w[8];

@@ -9,12 +9,14 @@ namespace ngk::cuda {
 
 constexpr int HERMITE = 16;  // numbers of an edge: weights of the table's lines, of their derivatives, the cell (-1: beyond the table)
 
-struct Eight {
-  float v[8];
-};
-// The 16 features cos | sin of 2 pi b w from column `first` on, or their derivatives by 2 pi b w. b: [count, channels]; w: of this lane's
-// first row. One at a time: the code is long.
-NGK_SELDOM Eight fourier_features(const float* b, int count, const float* w, int channels, int first, bool derivative) {
+// From one edge's raw features to the next one's: many are read row by row, by lanes that want banks of their own.
+constexpr int MANY = 8;
+NGK_DEVICE int64_t feature_row(int64_t channels) { return channels < MANY ? channels : (channels + 15) / 16 * 16 + 8; }
+
+// The 16 features cos | sin of 2 pi b w from column `first` on, or their derivatives by 2 pi b w. b: [count, channels]; w, second: of this
+// lane's rows. One at a time: the code is long.
+NGK_SELDOM Eight fourier_features(const float* b, int count, const float* w, const float* second, int channels, int first,
+                                  bool derivative) {
   Eight f;
   NGK_ROLLED
   for (int k = 0; k < 4; ++k) {
@@ -23,7 +25,7 @@ NGK_SELDOM Eight fourier_features(const float* b, int count, const float* w, int
     NGK_UNROLL
     for (int h = 0; h < 2; ++h) {
       if (column >= 2 * count) break;
-      const float *frequency = b + static_cast<int64_t>(q) * channels, *weight = w + 8 * h * channels;
+      const float *frequency = b + static_cast<int64_t>(q) * channels, *weight = h ? second : w;
       float t = 0, rest = 0, cosine, sine;
       NGK_ROLLED
       for (int c = 0; c < channels; ++c) t = fmaf(frequency[c], weight[c], t);
@@ -44,12 +46,11 @@ template <class P, int D, bool FULL>
 struct Inputs {
   static constexpr int KB = D / 16, FRAGMENTS = 256;  // fragments of a row of a register; numbers of a fragment
   using Element = typename P::Element;
-  static constexpr bool WORDS = !FULL || !P::SPLIT;  // see arrivals.h
 
   const Args& g;
   const Element* matrices;
   const float* constants;
-  float *features, *feature_gradients, *hermite;
+  float* features;  // of a side: of its rows, then their gradients, then weights of the table
   char* arrivals;
   // of a tile
   const Rows* block = nullptr;
@@ -58,7 +59,7 @@ struct Inputs {
   NGK_DEVICE int side() const { return FULL ? turned : 0; }  // 0: edges, 1: their partners
   NGK_DEVICE int sides() const { return FULL && g.live ? 2 : 1; }
   NGK_DEVICE int64_t direction() const { return FULL && turned ? block->partner_direction : block->direction; }
-  NGK_DEVICE int64_t features_of_side() const { return 16 * (2 * g.channels + (g.table ? HERMITE : 0)); }
+  NGK_DEVICE int64_t features_of_side() const { return 16 * (2 * feature_row(g.channels) + (g.table ? HERMITE : 0)); }
   NGK_DEVICE int64_t features_of_warp() const { return features_of_side() * sides(); }
   static NGK_DEVICE int row_of(int k) { return lane() / 4 + k / 2 % 2 * 8; }
   static NGK_DEVICE int column_of(int k) { return k / 4 * 8 + lane() % 4 * 2 + k % 2; }
@@ -66,8 +67,6 @@ struct Inputs {
   // Copies what all warps read into shared memory. Every thread of the block comes here.
   NGK_DEVICE explicit Inputs(const Args& args) : g(args) {
     features = shared_of_warp<float>(g.features, features_of_warp());
-    feature_gradients = features + 16 * g.channels;
-    hermite = feature_gradients + 16 * g.channels;
     arrivals = shared_of_warp<char>(g.arrivals, AHEAD * sides() * arrival_bytes(g.channels));
     float* own = shared<float>(g.constants_copied);
     NGK_ROLLED
@@ -86,28 +85,34 @@ struct Inputs {
   }
 
   NGK_DEVICE const Values& raw(int of) const { return of ? block->partner_raw : block->raw; }
-  // Where the values of tile `number` arrive, of a side.
-  NGK_DEVICE char* arrival(int64_t number, int of) const { return arrivals + (number % AHEAD * sides() + of) * arrival_bytes(g.channels); }
+  // Of row r of a side: raw features, their gradients, weights of the table's lines.
+  NGK_DEVICE float* features_of(int r) const { return features + r * feature_row(g.channels); }
+  NGK_DEVICE float* gradients_of(int r) const { return features + (16 + r) * feature_row(g.channels); }
+  NGK_DEVICE float* hermite_of(int r) const { return features + 32 * feature_row(g.channels) + r * HERMITE; }
+  // f(row, channel) of all raw features of a tile, shared out among the lanes.
+  template <class F>
+  NGK_DEVICE void by_feature(F&& f) const {
+    const bool many = g.channels >= MANY;
+    NGK_ROLLED
+    for (int r = many ? 0 : lane(); r < 16; r += many ? 1 : LANES) NGK_ROLLED
+    for (int c = many ? lane() : 0; c < g.channels; c += many ? LANES : 1) f(r, c);
+  }
 
-  // Of the edge of this lane, from where it has arrived into the features of this side.
-  NGK_DEVICE void take_features(char* from, bool there) {
+  // Of the rows `real` of a tile, 0 of others: from where they have arrived into the features of this side; `tile`: of its band.
+  NGK_DEVICE void take_features(char* from, int tile, uint32_t real) {
     const int64_t affine = side() ? block->partner_affine : block->affine;
     const Values& values = raw(side());
     const Dtype dtype = static_cast<Dtype>(values.dtype);
-    const int start = !WORDS ? 0 : starts_of(from, g.channels)[lane()];
-    NGK_ROLLED
-    for (int c = 0; c < g.channels; ++c) {
+    by_feature([&](int r, int c) {
       float x = 0;
-      if (there && values.data) {
-        const int64_t place = lane() * g.channels + c;
-        const int word = static_cast<int>(c * values.channel) * dtype_size(dtype) - 1 - start;
-        x = read_value<float>(from + (!WORDS || start >= 0 ? start + place * dtype_size(dtype) : place * 4 + (word & 3)), dtype);
+      if ((real >> r & 1) && values.data) {
+        x = read_value<float>(from + starts_of(from, g.channels)[r] + (tile * g.channels + c) * dtype_size(dtype), dtype);
         if (affine >= 0) x = fmaf(x, constants[affine], constants[affine + 1]);
       }
-      features[lane() * g.channels + c] = x;
-    }
-    if (!g.table) return;
-    float* h = hermite + lane() * HERMITE;
+      features_of(r)[c] = x;
+    });
+    if (!g.table || lane() >= 16) return;
+    float* h = hermite_of(lane());
     hermite_cells<Number>(features + lane(), 1, static_cast<float>(int64_t(1) << g.steps), g.table_nodes / 2, h + 12, h, h + 6, 1);
   }
 
@@ -118,7 +123,7 @@ struct Inputs {
   NGK_DEVICE void from_raw(const Stage& stage, int h, int c, float* v) const {
     for (int k = 0; k < g.channels; ++k) {
       const Four w = raw_weights(stage, k, h, c);
-      const float x[2] = {features[lane() / 4 * g.channels + k], features[(lane() / 4 + 8) * g.channels + k]};
+      const float x[2] = {features_of(lane() / 4)[k], features_of(lane() / 4 + 8)[k]};
       NGK_UNROLL
       for (int e = 0; e < 8; ++e) v[e] = fmaf(x[e / 2 % 2], w.v[number_of(e)], v[e]);
     }
@@ -136,11 +141,11 @@ struct Inputs {
     for (int r = 0; r < rows; ++r) any |= hermite_rows[r / 16 * stride + r % 16 * HERMITE + 12] < 0;
     return any;
   }
-  NGK_DEVICE bool row_beyond(int k) const { return hermite[row_of(k) * HERMITE + 12] < 0; }
+  NGK_DEVICE bool row_beyond(int k) const { return hermite_of(row_of(k))[12] < 0; }
 
   NGK_DEVICE void from_table(const Stage& stage, int h, int c, float* v) const {
     float direct[8];
-    const bool some = stage.groups && beyond(hermite, 16, 0);
+    const bool some = stage.groups && beyond(hermite_of(0), 16, 0);
     if (some) {
       NGK_UNROLL
       for (int k = 0; k < 8; ++k) direct[k] = v[k];
@@ -148,7 +153,7 @@ struct Inputs {
     }
     NGK_UNROLL
     for (int r = 0; r < 2; ++r) {
-      const float* weights = hermite + (lane() / 4 + 8 * r) * HERMITE;
+      const float* weights = hermite_of(lane() / 4 + 8 * r);
       const float cell = weights[12];
       NGK_ROLLED
       for (int k = 0; k < 2 * TABLE_LINES; ++k) {
@@ -163,8 +168,8 @@ struct Inputs {
   }
 
   NGK_DEVICE Eight fourier(const Stage& stage, int first, bool derivative) const {
-    return fourier_features(constants + stage.frequencies + direction() * stage.count * g.channels, stage.count,
-                            features + lane() / 4 * g.channels, static_cast<int>(g.channels), first, derivative);
+    return fourier_features(constants + stage.frequencies + direction() * stage.count * g.channels, stage.count, features_of(lane() / 4),
+                            features_of(lane() / 4 + 8), static_cast<int>(g.channels), first, derivative);
   }
   NGK_DEVICE void from_fourier(const Stage& stage, int h, int c, float* v) const {
     NGK_ROLLED

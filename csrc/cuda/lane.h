@@ -59,16 +59,15 @@ NGK_DEVICE void load_transposed(uint32_t* r, const uint16_t* row) {
                : "r"(at)
                : "memory");
 }
-// Copies to shared memory that go on beside the lane's work: 16 bytes or 4, all but the first `bytes` of them zero.
-NGK_DEVICE void copy_async16(char* to, const char* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(__cvta_generic_to_global(from)), "r"(bytes)
-               : "memory");
-}
-NGK_DEVICE void copy_async4(char* to, const char* from, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(__cvta_generic_to_global(from)), "r"(bytes)
-               : "memory");
+// A copy to shared memory that goes on beside the lane's work: 16 bytes, all but the first `bytes` of them zero. `once`: what it reads is
+// not kept in the L1 cache for others.
+NGK_DEVICE void copy_async16(char* to, const char* from, int bytes, bool once) {
+  const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if (once) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
+  }
 }
 // Ends a group of copies of this lane; waits until no more than the last `N` groups are on their way.
 NGK_DEVICE void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -17,12 +17,17 @@ NGK_DEVICE void store8(float* p, const float* v) {
   store4(p + 4, {{v[4], v[5], v[6], v[7]}});
 }
 
-// Rows that lanes read by column lie in lanes' order: padded to 16 columns and, of these, the four that a lane has (precision.h) in 16 bytes.
+// Rows that lanes read by column lie in lanes' order: padded to 16 columns and, of these, the four that a lane has (precision.h) in 16
+// bytes.
 NGK_DEVICE int64_t in_lanes_order(int64_t column) { return column / 16 * 16 + column % 8 / 2 * 4 + column % 16 / 8 * 2 + column % 2; }
 // This lane's of the 16 from `columns` on: number e is column 8 (e / 2) + 2 (l % 4) + e % 2.
 NGK_DEVICE Four of_lane(const float* columns) { return load4(columns + lane() % 4 * 4); }
 // Which of them, and of its two rows, number k of a fragment is.
 NGK_DEVICE int number_of(int k) { return k / 4 * 2 + k % 2; }
+
+struct Eight {
+  float v[8];
+};
 
 template <class X>
 NGK_DEVICE X* placed(const Place& p) {

@@ -49,8 +49,8 @@ struct Term {
   int64_t x, width, n_out, wd, ws, b, column;
 };
 
-// out [2, N, columns]: the terms of all nodes as destinations (with biases), as sources, in lanes' order. weights [2, widest, columns]: their matrices, one below
-// the other, so that neighbouring threads read neighbours.
+// out [2, N, columns]: the terms of all nodes as destinations (with biases), as sources, in lanes' order. weights [2, widest, columns]:
+// their matrices, one below the other, so that neighbouring threads read neighbours.
 struct Project {
   static constexpr bool TOGETHER = false;
   struct Args {
@@ -163,12 +163,13 @@ NGK_DEVICE float read_ties(const void* ties, int64_t at, int64_t bytes) {
   return static_cast<float>(n ? n : 1);
 }
 
-// Merges the partial statistics of every output row and writes its reductions.
+// Merges the partial statistics of every output row and writes its reductions; or, of hubs, those of some at a time to rows `merged`.
 struct Merge {
   static constexpr bool TOGETHER = false;
   struct Args {
     float *out, *aux;
     void* ties;
+    float* merged;
     const float* partial;
     const int64_t *keys, *starts;
     const int32_t* order;
@@ -192,7 +193,12 @@ struct Merge {
       if (g.slots.high >= 0) join_extreme<Number, true>(p[4 * g.padded], p[5 * g.padded], &high, &high_ties);
       n += more;
     }
-    write(g, g.keys[s], c, n, first, squares, low, low_ties, high, high_ties);
+    if (!g.merged) return write(g, g.keys[s], c, n, first, squares, low, low_ties, high, high_ties);
+    float* to = g.merged + g.keys[s] * STATISTIC_PLANES * g.padded + c;
+    to[0] = first;
+    if (g.slots.spread()) to[g.padded] = squares;
+    if (g.slots.low >= 0) to[2 * g.padded] = low, to[3 * g.padded] = low_ties;
+    if (g.slots.high >= 0) to[4 * g.padded] = high, to[5 * g.padded] = high_ties;
   }
   static NGK_DEVICE void write(const Args& g, int64_t row, int64_t c, float n, float first, float squares, float low, float low_ties,
                                float high, float high_ties) {
@@ -223,8 +229,8 @@ struct Merge {
   }
 };
 
-// What turns a message of each output row into its gradient (message_math.h), [rows, MESSAGE_PLANES, padded] in lanes' order: constant, slope,
-// mean, smallest, its share, largest, its share.
+// What turns a message of each output row into its gradient (message_math.h), [rows, MESSAGE_PLANES, padded] in lanes' order: constant,
+// slope, mean, smallest, its share, largest, its share.
 struct Coefficients {
   static constexpr bool TOGETHER = false;
   struct Args {
@@ -257,9 +263,9 @@ struct Coefficients {
   }
 };
 
-// What edges add to the lines of their cell's two nodes, [2 TABLE_LINES, width]. Edges are sorted by cell and taken PIECE at a time, however many
-// a cell has: what a piece has of the cell that it begins with, and ends with, is put down as `ends` [pieces, 2, ..], and merged later; the
-// cells between, which it has whole, go to sums [cells, ..].
+// What edges add to the lines of their cell's two nodes, [2 TABLE_LINES, width]. Edges are sorted by cell and taken PIECE at a time,
+// however many a cell has: what a piece has of the cell that it begins with, and ends with, is put down as `ends` [pieces, 2, ..], and
+// merged later; the cells between, which it has whole, go to sums [cells, ..].
 constexpr int PIECE = 256;
 struct SumCells {
   static constexpr bool TOGETHER = false;

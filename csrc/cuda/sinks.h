@@ -77,8 +77,8 @@ struct Sinks {
       }
       if (stage.source == FROM_RAW) NGK_ROLLED
       for (int k = 0; k < g.channels; ++k)
-        add_columns(stage.sums + ((1 + eval.direction() * g.channels + k) * stage.halves + h) * KB + c, v,
-                    eval.features[lane() / 4 * g.channels + k], eval.features[(lane() / 4 + 8) * g.channels + k]);
+        add_columns(stage.sums + ((1 + eval.direction() * g.channels + k) * stage.halves + h) * KB + c, v, eval.features_of(lane() / 4)[k],
+                    eval.features_of(lane() / 4 + 8)[k]);
     }
     if (stage.source == FROM_RAW && g.need_raw) {
       NGK_ROLLED
@@ -95,7 +95,7 @@ struct Sinks {
       NGK_UNROLL
       for (int k = 0; k < 8; ++k) {
         const int column = c * 16 + eval.column_of(k);
-        if (column < g.channels) eval.feature_gradients[eval.row_of(k) * g.channels + column] += v[k];
+        if (column < g.channels) eval.gradients_of(eval.row_of(k))[column] += v[k];
       }
     }
   }
@@ -138,7 +138,7 @@ struct Sinks {
       float total = x[h];
       total += shuffle_xor(total, 1);
       total += shuffle_xor(total, 2);
-      if (lane() % 4 == 0) eval.feature_gradients[(lane() / 4 + 8 * h) * g.channels + channel] += total;
+      if (lane() % 4 == 0) eval.gradients_of(lane() / 4 + 8 * h)[channel] += total;
     }
   }
 
@@ -149,7 +149,7 @@ struct Sinks {
     NGK_UNROLL
     for (int r = 0; r < 2; ++r) {
       const int edge = lane() / 4 + 8 * r;
-      const float *rise = eval.hermite + edge * HERMITE + 6, cell = eval.hermite[edge * HERMITE + 12];
+      const float *rise = eval.hermite_of(edge) + 6, cell = rise[6];
       const int64_t place = (panel->slot + number * 16 + edge) * eval.sides() + eval.side();
       if (active && g.need_table && h == 0 && c == 0 && lane() % 4 == 0) {
         g.cells[place] = eval.ok[r] && cell >= 0 ? static_cast<int32_t>(eval.direction() * g.table_nodes + static_cast<int64_t>(cell)) : -1;
@@ -181,32 +181,31 @@ struct Sinks {
     sync_warp();
     NGK_ROLLED
     for (int x = 0; x < eval.sides(); ++x) NGK_ROLLED
-    for (int k = lane(); k < 16 * g.channels; k += LANES) eval.feature_gradients[x * eval.features_of_side() + k] = 0;
+    for (int k = lane(); k < 16 * feature_row(g.channels); k += LANES) eval.gradients_of(0)[x * eval.features_of_side() + k] = 0;
     sync_warp();
   }
   // Of the edges; what their partners read is theirs too where it is the same, else it is added to gradients of its own.
   NGK_DEVICE void write_features() const {
     sync_warp();
-    if (!g.need_raw || !active || lane() >= 16) return;
+    if (!g.need_raw || !active) return;
     const Rows& rows = *eval.block;
-    const Edge e = eval.edge(*panel, lane());
-    if (!e.ok || (FULL && rows.diagonal && e.source != e.destination)) return;
-    const float *own = eval.feature_gradients + lane() * g.channels, *partners = own + eval.features_of_side();
     const bool both = FULL && g.live;
-    write_feature(rows.gradient, rows.affine, e, rows.raw_by, own, both && rows.same ? partners : nullptr, rows.add);
-    if (both && !rows.same) write_feature(rows.partner_gradient, rows.partner_affine, e, rows.partner_raw_by, partners, nullptr, true);
+    write_features(rows.gradient, rows.affine, rows.raw_by, 0, both && rows.same, rows.add);
+    if (both && !rows.same) write_features(rows.partner_gradient, rows.partner_affine, rows.partner_raw_by, 1, false, true);
   }
-  NGK_DEVICE void write_feature(const Values& to, int64_t affine, const Edge& e, int64_t by, const float* own, const float* more,
-                                bool add) const {
+  // Of a side, or the sum of both.
+  NGK_DEVICE void write_features(const Values& to, int64_t affine, int64_t by, int side, bool sum, bool add) const {
     if (!to.data) return;
     const Dtype dtype = static_cast<Dtype>(to.dtype);
     const float scale = affine >= 0 ? eval.constants[affine] : 1.0f;
-    NGK_ROLLED
-    for (int c = 0; c < g.channels; ++c) {
+    eval.by_feature([&](int r, int c) {
+      const Edge e = eval.edge(*panel, r);
+      if (!e.ok || (FULL && eval.block->diagonal && e.source != e.destination)) return;
+      const float* own = eval.gradients_of(r) + side * eval.features_of_side() + c;
       char* p = element_of(to, panel->copy, e.destination, e.raw(by), c);
-      const float x = (FULL && more ? own[c] + more[c] : own[c]) * scale;
+      const float x = (FULL && sum ? own[0] + own[eval.features_of_side()] : own[0]) * scale;
       write_value<float>(p, dtype, add ? x + read_value<float>(p, dtype) : x);
-    }
+    });
   }
 
   // Writes the gradient of columns 16 c .. of a register to the stored state that it stops at.
@@ -214,15 +213,7 @@ struct Sinks {
     const bool partner = eval.side();
     const Values& to = partner ? eval.block->partner_carrier : eval.block->carrier;
     if (!to.data || !active) return;
-    const Dtype dtype = static_cast<Dtype>(to.dtype);
-    NGK_UNROLL
-    for (int k = 0; k < 8; ++k) {
-      const int column = c * 16 + eval.column_of(k);
-      if (!eval.ok[k / 2 % 2] || column >= g.carrier_width) continue;
-      const Edge e = eval.edge(*panel, eval.row_of(k));
-      char* p = element_of(to, panel->copy, e.destination, partner ? e.partner : e.place, column);
-      write_value<float>(p, dtype, partner ? v[k] + read_value<float>(p, dtype) : v[k]);
-    }
+    eval.write_values(to, *panel, c, g.carrier_width, v, partner);
   }
 
   NGK_DEVICE void clear_sources() const {

@@ -7,11 +7,11 @@
 namespace ngk::cuda {
 
 // Merges the partial softmax sums (attend.h) of every output row, in the order of the panels: out [rows, heads dv], sums [rows, heads, de]
-// (de 0: none) and lse [rows, heads].
+// (de 0: none) and lse [rows, heads]; or, of hubs, some of a row at a time to other partial sums, `merged`.
 struct Softmax {
   static constexpr bool TOGETHER = false;
   struct Args {
-    float *out, *sums, *lse;
+    float *out, *sums, *lse, *merged;
     const float* partial;
     const int64_t *keys, *starts;
     const int32_t* order;
@@ -33,6 +33,16 @@ struct Softmax {
       const float *p = g.partial + g.order[e] * of_row, scale = expf(p[h] - base);
       total = fmaf(p[g.heads + h], scale, total);
       if (c < values + states) x = fmaf(p[2 * g.heads + c], scale, x);
+    }
+    if (g.merged) {
+      float* to = g.merged + g.keys[s] * of_row;
+      if (c < values + states) {
+        to[2 * g.heads + c] = x;
+      } else {
+        to[h] = top;
+        to[g.heads + h] = total;
+      }
+      return;
     }
     const bool empty = total == 0;
     if (c < values) {

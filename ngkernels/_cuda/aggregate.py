@@ -21,9 +21,11 @@ def forward(call: Call, out: torch.Tensor, aux: torch.Tensor, ties: torch.Tensor
     width = padded(call.low.width)
     partial = call.params.new_empty(work.partials, STATISTIC_PLANES, width)
     call.run(call.fields() | call.project() | {"partial": partial}, *work.launches)
-    (keys, starts, order), messages = work.sums[0], work.messages
-    sizes = (keys.numel(), call.low.width, width, ties.element_size())
-    simple("merge", keys.numel() * call.low.width, out, aux, ties, partial, keys, starts, order, messages, *sizes, *slots_of(call.low.mask))
+    for (keys, starts, order), messages in zip(work.sums, work.messages, strict=True):
+        merged = None if keys is work.sums[-1].keys else call.params.new_empty(len(keys), STATISTIC_PLANES, width)
+        sizes = (keys.numel(), call.low.width, width, ties.element_size())
+        simple("merge", keys.numel() * call.low.width, out, aux, ties, merged, partial, keys, starts, order, messages, *sizes, *slots_of(call.low.mask))
+        partial = merged
 
 
 class Coefficients:

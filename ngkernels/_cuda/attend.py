@@ -62,9 +62,10 @@ def forward(call: Call, attending: Attending, out: torch.Tensor, sums: torch.Ten
     width = 2 * a.heads + a.d_v + a.heads * states(call)
     partial = call.params.new_empty(work.partials, width)
     call.run(call.fields() | call.project() | attending.between(0) | attending.fields(call) | {"partial": partial, "width": width}, *work.launches)
-    keys, starts, order = work.sums[0]
-    n = keys.numel()
-    simple("softmax", n * (width - a.heads), out, sums, lse, partial, keys, starts, order, n, a.heads, a.d_v // a.heads, states(call))
+    for keys, starts, order in work.sums:
+        merged, n = None if keys is work.sums[-1].keys else call.params.new_empty(len(keys), width), keys.numel()
+        simple("softmax", n * (width - a.heads), out, sums, lse, merged, partial, keys, starts, order, n, a.heads, a.d_v // a.heads, states(call))
+        partial = merged
 
 
 def backward(call: Call, attending: Attending, saved: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:

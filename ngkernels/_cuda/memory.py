@@ -8,7 +8,7 @@ from .plan import WARPS
 PLACES = ("features", "arrivals", "stash", "carry", "statistics", "sources", "sums", "waiting", "scores", "copied", "constants_copied", "staged", "gradients")  # args.h
 # In this order as far as there is room, those first that kernels read with ldmatrix or cp.async.
 SHARED_FIRST = ("constants_copied", "features", "arrivals", "scores", "staged", "carry", "statistics", "stash", "sources", "waiting", "sums", "copied", "gradients")
-STATISTIC_PLANES, MESSAGE_PLANES, HERMITE, LANES, AHEAD = 6, 7, 16, 32, 2
+STATISTIC_PLANES, MESSAGE_PLANES, HERMITE, LANES, AHEAD, BAND = 6, 7, 16, 32, 2, 4
 
 
 def sides(low: Lowered) -> int:
@@ -21,13 +21,23 @@ def sum_columns(low: Lowered) -> int:
     return low.columns * sides(low) + 2 * low.d * (low.attention is not None)
 
 
+def piece_bytes(channels: int) -> int:
+    """Of one source's edge values, to as many destinations as come together, in whole lines: csrc/cuda/arrivals.h."""
+    return (channels * (BAND if channels < BAND else 1) * 4 + 27) // 16 * 16
+
+
+def feature_row(channels: int) -> int:
+    """Numbers from one edge's raw features to the next one's: csrc/cuda/inputs.h."""
+    return channels if channels < 8 else -(-channels // 16) * 16 + 8
+
+
 def sizes(low: Lowered, precision: str, backward: bool) -> dict[str, int]:
     """Bytes of each kind of working memory of a block of threads."""
     kb, warp = low.d // 16, 4 * WARPS
     element = 2 if precision == "bf16" else 4
     found = {
-        "features": warp * 16 * (2 * low.channels + (HERMITE if low.steps >= 0 else 0)) * sides(low),
-        "arrivals": WARPS * AHEAD * sides(low) * (16 * low.channels * 4 + 16 + 16 * 4),
+        "features": warp * 16 * (2 * feature_row(low.channels) + (HERMITE if low.steps >= 0 else 0)) * sides(low),
+        "arrivals": WARPS * AHEAD * sides(low) * (16 * piece_bytes(low.channels) + 16 * 4),
         "stash": warp * low.slots * kb * 256 * sides(low),
         "carry": WARPS * kb * LANES * 8 * element * (4 if low.full else 3),
         "copied": low.matrices.size * element,

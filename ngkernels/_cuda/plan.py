@@ -75,6 +75,11 @@ class Sums(NamedTuple):
     starts: torch.Tensor
     order: torch.Tensor
 
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """Of int64 [partial rows]."""
+        total = torch.cat([x.new_zeros(1), x[self.order].cumsum(0)])
+        return total[self.starts[1:]] - total[self.starts[:-1]]
+
     def in_two(self) -> list[Sums]:
         """The sums of up to LONGEST partial rows, then those of such sums: a hub has as many rows as its block has panels, and one thread would
         add them up. Itself alone where none has more."""
@@ -96,7 +101,7 @@ class Chunk(NamedTuple):
     partials: int  # rows of partial results
     slots: int  # places of edges
     sums: list[Sums]  # one after the other: of the partial rows, then of those sums
-    messages: torch.Tensor  # forward: of each partial row
+    messages: list[torch.Tensor]  # forward: of each partial row, then of each of those sums
     nodes: tuple[int, int] = (0, 0)  # backward: the range of nodes that are in memory; earlier ones are done, later ones not begun
     rows: tuple[int, int] = (0, 0)  # backward: the range of output rows that messages go to
 
@@ -233,7 +238,8 @@ class Work:
         panels[:, 6] = count.cumsum(0) - count
         panels[:, 7:] = 0
         keys, messages = self._keys(panels, count, "out", "out_stride", False)
-        return Chunk([panels.contiguous()] * bool(len(panels)), len(keys), 0, [self._sums(keys)], messages)
+        sums = self._sums(keys).in_two()
+        return Chunk([panels.contiguous()] * bool(len(panels)), len(keys), 0, sums, [messages, *(s.of(messages) for s in sums[:-1])])
 
     def gradients(self, row_bytes: int, slot_bytes: int, block_bytes: int, node_bytes: int, budget: int) -> list[Chunk]:
         """The panels of a backward pass, network by network and from the first layer on: what a chunk needs takes up to about `budget` bytes. A
@@ -284,7 +290,7 @@ class Work:
             found = self._keys(part, count, of, "node_stride", sources)[0]
             keys[_runs(first, count)] = torch.where(found >= 0, found - shift, -1)
         launches = [part[turn == k].contiguous() for k in turn.unique().tolist()]
-        return Chunk(launches, len(keys), int(slots.sum()), self._sums(keys).in_two(), keys.new_empty(0), nodes, rows)
+        return Chunk(launches, len(keys), int(slots.sum()), self._sums(keys).in_two(), [], nodes, rows)
 
     def _keys(self, panels: torch.Tensor, count: torch.Tensor, first: str, stride: str, sources: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Of `count` partial rows of each panel, of its destinations or `sources`: the nodes or output rows that they belong to (-1: none),
