@@ -7,6 +7,7 @@ import pytest
 import samples
 import torch
 from compare import assert_bitwise, assert_budget, assert_close
+from layouts import NETWORK
 from oracle import Network, mlp
 from pair_list import DIAGONALS
 from pair_list import LOW_PRECISION as PAIR_LOW
@@ -40,7 +41,7 @@ def test_under_the_sanitizer(sample: Sample):
 
 
 SMALL_PAIRS = (
-    PAIR.but("all", networks=(mlp(3, 21, 7),)),
+    PAIR.but("all", networks=(mlp(3, 21, 7), NETWORK)),
     PAIR.but("edges-table", networks=(DIAGONALS,), over="edges", encoder="fourier", table="auto", token=True),
     PAIR.but("sparse", networks=(PAIR_WEB,), over="in", reduce=("mean", "max")),
 )

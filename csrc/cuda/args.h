@@ -9,7 +9,7 @@ enum Source : int { FROM_RAW, FROM_REGISTER, FROM_TABLE, FROM_NODES, FROM_COPY, 
 
 // One step on the register of an edge: v = source + start [+ what was kept], then an activation. Registers are D columns wide, or have
 // parts of D columns (FiLM's scales and shifts; an edge's share of query, key and value), padded with zeros.
-struct Stage {
+struct alignas(16) Stage {
   int source;
   int width, halves;  // columns in use of each part; parts
   int act;            // -1: none
@@ -30,6 +30,7 @@ struct Stage {
   int masked;                                   // 1: its result is 0 for the edges of tokens
   int input, eps;                               // FROM_NORM: slot of what is normalised; the bits of a float
   int reverse, reverse_back, reverse_gradient;  // as weight, back, gradient, of what the partner's register is multiplied with; -1: nothing
+  int padding;                                  // a stage is read by whole lines of 16 bytes
 };
 constexpr int STAGE_INTS = sizeof(Stage) / sizeof(int);
 

@@ -18,6 +18,9 @@ struct Evaluator : Edges<P, D, FULL> {
   using Register = cuda::Register<Left>;
   // What a stage reads of the last one: all of it held by the lane, or fragment by fragment.
   using Reads = std::conditional_t<P::SHORT && !FULL, Held<Left, KB>, Register>;
+  // A stage is read at once, as memory that is not the lane's own is read again after every store; with all options there are no registers
+  // for it.
+  using Own = std::conditional_t<FULL, const Stage&, const Stage>;
   static constexpr int CARRIED =
       FULL ? 4 : 3;  // registers: the last and the next one, and a state's while its message goes on; or partners'
 
@@ -178,13 +181,14 @@ struct Evaluator : Edges<P, D, FULL> {
     Register own{carry}, other{carry};
     NGK_ROLLED
     for (int k = first; k < last; ++k) {
+      const Own stage = g.stages[k];
       Left* to = carry + carried(first, k) * KB * LANES;
       NGK_ROLLED
       for (int x = 0; x < 1 + (FULL && k < g.live); ++x) {
         turn(x);
         const Reads a(x ? other : own), b(x ? own : other);
         NGK_ROLLED
-        for (int c = 0; c < KB; ++c) to[(x * KB + c) * LANES] = next(g.stages[k], c, a, b);
+        for (int c = 0; c < KB; ++c) to[(x * KB + c) * LANES] = next(stage, c, a, b);
       }
       turn(0);
       own.at = to;
@@ -203,7 +207,7 @@ struct Evaluator : Edges<P, D, FULL> {
     for (int part = 0; part < 3; ++part) {  // one piece of code for all three
       if (part == 1 ? g.combine != FILM : part == 2 && (g.combine == PLAIN || g.combine == EMIT)) continue;
       const Register a = part == 2 ? query : edge;
-      const Stage& stage = g.stages[part == 2 ? last + g.message_stages : last];
+      const Own stage = g.stages[part == 2 ? last + g.message_stages : last];
       float v[8];
       fragment(stage, part == 1, c, a, a, v);
       finish(stage, c, v);

@@ -51,6 +51,7 @@ class Stage(NamedTuple):
     reverse: int = -1
     reverse_back: int = -1
     reverse_gradient: int = -1
+    padding: int = 0
 
 
 class Attention(NamedTuple):
