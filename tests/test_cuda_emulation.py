@@ -320,7 +320,7 @@ PATCHES = (
     ("transposed-rows-exchanged", "precision.h", "(lane() / 16 * 8 + lane() % 8) * ld + lane() / 8 % 2 * 8", "(lane() / 8 % 2 * 8 + lane() % 8) * ld + lane() / 16 * 8"),
     ("no-barrier-after-the-product", "backprop.h", "matrix_gradients(upper, up);\n        sync_block();", "matrix_gradients(upper, up);"),
     ("no-barrier-before-the-product", "backprop.h", "sync_block();\n        matrix_gradients(upper, up);", "matrix_gradients(upper, up);"),
-    ("features-read-before-they-are-there", "edges.h", "turn(0);\n    }\n    sync_warp();", "turn(0);\n    }"),
+    ("features-read-before-they-are-there", "edges.h", "turn(0);\n    sync_warp();\n    fetch(panel);", "turn(0);\n    fetch(panel);"),
     ("features-read-before-they-arrive", "edges.h", "wait_for_copies<AHEAD - 1>();", ""),
     ("all-tiles-arrive-at-one-place", "edges.h", "tile % AHEAD * this->sides()", "tile % 1 * this->sides()"),
     ("alignment-forgotten", "edges.h", "r * size : 0)) + before(from)", "r * size : 0)) + 0 * before(from)"),

@@ -170,12 +170,12 @@ def test_split_rows_merge(longest: int, monkeypatch):
 
 # ---- seeded bugs ----
 PATCHES = (
-    ("alignment-forgotten", "edges.h", "x) + skipped,", "x) + 0 * skipped,"),
     ("partners-with-the-edges-register", "evaluator.h", "b(x ? own : other);", "b(x ? other : own);"),
     ("partners-read-the-edges-nodes", "evaluator.h", "role == side() ? 0 : g.n_nodes", "role == 0 ? 0 : g.n_nodes"),
     ("variance-of-the-padding", "evaluator.h", "if (c * 16 + column_of(k) >= stage.width) continue;", ""),
     ("tokens-start-from-the-encoder", "evaluator.h", "if (FULL && stage.masked && block->token) NGK_UNROLL", "if (false) NGK_UNROLL"),
-    ("diagonal-features-everywhere", "edges.h", "!(FULL && block->diagonal && e.source != e.destination)", "true"),
+    ("diagonal-features-everywhere", "edges.h", "present & equal(panel)", "present"),
+    ("diagonal-gradients-everywhere", "sinks.h", "eval.block->diagonal && e.source != e.destination", "false && e.source != e.destination"),
     ("gradient-of-the-reverse-matrix-lost", "backprop.h", "if (reverse) matrix_gradient(upper.reverse_gradient, up.own", "if (false) matrix_gradient(upper.reverse_gradient, up.own"),
     ("partners-add-what-only-edges-have", "backprop.h", "stage.held && !(FULL && side && stage.held > g.live)", "stage.held"),
     ("norm-without-the-variances-gradient", "../message_math.h", "V::sub(V::sub(d, total), V::mul(y, along))", "V::sub(V::sub(d, total), V::mul(V::zero(), V::mul(y, along)))"),

@@ -11,7 +11,7 @@ constexpr int HERMITE = 16;  // numbers of an edge: weights of the table's lines
 
 // From one edge's raw features to the next one's: many are read row by row, by lanes that want banks of their own.
 constexpr int MANY = 8;
-NGK_DEVICE int64_t feature_row(int64_t channels) { return channels < MANY ? channels : (channels + 15) / 16 * 16 + 8; }
+NGK_DEVICE int64_t feature_row(int64_t channels) { return channels < MANY ? channels : (channels + 3) / 8 * 8 + 4; }
 
 // The 16 features cos | sin of 2 pi b w from column `first` on, or their derivatives by 2 pi b w. b: [count, channels]; w, second: of this
 // lane's rows. One at a time: the code is long.

@@ -97,7 +97,6 @@ struct alignas(8) Two {
   float v[2];
 };
 NGK_DEVICE Four load4(const float* p) { return *reinterpret_cast<const Four*>(p); }
-NGK_DEVICE Two load2(const float* p) { return *reinterpret_cast<const Two*>(p); }
 NGK_DEVICE void store4(float* p, Four x) { *reinterpret_cast<Four*>(p) = x; }
 
 // The number of one lane, as edge_math.h wants its vectors.

@@ -172,7 +172,8 @@ struct Sinks {
       const float unit = static_cast<float>(int64_t(1) << g.steps);
       NGK_UNROLL
       for (int e = 0; e < 4; ++e)
-        x[r] = fmaf(v[e / 2 * 4 + 2 * r + e % 2], cell < 0 ? (stage.groups ? 0.0f : NAN) : slope.v[e] * unit, x[r]);
+        if (c * 16 + e / 2 * 8 + lane() % 4 * 2 + e % 2 < stage.width)  // beyond, an infinite gradient would leave NaN
+          x[r] = fmaf(v[e / 2 * 4 + 2 * r + e % 2], cell < 0 ? (stage.groups ? 0.0f : NAN) : slope.v[e] * unit, x[r]);
     }
     if (g.need_raw) add_feature_gradients(0, x);
   }

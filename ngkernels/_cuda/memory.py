@@ -28,7 +28,7 @@ def piece_bytes(channels: int) -> int:
 
 def feature_row(channels: int) -> int:
     """Numbers from one edge's raw features to the next one's: csrc/cuda/inputs.h."""
-    return channels if channels < 8 else -(-channels // 16) * 16 + 8
+    return channels if channels < 8 else (channels + 3) // 8 * 8 + 4
 
 
 def sizes(low: Lowered, precision: str, backward: bool) -> dict[str, int]:
