@@ -53,9 +53,7 @@ def test_bfloat16_operands_within_twice_the_error_of_plain_autocast(sample: Pair
     assert_budget_of_pairs(run_engine(sample, t, backend, autocast=torch.bfloat16), wanted, plain, BFLOAT16_FLOOR)
 
 
-@pytest.mark.parametrize(
-    "sample", **named((PLAIN, ENCODERS[8], PLAIN.but("loops", networks=(*UNEQUAL, LOOPS)), *SIZES[1:5], SIZES[9], *(s for s in OPTIONS if "without-norm" in s.name)))
-)
+@pytest.mark.parametrize("sample", **named((PLAIN, ENCODERS[8], PLAIN.but("loops", networks=(*UNEQUAL, LOOPS)), *SIZES[1:5], SIZES[9])))
 def test_every_instruction_set(sample: PairSample, isa: str):  # noqa: F811
     assert_close(run_engine(sample, leaves(sample), "cpp"), float64_oracle(sample), 1e-10)
     t = cast(leaves(sample), torch.float32)
