@@ -55,6 +55,8 @@ struct Edges : Inputs<P, D, FULL> {
   }
   NGK_DEVICE int64_t output_row(const Panel& panel, int64_t of) const { return block->out + panel.copy * block->out_stride + of; }
   NGK_DEVICE bool has(int r) const { return present >> r & 1; }
+  // Whether raw features belong to an edge.
+  NGK_DEVICE bool has_raw(const Edge& e) const { return e.ok && !(FULL && block->diagonal && e.source != e.destination); }
 
   // Columns 16 c .. of what every edge has of `width` values; `add`: to what is there.
   NGK_DEVICE void write_values(const Values& to, const Panel& panel, int c, int64_t width, const float* v, bool add) const {
@@ -109,7 +111,7 @@ struct Edges : Inputs<P, D, FULL> {
     }
     wait_for_copies<AHEAD - 1>();
     sync_warp();  // the copies of all lanes are there, and the last tile's features are read
-    const uint32_t real = FULL && block->diagonal ? present & equal(panel) : present;
+    const uint32_t real = FULL && block->diagonal ? present & with_raw(panel) : present;
     NGK_ROLLED
     for (int x = 0; x < this->sides(); ++x) {
       turn(x);
@@ -134,14 +136,10 @@ struct Edges : Inputs<P, D, FULL> {
     const Edge e = edge(panel, lane() / 4 + further);
     return ok[further / 8] && v.data ? element_of(v, panel.copy, e.destination, side() ? e.partner : e.place, 0) : nullptr;
   }
-  // The rows whose source is their destination.
-  NGK_DEVICE uint32_t equal(const Panel& panel) const {
+  NGK_DEVICE uint32_t with_raw(const Panel& panel) const {
     uint32_t found = 0;
     NGK_ROLLED
-    for (int r = 0; r < 16; ++r) {
-      const Edge e = edge(panel, r);
-      found |= (e.source == e.destination ? 1u : 0u) << r;
-    }
+    for (int r = 0; r < 16; ++r) found |= (has_raw(edge(panel, r)) ? 1u : 0u) << r;
     return found;
   }
   NGK_DEVICE void find_runs(const Panel& panel, bool there) {
@@ -202,7 +200,7 @@ struct Edges : Inputs<P, D, FULL> {
       if (source < 0) return;
     } else {
       const Edge e = edge(panel, coming.i, coming.j, r);
-      if (!e.ok || (FULL && block->diagonal && e.source != e.destination) || (bands && (coming.i - panel.i0) % BAND)) return;
+      if (!has_raw(e) || (bands && (coming.i - panel.i0) % BAND)) return;
       destination = e.destination, source = e.source;
       if (bands) values *= panel.i1 - coming.i < BAND ? panel.i1 - coming.i : BAND;
     }

@@ -201,7 +201,7 @@ struct Sinks {
     const float scale = affine >= 0 ? eval.constants[affine] : 1.0f;
     eval.by_feature([&](int r, int c) {
       const Edge e = eval.edge(*panel, r);
-      if (!e.ok || (FULL && eval.block->diagonal && e.source != e.destination)) return;
+      if (!eval.has_raw(e)) return;
       const float* own = eval.gradients_of(r) + side * eval.features_of_side() + c;
       char* p = element_of(to, panel->copy, e.destination, e.raw(by), c);
       const float x = (FULL && sum ? own[0] + own[eval.features_of_side()] : own[0]) * scale;
